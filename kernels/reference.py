@@ -1,0 +1,174 @@
+"""The guidance step in PyTorch: the rule in code, and what the fused kernel is held against.
+
+For a guided row with base logits z, its candidates C the k largest finite entries of z (ties by lower token id), and
+reward logits r on C:
+
+    reward_c = log_softmax_C(r)_c - reference * log_softmax_C(z)_c
+    z'_c     = z_c + beta * reward_c    for c in C,    -inf elsewhere
+
+The guided decoding of PAD (arXiv 2410.04070), with the candidate-normalized implicit reward of its released code.
+``reference`` is 1 (pi_ref is the base model) or 0 (an autoregressive reward model). A constant added to a row of r
+cancels, so r is computed for the candidates alone: k rows of lm_head.
+
+Shapes: N rows of logits of which R are guided, V tokens, d hidden, K = the largest k. Everything is computed in
+float32, whatever comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NEG_INF = float("-inf")
+
+
+def map_heads(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, head_weights: torch.Tensor
+) -> torch.Tensor:
+    """Mix value heads: a_0 h + sum_i a_i (W_i h + b_i), for i = 1..H.
+
+    Args:
+        hidden_states: [R, d], any float dtype.
+        weight: [H, d, d] float32.
+        bias: [H, d] float32.
+        head_weights: [R, 1 + H] float32, a; a_0 is the weight of the unmapped hidden state.
+
+    Returns:
+        [R, d] float32.
+    """
+    h = hidden_states.float()
+    mapped = torch.einsum("hij,rj->rhi", weight, h) + bias
+    return head_weights[:, :1] * h + torch.einsum("rh,rhi->ri", head_weights[:, 1:], mapped)
+
+
+def select_candidates(
+    logits: torch.Tensor, rows: torch.Tensor, top_k: torch.Tensor, max_top_k: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidates of each guided row, largest base logit first, ties by lower token id.
+
+    Args:
+        logits: [N, V].
+        rows: [R] int64, the guided rows.
+        top_k: [R] int64, 1 <= top_k <= max_top_k.
+        max_top_k: K, host integer.
+        vocab_size: only the first ``vocab_size`` <= V tokens can be candidates.
+
+    Returns:
+        ids [R, K] int64, and z [R, K] float32: the base logits, -inf in places beyond a row's candidates.
+    """
+    z = logits[rows, :vocab_size].float()
+    z = torch.where(z.isfinite(), z, NEG_INF)
+    k = min(max_top_k, vocab_size)
+    values, ids = z.topk(k, dim=-1)
+    kth = values.gather(1, (top_k.clamp(max=k) - 1).unsqueeze(1))
+    # topk breaks ties as it likes. Where the last candidate ties with a token left out, sort the row stably.
+    tied = ((z >= kth) & (z > NEG_INF)).sum(-1) > top_k
+    if tied.any():
+        ids[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        values = z.gather(1, ids)
+    beyond = torch.arange(k, device=z.device) >= top_k.unsqueeze(1)
+    return ids, values.masked_fill(beyond, NEG_INF)
+
+
+def score_candidates(
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    vocab_start: int = 0,
+) -> torch.Tensor:
+    """The reward model's logits of the candidates, before soft cap and scale.
+
+    Args:
+        hidden_states: [R, d], mapped by the value heads where there are any.
+        lm_head: [V', d], any float dtype: the rows [vocab_start, vocab_start + V') of the whole output head.
+        ids: [R, K] int64.
+        bias: [V'] or None.
+        vocab_start: where this shard begins. A candidate outside it scores 0: the sum over the shards of a
+            tensor-parallel group is the score.
+
+    Returns:
+        [R, K] float32.
+    """
+    local = ids - vocab_start
+    mine = (local >= 0) & (local < lm_head.shape[0])
+    local = local.where(mine, 0)
+    scores = torch.einsum("rkd,rd->rk", lm_head[local].float(), hidden_states.float())
+    if bias is not None:
+        scores = scores + bias[local].float()
+    return scores.where(mine, 0.0)
+
+
+def reweight_(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    z: torch.Tensor,
+    scores: torch.Tensor,
+    beta: torch.Tensor,
+    reference: torch.Tensor,
+) -> None:
+    """Write z' into the guided rows of ``logits``, in place.
+
+    Args:
+        logits: [N, V].
+        rows: [R] int64.
+        ids, z: of :func:`select_candidates`.
+        scores: [R, K] float32, the reward model's logits of the candidates.
+        beta: [R] float32.
+        reference: [R] float32, 1 or 0.
+    """
+    candidate = z > NEG_INF
+    log_r = scores.masked_fill(~candidate, NEG_INF).log_softmax(-1)
+    reward = log_r - reference.unsqueeze(1) * z.log_softmax(-1)
+    guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
+    new = logits.new_full((len(rows), logits.shape[1]), NEG_INF)
+    logits[rows] = new.scatter_(1, ids, guided.to(logits.dtype))
+
+
+def guide_(
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    rows: torch.Tensor,
+    top_k: torch.Tensor,
+    beta: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    max_top_k: int,
+    vocab_size: int,
+    bias: torch.Tensor | None = None,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """One step of PAD over a batch of logits, in place; rows that ``rows`` does not name are not touched.
+
+    Args:
+        logits: [N, V] float32 (or bf16), base logits after bias, penalties and grammar mask.
+        hidden_states: [R, d], the reward model's, one for each guided row.
+        lm_head: [V', d], the reward model's output head, or this rank's shard of it.
+        rows: [R] int64, the guided rows of ``logits``, distinct.
+        top_k: [R] int64, k of each row.
+        beta: [R] float32, guidance strength.
+        reference: [R] float32, 1 for ``base`` and 0 for ``none``.
+        max_top_k: K >= every top_k, known on the host.
+        vocab_size: tokens that base and reward model share; others are never candidates.
+        bias: [V'] of the output head, or None.
+        heads: (weight [H, d, d], bias [H, d], head_weights [R, 1 + H]) of :func:`map_heads`, or None.
+        soft_cap, scale: of the reward model's logits, where its architecture has them.
+        vocab_start: first token of this rank's shard.
+        all_reduce: sums the [R, K] scores over a tensor-parallel group; None on one device.
+    """
+    if heads is not None:
+        hidden_states = map_heads(hidden_states, *heads)
+    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
+    scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start)
+    if all_reduce is not None:
+        scores = all_reduce(scores)
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    reweight_(logits, rows, ids, z, scores * scale, beta, reference)

@@ -1,0 +1,169 @@
+"""Admission: refusing a bad request in the frontend, with what only the engine knows.
+
+vLLM checks a request's parameters in the frontend process, through a classmethod that gets no engine configuration;
+the reward model and the personas are in the engine's workers. An exception there would end the engine for everybody.
+So an engine that starts announces what it accepts, in a file of a folder whose name every process finds in its
+environment: the ``vllm.general_plugins`` hook puts it there before vLLM starts the others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+import weakref
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pad_vllm.params import PAD, check_int, did_you_mean
+from pad_vllm.reward.template import PromptTemplate
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
+"""Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
+machines."""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What an engine accepts. ``configured`` false: it runs without a reward model and accepts no guidance."""
+
+    configured: bool
+    personas: tuple[str, ...] = ()
+    head_names: tuple[str, ...] = ()
+    max_top_k: int = 0
+    max_preference_tokens: int = 0
+    tokenizer: dict[str, Any] | None = None
+    """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
+    prompt_template: str = ""
+
+    def check(self, asked: PAD) -> None:
+        """Raise ValueError if this engine cannot do what a request asks."""
+        if not self.configured:
+            raise ValueError(
+                f"{', '.join(asked.extra_args())}: this server runs without a reward model; start it with "
+                '--additional-config \'{"pad": {"reward_model": ...}}\''
+            )
+        if asked.persona is not None and asked.persona not in self.personas:
+            raise ValueError(
+                f"pad_persona={asked.persona!r}: no such persona; {did_you_mean(asked.persona, self.personas)}"
+            )
+        if asked.top_k is not None:
+            check_int("pad_top_k", asked.top_k, 1, self.max_top_k)
+        if asked.weights is not None:
+            check_weights(asked.weights, self.head_names)
+        if asked.preference is not None:
+            if self.tokenizer is None:
+                raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
+            template = _template(json.dumps(self.tokenizer, sort_keys=True), self.prompt_template)
+            check_preference(template, asked.preference, self.max_preference_tokens)
+
+
+def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> None:
+    """Raise ValueError unless there is one weight for each value head."""
+    if not head_names:
+        raise ValueError("pad_weights: the reward model has no value heads")
+    if len(weights) != len(head_names):
+        raise ValueError(
+            f"pad_weights: {len(weights)} weights for {len(head_names)} value heads ({', '.join(head_names)}); give "
+            "one for each, in this order"
+        )
+
+
+def check_preference(template: PromptTemplate, preference: str, max_tokens: int) -> None:
+    """Raise ValueError if a preference takes more than ``max_tokens`` in the reward model's prompt."""
+    num_tokens = template.num_added_tokens(preference) - template.num_added_tokens("")
+    if num_tokens > max_tokens:
+        raise ValueError(f"pad_preference: {num_tokens} tokens, at most {max_tokens} are allowed")
+
+
+@lru_cache(maxsize=8)
+def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
+    from transformers import AutoTokenizer
+
+    return PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
+
+
+def register() -> None:
+    """The ``vllm.general_plugins`` hook: make the folder of announcements, once for a frontend and its engines."""
+    if ANNOUNCE_DIR in os.environ:
+        return
+    folder, owner = tempfile.mkdtemp(prefix="pad-vllm-"), os.getpid()
+    os.environ[ANNOUNCE_DIR] = folder
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+
+def announce(announcement: Announcement, engine: object) -> None:
+    """Tell the frontends what ``engine`` accepts, for as long as the object and its process live."""
+    register()
+    folder = Path(os.environ[ANNOUNCE_DIR])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid.uuid4().hex}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | asdict(announcement)))
+    part.rename(path)
+    weakref.finalize(engine, path.unlink, missing_ok=True)
+
+
+def announcements() -> list[Announcement]:
+    """What the living engines of this frontend accept."""
+    folder = Path(os.environ.get(ANNOUNCE_DIR, "/nonexistent"))
+    try:
+        paths = sorted(folder.glob("*.json"))
+    except OSError:
+        return []
+    return [announcement for path in paths if (announcement := _read(path)) is not None]
+
+
+@lru_cache(maxsize=64)
+def _parse(path: Path) -> tuple[str, int, Announcement]:
+    record = json.loads(path.read_text())
+    host, pid = record.pop("host"), record.pop("pid")
+    lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
+    return host, pid, Announcement(**record | lists)
+
+
+def _read(path: Path) -> Announcement | None:
+    try:
+        host, pid, announcement = _parse(path)
+        if host == socket.gethostname():
+            os.kill(pid, 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return None  # withdrawn, or left by an engine that was killed
+    except PermissionError:
+        pass
+    return announcement
+
+
+def validate(sampling_params: SamplingParams) -> None:
+    """Refuse a request whose guidance is malformed, or which no engine of this frontend could guide.
+
+    Raises:
+        ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
+    """
+    asked = PAD.from_extra_args(sampling_params.extra_args)
+    if asked is None:
+        return
+    engines = announcements()
+    if not engines:
+        raise ValueError(
+            f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
+            "would go unguided. Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must "
+            f"include 'pad' where it is set; {ANNOUNCE_DIR} must name a shared folder where the engine runs on "
+            "another machine"
+        )
+    errors = []
+    for engine in engines:
+        try:
+            return engine.check(asked)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]

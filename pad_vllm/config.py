@@ -1,0 +1,146 @@
+"""What a server may say: ``additional_config["pad"]``, typed and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pad_vllm.params import MAX_BETA, PAD, PREFIX, GuidanceParams, check_int, check_number, check_text, did_you_mean
+from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
+
+REFERENCES = ("base", "none")
+MAX_TOP_K = 1024
+"""What ``max_top_k`` itself may be."""
+
+
+@dataclass(frozen=True)
+class PADConfig:
+    """The engine's configuration of PAD.
+
+    Args:
+        reward_model: path or hub id of the personalized reward model; its presence is what activates the plugin.
+        heads: path of a value-head file; found beside the model when absent.
+        prompt_template: text around ``{prompt}``, with ``{preference}`` in it.
+        insert_after: text at the head of the prompt behind which the preference is inserted.
+        beta: guidance strength of requests that name none.
+        top_k: candidates of requests that name no number.
+        max_top_k: most candidates that a request may ask for.
+        reference: ``base``, the implicit reward against the base model, or ``none``, the reward model's own log
+            probability.
+        personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out).
+        default_persona: persona of requests that ask for nothing.
+        kv_cache_memory_bytes: size of the reward model's KV cache; derived when absent.
+        max_num_batched_tokens: most tokens in one forward of the reward model; at most 2048 when absent.
+        dtype: of the reward model; the base model's when absent.
+        quantization, revision, trust_remote_code: as vLLM's, for the reward model.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    reward_model: str
+    heads: str | None = None
+    prompt_template: str = DEFAULT_PROMPT_TEMPLATE
+    insert_after: str | None = None
+    beta: float = 1.0
+    top_k: int = 10
+    max_top_k: int = 64
+    reference: str = "base"
+    personas: Mapping[str, PAD] = field(default_factory=dict)
+    default_persona: str | None = None
+    kv_cache_memory_bytes: int | None = None
+    max_num_batched_tokens: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision"):
+            value = getattr(self, name)
+            if value is not None or name == "reward_model":
+                check_text(f"pad.{name}", value)
+        check_text("pad.prompt_template", self.prompt_template)
+        try:
+            check_prompt_template(self.prompt_template)
+        except ValueError as error:
+            raise ValueError(f"pad.prompt_template={self.prompt_template!r}: {error}") from None
+        check_number("pad.beta", self.beta, 0, MAX_BETA)
+        check_int("pad.max_top_k", self.max_top_k, 1, MAX_TOP_K)
+        check_int("pad.top_k", self.top_k, 1, self.max_top_k)
+        if self.reference not in REFERENCES:
+            raise ValueError(f"pad.reference={self.reference!r}: must be one of {', '.join(REFERENCES)}")
+        for name in ("kv_cache_memory_bytes", "max_num_batched_tokens"):
+            if getattr(self, name) is not None:
+                check_int(f"pad.{name}", getattr(self, name), 1)
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError(f"pad.trust_remote_code={self.trust_remote_code!r}: must be true or false")
+        object.__setattr__(self, "personas", self._read_personas(self.personas))
+        if self.default_persona is not None and self.default_persona not in self.personas:
+            raise ValueError(
+                f"pad.default_persona={self.default_persona!r}: no such persona; "
+                f"{did_you_mean(self.default_persona, self.personas)}"
+            )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> PADConfig | None:
+        """Read vLLM's ``additional_config``; None when it does not configure PAD.
+
+        Raises:
+            ValueError: ``pad`` is malformed; the message names the key, the value and what is allowed.
+        """
+        pad = additional_config.get("pad") if isinstance(additional_config, Mapping) else None
+        if pad is None or pad == {}:
+            return None
+        if not isinstance(pad, Mapping):
+            raise ValueError(f"additional_config: pad={pad!r} must be an object, not {type(pad).__name__}")
+        known = {f.name for f in fields(cls)}
+        for key in pad:
+            if key not in known:
+                raise ValueError(f"pad.{key}: no such key; {did_you_mean(str(key), known)}")
+        if pad.get("reward_model") is None:
+            raise ValueError("pad.reward_model is missing: give the path or hub id of the reward model")
+        return cls(**{key: value for key, value in pad.items() if value is not None})
+
+    def _read_personas(self, personas: Any) -> dict[str, PAD]:
+        if not isinstance(personas, Mapping):
+            raise ValueError(f"pad.personas={personas!r}: must be an object of name -> request arguments")
+        read = {}
+        for name, arguments in personas.items():
+            key = f"pad.personas[{name!r}]"
+            check_text("pad.personas: a name", name)
+            if not isinstance(arguments, Mapping) or not arguments:
+                raise ValueError(f"{key}={arguments!r}: must be an object with at least one request argument")
+            prefixed = {k if str(k).startswith(PREFIX) else f"{PREFIX}{k}": v for k, v in arguments.items()}
+            try:
+                if len(prefixed) < len(arguments):
+                    raise ValueError("an argument is given both with and without its prefix")
+                persona = PAD.from_extra_args(prefixed)
+                if persona.persona is not None:
+                    raise ValueError("pad_persona: a persona cannot name another")
+                if persona.top_k is not None:
+                    check_int("pad_top_k", persona.top_k, 1, self.max_top_k)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+            read[name] = persona
+        return read
+
+    def resolve(self, asked: PAD | None) -> GuidanceParams | None:
+        """What a request gets: its own fields over its persona's (or the default one's) over the configuration's.
+
+        Returns None for a request that asks for nothing where there is no default persona.
+
+        Raises:
+            ValueError: an unknown persona, or top_k over ``max_top_k``.
+        """
+        name = self.default_persona if asked is None or asked.persona is None else asked.persona
+        if asked is None and name is None:
+            return None
+        if name is not None and name not in self.personas:
+            raise ValueError(f"pad_persona={name!r}: no such persona; {did_you_mean(name, self.personas)}")
+        persona = self.personas[name] if name is not None else PAD()
+        merged = asked.over(persona) if asked is not None else persona
+        top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
+        beta = self.beta if merged.beta is None else merged.beta
+        return GuidanceParams(merged.preference, merged.weights, beta, top_k)

@@ -1,0 +1,172 @@
+"""What a request may say: its arguments, their types and ranges, and how they combine with a persona."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import vllm
+
+PREFIX = "pad_"
+MAX_BETA = 100.0
+MAX_WEIGHT = 1e4
+MAX_PREFERENCE_CHARS = 32_768
+"""A first bound, before anything is tokenized; an engine's own bound is in tokens."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest known one, and what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    shown = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"{hint}known: {shown or 'none'}"
+
+
+def check_text(key: str, value: Any, max_chars: int = MAX_PREFERENCE_CHARS) -> str:
+    """``value`` if it is a non-empty text that can be encoded; else ValueError naming ``key``."""
+    if not isinstance(value, str):
+        raise ValueError(f"{key}={value!r}: must be a string, not {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{key}={value!r}: must not be empty; leave it out instead")
+    if len(value) > max_chars:
+        raise ValueError(f"{key}: {len(value)} characters, at most {max_chars} are allowed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key}={value!r}: contains a lone surrogate, which is not text") from None
+    return value
+
+
+def check_number(key: str, value: Any, low: float, high: float) -> float:
+    """``value`` as a float if it is a number in [low, high]; else ValueError naming ``key``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key}={value!r}: must be a number, not {type(value).__name__}")
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{key}={value!r}: must be between {low:g} and {high:g}")
+    return float(value)
+
+
+def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value`` if it is an integer in [low, high]; else ValueError naming ``key``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key}={value!r}: must be an integer, not {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{key}={value!r}: must be " + (f"at least {low}" if high is None else f"between {low} and {high}")
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class PAD:
+    """A request's guidance, as Python; ``extra_args`` and ``vllm_xargs`` say the same with the prefix ``pad_``.
+
+    Args:
+        preference: text for the reward model's prompt.
+        persona: name of a preset of the server's; fields given here override its own.
+        weights: one weight for each of the reward model's value heads.
+        beta: guidance strength; 0 is the base model on its top-k, 1 the reward model's choice among them.
+        top_k: how many of the base model's next tokens are candidates.
+
+    Raises:
+        ValueError: a value has the wrong type or is out of range.
+
+    Example:
+        >>> PAD(preference="Be concise.", beta=1.2).extra_args()
+        {'pad_preference': 'Be concise.', 'pad_beta': 1.2}
+    """
+
+    preference: str | None = None
+    persona: str | None = None
+    weights: tuple[float, ...] | None = None
+    beta: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        def normalize(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.preference is not None:
+            check_text("pad_preference", self.preference)
+        if self.persona is not None:
+            check_text("pad_persona", self.persona)
+        if self.beta is not None:
+            normalize("beta", check_number("pad_beta", self.beta, 0, MAX_BETA))
+        if self.top_k is not None:
+            check_int("pad_top_k", self.top_k, 1)
+        if self.weights is not None:
+            if not isinstance(self.weights, (list, tuple)) or not self.weights:
+                raise ValueError(f"pad_weights={self.weights!r}: must be a list of numbers, one for each value head")
+            checked = (
+                check_number(f"pad_weights[{i}]", w, -MAX_WEIGHT, MAX_WEIGHT) for i, w in enumerate(self.weights)
+            )
+            normalize("weights", tuple(checked))
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> PAD | None:
+        """Read the ``pad_*`` keys of a request; None when there is none. Other keys are other plugins' business.
+
+        Raises:
+            ValueError: an unknown ``pad_*`` key, or a value with the wrong type or out of range.
+        """
+        given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(PREFIX)}
+        known = {PREFIX + field.name for field in fields(cls)}
+        for key, value in given.items():
+            if key not in known:
+                raise ValueError(f"{key}: no such argument; {did_you_mean(key, known)}")
+            if value is None:
+                raise ValueError(f"{key}=None: leave it out instead")
+        return cls(**{key.removeprefix(PREFIX): value for key, value in given.items()}) if given else None
+
+    def extra_args(self) -> dict[str, Any]:
+        """What ``vllm.SamplingParams(extra_args=...)`` or an OpenAI client's ``vllm_xargs`` takes."""
+        given = {PREFIX + field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v is not None}
+
+    def over(self, persona: PAD) -> PAD:
+        """This request's fields, and where it is silent the persona's."""
+        return replace(
+            persona, **{f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        )
+
+
+@dataclass(frozen=True)
+class GuidanceParams:
+    """A request's guidance, resolved: persona looked up, defaults filled in."""
+
+    preference: str | None
+    weights: tuple[float, ...] | None
+    beta: float
+    top_k: int
+
+
+def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, **kwargs: Any) -> vllm.SamplingParams:
+    """``vllm.SamplingParams``, with ``logits_processors=[PAD(...)]`` as the per-request API had it.
+
+    Returns:
+        A plain ``vllm.SamplingParams`` whose ``extra_args`` ask for the guidance.
+
+    Raises:
+        ValueError: more than one processor, one that is not a :class:`PAD`, or ``pad_*`` keys in ``extra_args`` too.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, logits_processors=[PAD(preference="concise, formal")])
+    """
+    import vllm
+
+    processors = list(logits_processors or ())
+    if len(processors) > 1 or not all(isinstance(p, PAD) for p in processors):
+        raise ValueError(f"logits_processors={processors!r}: takes one PAD(...); combine preferences in its text")
+    if processors:
+        extra_args = dict(kwargs.get("extra_args") or {})
+        if clash := [key for key in extra_args if str(key).startswith(PREFIX)]:
+            raise ValueError(f"extra_args has {clash}, and logits_processors a PAD(...): give guidance in one place")
+        asked = processors[0].extra_args()
+        if not asked:
+            raise ValueError("PAD() asks for nothing: give a preference, persona, weights, beta or top_k")
+        kwargs["extra_args"] = extra_args | asked
+    return vllm.SamplingParams(*args, **kwargs)

@@ -1,0 +1,317 @@
+"""The reward model as vLLM runs models: its loader, its attention back ends, its paged KV cache.
+
+The one module under ``reward/`` that touches vLLM's unstable internals; an upgrade of vLLM edits this file and the
+runner adapters. ``vllm/v1/worker/gpu/spec_decode/standalone_ar`` is vLLM's own example of a second model in a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from vllm.config import CompilationConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import replace as replace_config
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
+from vllm.platforms import current_platform
+from vllm.utils.hashing import sha256
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    get_kv_cache_configs,
+    hash_block_tokens,
+    init_none_hash,
+    max_memory_usage_bytes,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+    get_kv_cache_spec,
+    init_attn_backend,
+    init_kv_cache,
+)
+
+__all__ = ["BlockHash", "BlockPool", "KVCacheBlock", "PagedModel", "block_hasher", "reward_model_config"]
+
+
+KV_CACHE_SHARE = 0.1
+"""Most of vLLM's memory budget that the reward model's KV cache takes by default."""
+
+
+def device_memory_bytes() -> int:
+    """Memory of the device that the engine's ``gpu_memory_utilization`` is a share of."""
+    if current_platform.is_cpu():
+        return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
+    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids) -> hash."""
+    init_none_hash(sha256)
+    return lambda parent, token_ids: hash_block_tokens(sha256, parent, token_ids)
+
+
+def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
+    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden.
+
+    Raises ValueError (or what vLLM raises) when the model cannot be found or read.
+    """
+    settings: dict[str, Any] = {
+        "dtype": base.dtype,
+        "seed": base.seed,
+        "config_format": base.config_format,
+        "runner": "generate",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "disable_cascade_attn": True,
+    }
+    return ModelConfig(**settings | {"tokenizer": overrides["model"]} | overrides)
+
+
+def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int) -> VllmConfig:
+    """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out."""
+    cache_config = replace_config(
+        base.cache_config,
+        cache_dtype="auto",
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=None,
+        kv_cache_memory_bytes=None,
+        kv_sharing_fast_prefill=False,
+        **({"block_size": 32} if current_platform.is_cpu() else {}),  # the finest sharing that CPU attention has
+    )
+    # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
+    cache_config.kv_cache_layout = None
+    cache_config.num_gpu_blocks = None
+    scheduler_config = replace_config(
+        base.scheduler_config,
+        max_model_len=model_config.max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=min(base.scheduler_config.max_num_seqs, max_num_batched_tokens),
+        enable_chunked_prefill=True,
+        is_encoder_decoder=False,
+        # One KV cache group: a block table serves every layer, sliding windows included.
+        disable_hybrid_kv_cache_manager=True,
+    )
+    return replace_config(
+        base,
+        model_config=model_config,
+        cache_config=cache_config,
+        scheduler_config=scheduler_config,
+        compilation_config=CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE),
+        quant_config=None,
+        lora_config=None,
+        speculative_config=None,
+        kv_transfer_config=None,
+        kv_events_config=None,
+        additional_config={},
+    )
+
+
+class _BackboneLoader(DefaultModelLoader):
+    """vLLM's loader, past the value heads that lie among the checkpoint's tensors."""
+
+    not_backbone: frozenset[str]
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module):
+        weights = super().get_all_weights(model_config, model)
+        return ((name, tensor) for name, tensor in weights if name not in self.not_backbone)
+
+
+def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str]) -> nn.Module:
+    """The reward model's weights, by vLLM's loader; tensors named in ``not_backbone`` are left alone."""
+    loader = get_model_loader(vllm_config.load_config)
+    if type(loader) is DefaultModelLoader:
+        loader = _BackboneLoader(vllm_config.load_config)
+        loader.not_backbone = not_backbone
+    return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """What turns a hidden state into logits, one candidate at a time."""
+
+    weight: torch.Tensor
+    """[vocab_size, hidden_size]"""
+    bias: torch.Tensor | None
+    """[vocab_size], or None"""
+    soft_cap: float | None
+    scale: float
+    vocab_start: int
+    """First token of this rank's shard; ``vocab_size`` above is the shard's."""
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None
+    """Sums over the tensor-parallel group; None on one device."""
+
+
+@dataclass
+class ForwardBatch:
+    """One forward of the reward model over several contexts; the field names are vLLM's.
+
+    Host arrays are numpy, except ``input_ids``: generated tokens may live on the device only.
+    """
+
+    input_ids: torch.Tensor
+    """[num_tokens] int32, on the device"""
+    positions: np.ndarray
+    """[num_tokens] int64"""
+    slot_mapping: np.ndarray
+    """[num_tokens] int64: where in the KV cache each token's keys and values go"""
+    query_start_loc: np.ndarray
+    """[num_reqs + 1] int32"""
+    seq_lens: np.ndarray
+    """[num_reqs] int32: tokens of each context once this batch is computed"""
+    block_table: np.ndarray
+    """[num_reqs, max_num_blocks] int32"""
+
+
+class PagedModel:
+    """A causal LM on its own paged KV cache, beside the base model.
+
+    Args:
+        base: the engine's configuration.
+        model_config: the reward model's, its ``max_model_len`` the longest context that it must hold.
+        max_num_batched_tokens: most tokens in one forward.
+        kv_cache_memory_bytes: size of the KV cache; when None, contexts for all of the engine's requests, but at most
+            ``KV_CACHE_SHARE`` of the memory that vLLM may use, and two contexts at least.
+        not_backbone: checkpoint tensors that are not the backbone's.
+
+    Raises:
+        ValueError: the KV cache cannot hold one context, or the architecture needs more than one KV cache group.
+    """
+
+    def __init__(
+        self,
+        base: VllmConfig,
+        model_config: ModelConfig,
+        device: torch.device,
+        max_num_batched_tokens: int,
+        kv_cache_memory_bytes: int | None,
+        not_backbone: frozenset[str],
+    ) -> None:
+        self.device = device
+        self.vllm_config = derive_vllm_config(base, model_config, max_num_batched_tokens)
+        with set_current_vllm_config(self.vllm_config):
+            self.model = load_model(self.vllm_config, not_backbone)
+            self._init_kv_cache(kv_cache_memory_bytes, base.scheduler_config.max_num_seqs)
+        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        self.hidden_size = model_config.get_hidden_size()
+        self.max_model_len = model_config.max_model_len
+        self.max_num_blocks = -(-self.max_model_len // self.block_size)
+
+    def _init_kv_cache(self, memory_bytes: int | None, max_num_seqs: int) -> None:
+        config = self.vllm_config
+        spec = get_kv_cache_spec(config)
+        if not spec or not all(isinstance(s, (FullAttentionSpec, SlidingWindowSpec)) for s in spec.values()):
+            raise ValueError(
+                f"pad.reward_model={config.model_config.model!r}: its layers keep "
+                f"{', '.join(sorted({type(s).__name__ for s in spec.values()})) or 'no cache'}; only attention with a "
+                "paged KV cache is supported"
+            )
+        layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(config))]
+        resolve_kv_cache_layout(config, [layouts], list(spec.values()))
+        one_context = max_memory_usage_bytes(config, spec.values())
+        self.bytes_per_token = one_context / config.model_config.max_model_len
+        if memory_bytes is None:
+            share = KV_CACHE_SHARE * config.cache_config.gpu_memory_utilization * device_memory_bytes()
+            memory_bytes = max(min(max_num_seqs * one_context, int(share)), 2 * one_context)
+        if memory_bytes < one_context:
+            raise ValueError(
+                f"pad.kv_cache_memory_bytes={memory_bytes}: one context of {config.model_config.max_model_len} tokens "
+                f"takes {one_context} bytes of the reward model's KV cache, the least that can work"
+            )
+        # One block more than asked: vLLM's pool holds its first block back as the null block.
+        null_block = sum(s.page_size_bytes for s in spec.values())
+        (kv_cache_config,) = get_kv_cache_configs(config, [spec], [memory_bytes + null_block])
+        num_groups = len(kv_cache_config.kv_cache_groups)
+        if num_groups != 1:
+            raise ValueError(
+                f"pad.reward_model={config.model_config.model!r}: its layers need {num_groups} KV cache groups; one is "
+                "supported"
+            )
+        self.kv_cache_config: KVCacheConfig = kv_cache_config
+        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.attn_groups, _, kernel_block_sizes = init_attn_backend(kv_cache_config, config, self.device)
+        self.kv_caches = init_kv_cache(
+            config.compilation_config.static_forward_context,
+            kv_cache_config,
+            self.device,
+            kernel_block_sizes,
+            config,
+            attn_groups=[g for groups in self.attn_groups for g in groups],
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_cache_config.num_blocks
+
+    def lm_head(self) -> LMHead:
+        """The reward model's own output head. Raises ValueError where the architecture hides it."""
+        model = self.model.get_language_model() if hasattr(self.model, "get_language_model") else self.model
+        head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
+        weight = getattr(head, "weight", None)
+        if processor is None or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"pad.reward_model: the output head of {type(self.model).__name__} is not a plain [vocabulary, hidden] "
+                "matrix, whose rows PAD needs for its candidates"
+            )
+        shards = get_tensor_model_parallel_world_size() > 1
+        return LMHead(
+            weight[: head.num_org_embeddings_per_partition],
+            getattr(head, "bias", None),
+            processor.soft_cap,
+            processor.scale,
+            head.shard_indices.org_vocab_start_index,
+            tensor_model_parallel_all_reduce if shards else None,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Compute a batch, writing its keys and values into the KV cache.
+
+        Returns:
+            [num_tokens, hidden_size] final hidden states, in the model's dtype.
+        """
+        num_tokens = len(batch.positions)
+        seq_lens = torch.from_numpy(batch.seq_lens)
+        query_start_loc = torch.from_numpy(batch.query_start_loc)
+        slot_mapping = self._to_device(batch.slot_mapping).unsqueeze(0)
+        positions = self._to_device(batch.positions)
+        attn_metadata = build_attn_metadata(
+            self.attn_groups,
+            num_reqs=len(batch.seq_lens),
+            num_tokens=num_tokens,
+            query_start_loc_gpu=query_start_loc.to(self.device, non_blocking=True),
+            query_start_loc_cpu=query_start_loc,
+            max_query_len=int(np.diff(batch.query_start_loc).max()),
+            seq_lens=seq_lens.to(self.device, non_blocking=True),
+            max_seq_len=int(batch.seq_lens.max()),
+            block_tables=[self._to_device(batch.block_table)],
+            slot_mappings=slot_mapping,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=seq_lens,
+            positions=positions,
+        )
+        with (
+            set_current_vllm_config(self.vllm_config),
+            set_forward_context(
+                attn_metadata,
+                self.vllm_config,
+                num_tokens=num_tokens,
+                slot_mapping=build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config),
+            ),
+        ):
+            hidden_states = self.model(input_ids=batch.input_ids, positions=positions)
+        return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Learning a personalized reward model (PAD, arXiv 2410.04070)."""

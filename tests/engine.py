@@ -1,0 +1,86 @@
+"""A real vLLM engine in a process of its own, so that tests choose the runner and several engines stay apart."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import types
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+# Nothing but loopback is reached from a test.
+OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+PLUGIN = ["pad_vllm:PADLogitsProcessor"]
+
+_llm: Any = None
+
+
+def set_environment(runner: str, multiprocess: bool = False) -> None:
+    """Choose the runner; before vLLM is imported. V2 runs on a CPU through the Triton interpreter."""
+    os.environ.update(OFFLINE, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(multiprocess)), VLLM_CPU_KVCACHE_SPACE="1")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if runner == "v2":
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton.backends
+
+        active = types.SimpleNamespace(is_active=lambda: True)
+        triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active)
+
+
+def _start(runner: str, multiprocess: bool, kwargs: dict[str, Any]) -> None:
+    global _llm
+    set_environment(runner, multiprocess)
+    from vllm import LLM
+
+    if not multiprocess:
+        kwargs["distributed_executor_backend"] = "uni"
+    _llm = LLM(**kwargs)
+
+
+def _generate(prompts: list[list[int]], params: list[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    outputs = _llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], [SamplingParams(**p) for p in params], use_tqdm=False
+    )
+    return [[list(o.token_ids) for o in out.outputs] for out in outputs]
+
+
+def _call(function, *args):
+    return function(_llm, *args)
+
+
+class Engine:
+    """``vllm.LLM`` behind a process. Errors of the engine, at its start too, are raised here."""
+
+    def __init__(self, runner: str, model: Any, *, multiprocess: bool = False, **kwargs: Any) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
+        try:
+            self._pool.submit(_start, runner, multiprocess, settings | kwargs).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]) -> list[list[int]]:
+        """First completion of each prompt, token ids."""
+        return [out[0] for out in self.generate_n(prompts, params)]
+
+    def generate_n(
+        self, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]
+    ) -> list[list[list[int]]]:
+        per_prompt = params if isinstance(params, list) else [params] * len(prompts)
+        return self._pool.submit(_generate, prompts, per_prompt).result()
+
+    def call(self, function, *args: Any) -> Any:
+        """``function(llm, *args)`` in the engine's process."""
+        return self._pool.submit(_call, function, *args).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def guided(**pad: Any) -> dict[str, Any]:
+    """``extra_args`` of a guided request, from names without their prefix."""
+    return {"extra_args": {f"pad_{key}": value for key, value in pad.items()}}

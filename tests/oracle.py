@@ -1,0 +1,68 @@
+"""The oracle: PAD as a plain loop, to be checked by eye against the rule.
+
+transformers and PyTorch in float32, no cache, one sequence at a time. Everything in pad-vllm is held against it.
+
+    reward_c = log_softmax_C(r)_c - log_softmax_C(z)_c        C: the k largest finite entries of z, ties by lower id
+    z'_c     = z_c + beta * reward_c   for c in C,   -inf elsewhere
+"""
+
+from __future__ import annotations
+
+import torch
+
+NEG_INF = float("-inf")
+
+
+def guided_logits(z: torch.Tensor, r: torch.Tensor, top_k: int, beta: float, reference: str = "base") -> torch.Tensor:
+    """z' of one position. z, r: [vocab] float, the base and the reward model's logits."""
+    finite = [i for i in range(len(z)) if torch.isfinite(z[i])]
+    candidates = sorted(finite, key=lambda i: (-z[i].item(), i))[:top_k]
+    log_p_reward = torch.log_softmax(r[candidates], dim=0)
+    log_p_base = torch.log_softmax(z[candidates], dim=0)
+    reward = log_p_reward - log_p_base if reference == "base" else log_p_reward
+    guided = torch.full_like(z, NEG_INF)
+    guided[candidates] = z[candidates] + beta * reward
+    return guided
+
+
+def reward_logits(model, token_ids: list[int], head: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    """The reward model's logits [vocab] after ``token_ids``; ``head`` is (W [d, d], b [d]) on the hidden state."""
+    h = model.model(torch.tensor([token_ids])).last_hidden_state[0, -1]
+    if head is not None:
+        weight, bias = head
+        h = weight @ h + bias
+    return model.lm_head(h)
+
+
+@torch.no_grad()
+def generate(
+    base,
+    prompt_ids: list[int],
+    max_tokens: int,
+    *,
+    reward=None,
+    reward_prompt_ids: list[int] | None = None,
+    head: tuple[torch.Tensor, torch.Tensor] | None = None,
+    top_k: int = 10,
+    beta: float = 1.0,
+    reference: str = "base",
+    eos_token_id: int | None = None,
+) -> list[int]:
+    """Greedy continuation. ``reward_prompt_ids`` is the composed prompt; None: the reward model sees the base's."""
+    output: list[int] = []
+    while len(output) < max_tokens:
+        z = base(torch.tensor([prompt_ids + output])).logits[0, -1]
+        if reward is not None:
+            r = reward_logits(reward, (reward_prompt_ids or prompt_ids) + output, head)
+            z = guided_logits(z, r, top_k, beta, reference)
+        output.append(int(z.argmax()))
+        if output[-1] == eos_token_id:
+            break
+    return output
+
+
+def mixed_head(tensors: dict[str, torch.Tensor], weights: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_i a_i (W_i h + b_i), as one (W, b), from the tensors of a value-head file."""
+    weight = sum(a * tensors[f"{name}.weight"] for name, a in weights.items())
+    bias = sum(a * tensors[f"{name}.bias"] for name, a in weights.items())
+    return weight, bias
