@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -76,7 +77,9 @@ class Guidance:
                 **({"dtype": config.dtype} if config.dtype else {}),
             )
         except Exception as error:
-            raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}"
+            ) from error
 
         self.tokenizer_args = {
             "pretrained_model_name_or_path": config.reward_model,
@@ -208,7 +211,9 @@ class Guidance:
         except Exception as error:
             if base.skip_tokenizer_init:
                 return None
-            raise ValueError(f"pad.reward_model={self.config.reward_model!r}: no tokenizer: {error}") from error
+            raise ValueError(
+                f"pad.reward_model={self.config.reward_model!r}: no tokenizer: {one_paragraph(error)}"
+            ) from error
         if not base.skip_tokenizer_init:
             theirs = AutoTokenizer.from_pretrained(
                 base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
@@ -256,6 +261,12 @@ class Guidance:
             num_tokens / self.model.max_model_len,
             self.model.max_model_len,
         )
+
+
+def one_paragraph(error: Exception) -> str:
+    """An error's own words, without the frame that pydantic puts around them."""
+    words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return " ".join(words.split())
 
 
 def check_vocabulary(reward_model: str, reward: int, base: int, tokenizer: PreTrainedTokenizerBase | None) -> int:

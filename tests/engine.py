@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import types
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -38,47 +39,52 @@ def _start(runner: str, multiprocess: bool, kwargs: dict[str, Any]) -> None:
     _llm = LLM(**kwargs)
 
 
-def _generate(prompts: list[list[int]], params: list[dict[str, Any]]) -> list[Any]:
+def _generate(prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[int]]:
     from vllm import SamplingParams
 
     outputs = _llm.generate(
         [{"prompt_token_ids": p} for p in prompts], [SamplingParams(**p) for p in params], use_tqdm=False
     )
-    return [[list(o.token_ids) for o in out.outputs] for out in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def _call(function, *args):
     return function(_llm, *args)
 
 
-class Engine:
-    """``vllm.LLM`` behind a process. Errors of the engine, at its start too, are raised here."""
+class Worker:
+    """A fresh process that runs functions, and raises here what they raise there."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def run(self, function: Callable, *args: Any) -> Any:
+        return self._pool.submit(function, *args).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Engine(Worker):
+    """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served."""
 
     def __init__(self, runner: str, model: Any, *, multiprocess: bool = False, **kwargs: Any) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        super().__init__()
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
         try:
-            self._pool.submit(_start, runner, multiprocess, settings | kwargs).result()
+            self.run(_start, runner, multiprocess, settings | kwargs)
         except BaseException:
             self.close()
             raise
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]) -> list[list[int]]:
-        """First completion of each prompt, token ids."""
-        return [out[0] for out in self.generate_n(prompts, params)]
-
-    def generate_n(
-        self, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]
-    ) -> list[list[list[int]]]:
+        """One completion of each prompt, token ids in and out."""
         per_prompt = params if isinstance(params, list) else [params] * len(prompts)
-        return self._pool.submit(_generate, prompts, per_prompt).result()
+        return self.run(_generate, prompts, per_prompt)
 
-    def call(self, function, *args: Any) -> Any:
+    def call(self, function: Callable, *args: Any) -> Any:
         """``function(llm, *args)`` in the engine's process."""
-        return self._pool.submit(_call, function, *args).result()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        return self.run(_call, function, *args)
 
 
 def guided(**pad: Any) -> dict[str, Any]:

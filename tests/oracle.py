@@ -8,6 +8,8 @@ transformers and PyTorch in float32, no cache, one sequence at a time. Everythin
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 NEG_INF = float("-inf")
@@ -15,8 +17,9 @@ NEG_INF = float("-inf")
 
 def guided_logits(z: torch.Tensor, r: torch.Tensor, top_k: int, beta: float, reference: str = "base") -> torch.Tensor:
     """z' of one position. z, r: [vocab] float, the base and the reward model's logits."""
-    finite = [i for i in range(len(z)) if torch.isfinite(z[i])]
-    candidates = sorted(finite, key=lambda i: (-z[i].item(), i))[:top_k]
+    values = z.tolist()
+    finite = [i for i in range(len(values)) if math.isfinite(values[i])]
+    candidates = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
     log_p_reward = torch.log_softmax(r[candidates], dim=0)
     log_p_base = torch.log_softmax(z[candidates], dim=0)
     reward = log_p_reward - log_p_base if reference == "base" else log_p_reward

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from tests.engine import set_environment
+from tests.models import make_heads, make_model
+
+set_environment("v1")
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # models this small lose by sharing
+
+HEADS = ["concise", "formal", "playful"]
+
+
+class Models:
+    """Random base and reward models on disk, and as the oracle reads them."""
+
+    def __init__(self, root: Path) -> None:
+        self.base = make_model(root / "base", seed=0)
+        self.reward = make_model(root / "reward", seed=1)
+        self.released = make_model(root / "released", seed=1)
+        make_heads(self.released / "value_head.safetensors", ["v_head.summary"])
+        self.named = make_model(root / "named", seed=1)
+        make_heads(self.named / "heads.safetensors", HEADS)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.base_model = AutoModelForCausalLM.from_pretrained(self.base)
+        self.reward_model = AutoModelForCausalLM.from_pretrained(self.reward)
+        self.released_head = load_file(self.released / "value_head.safetensors")
+        self.named_heads = load_file(self.named / "heads.safetensors")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def encode(models: Models) -> Callable[[str], list[int]]:
+    """Text -> token ids with a leading BOS, as a prompt."""
+    return lambda text: models.tokenizer.encode("<s>" + text)

@@ -1,0 +1,268 @@
+"""The real engine against the oracle, on both runners, in every mode."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+
+from pad_vllm.reward.template import PromptTemplate
+from tests import oracle
+from tests.conftest import HEADS, Models
+from tests.engine import PLUGIN, Engine, guided
+
+MAX_TOKENS = 64
+GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+PROMPTS = [
+    "You are asked to be concise",
+    "The quick brown fox",
+    "Preferences are given as text",
+    "a",
+    "while the rain keeps falling on the old town. " * 4,
+    "answer",
+    "[Instruction] say why",
+    "jumps over the lazy dog",
+]
+PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
+TOP_K = [1, 10, 50]
+BETA = [0.0, 0.5, 1.0, 1.5]
+MIX = (0.7, -0.2, 0.5)
+
+
+def pad_config(reward_model, **pad) -> dict:
+    return {"additional_config": {"pad": {"reward_model": str(reward_model), **pad}}}
+
+
+def engine_stats(llm) -> dict:
+    """Of the running processors in the engine's process."""
+    from pad_vllm import PADLogitsProcessor
+
+    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
+    engine = processor.adapter.guidance.engine
+    return {
+        "evicted": engine.stats.num_contexts_evicted,
+        "prefix_hits": engine.stats.num_prefix_hit_tokens,
+        "tokens": engine.stats.num_tokens,
+        "contexts": len(engine.contexts),
+        "free_blocks": engine.block_pool.get_num_free_blocks(),
+        "blocks": engine.model.num_blocks - 1,
+        "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
+    }
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def runner(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def named_engine(models: Models, runner: str):
+    """Several named heads; listed in logits_processors and registered as an entry point at once."""
+    personas = {
+        "terse": {"pad_preference": PREFERENCES[0], "pad_beta": 1.5},
+        "mixed": {"weights": list(MIX), "top_k": 20},
+    }
+    engine = Engine(runner, models.base, logits_processors=PLUGIN, **pad_config(models.named, personas=personas))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def released_engine(models: Models, runner: str):
+    """The released layout, registered as an entry point alone, with a KV cache far too small for its batches."""
+    one_context = 1024 * 512  # tokens * bytes: 2 layers, key and value, 1 head of 32, float32
+    pad = {"kv_cache_memory_bytes": one_context * 5 // 4, "max_num_batched_tokens": 40, "reference": "none"}
+    engine = Engine(runner, models.base, **pad_config(models.released, **pad))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def plain_engine(models: Models, runner: str):
+    """The plugin installed, and not configured."""
+    engine = Engine(runner, models.base)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def compose(models: Models):
+    return PromptTemplate(models.tokenizer).compose
+
+
+def expect(models: Models, compose, prompt, *, preference=None, max_tokens=MAX_TOKENS, **settings) -> list[int]:
+    reward_prompt = compose(prompt, preference) if preference else None
+    return oracle.generate(
+        models.base_model,
+        prompt,
+        max_tokens,
+        reward=models.reward_model,
+        reward_prompt_ids=reward_prompt,
+        **settings,
+    )
+
+
+def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose, named_engine):
+    """Every k and beta, with and without preference and head, guided and unguided mixed."""
+    mixed = oracle.mixed_head(models.named_heads, dict(zip(HEADS, MIX, strict=True)))
+    prompts, params, expected = [], [], []
+    cases = itertools.product(TOP_K, BETA, ["preference", "prompt", "weights", "both"])
+    for i, (top_k, beta, mode) in enumerate(cases):
+        prompt = encode(PROMPTS[i % len(PROMPTS)])
+        preference = PREFERENCES[i % 2] if mode in ("preference", "both") else None
+        head = mixed if mode in ("weights", "both") else None
+        arguments = {"top_k": top_k, "beta": beta}
+        arguments |= {"preference": preference} if preference else {}
+        arguments |= {"weights": list(MIX)} if head else {}
+        prompts.append(prompt)
+        params.append(GREEDY | guided(**arguments))
+        expected.append(expect(models, compose, prompt, preference=preference, head=head, top_k=top_k, beta=beta))
+        if i % 6 == 0:
+            prompts.append(prompt)
+            params.append(GREEDY)
+            expected.append(oracle.generate(models.base_model, prompt, MAX_TOKENS))
+    assert named_engine.generate(prompts, params) == expected
+    assert named_engine.call(engine_stats)["copies"] == 1
+
+
+def test_personas(models, encode, compose, named_engine):
+    prompt = encode(PROMPTS[0])
+    mixed = oracle.mixed_head(models.named_heads, dict(zip(HEADS, MIX, strict=True)))
+    out = named_engine.generate(
+        [prompt] * 3,
+        [
+            GREEDY | guided(persona="terse"),
+            GREEDY | guided(persona="mixed"),
+            GREEDY | guided(persona="terse", beta=0.5, top_k=3),
+        ],
+    )
+    assert out == [
+        expect(models, compose, prompt, preference=PREFERENCES[0], beta=1.5),
+        expect(models, compose, prompt, head=mixed, top_k=20),
+        expect(models, compose, prompt, preference=PREFERENCES[0], beta=0.5, top_k=3),
+    ]
+
+
+def test_prefix_is_shared_between_requests(models, encode, compose, named_engine):
+    """A prompt seen again costs its tail: 32-token blocks of an equal prefix are reused, and nothing changes."""
+    prompt = encode(PROMPTS[4])
+    params = GREEDY | guided(preference=PREFERENCES[1])
+    first = named_engine.generate([prompt], params)
+    before = named_engine.call(engine_stats)
+    assert named_engine.generate([prompt], params) == first
+    after = named_engine.call(engine_stats)
+    composed = len(compose(prompt, PREFERENCES[1]))
+    reused = (composed - 1) // 32 * 32
+    assert after["prefix_hits"] - before["prefix_hits"] == reused >= 64
+    assert after["tokens"] - before["tokens"] == composed - reused + MAX_TOKENS - 1
+
+
+def test_released_head_under_a_short_pool(models, encode, compose, released_engine):
+    """Sixteen sequences in a pool of a few, chunked prefill, reference mode none: slower, never wrong."""
+    head = models.released_head["v_head.summary.weight"], models.released_head["v_head.summary.bias"]
+    prompts = [encode(text) for text in PROMPTS] * 2
+    params, expected = [], []
+    for i, prompt in enumerate(prompts):
+        preference = PREFERENCES[i % 2] + " more" * i
+        params.append(GREEDY | guided(preference=preference, beta=0.8))
+        expected.append(expect(models, compose, prompt, preference=preference, head=head, beta=0.8, reference="none"))
+    assert released_engine.generate(prompts, params) == expected
+    stats = released_engine.call(engine_stats)
+    assert stats["evicted"] > 0
+    assert stats["free_blocks"] + 40 >= stats["blocks"] or stats["contexts"] > 0
+
+
+def test_chunked_prefill_of_the_base(models, encode, compose, runner):
+    """A prompt longer than the base's token budget: rows of unfinished prompts are passed over."""
+    engine = Engine(
+        runner, models.base, max_num_batched_tokens=32, max_num_seqs=8, **pad_config(models.reward, top_k=5, beta=1.5)
+    )
+    prompts = [encode("the old town keeps falling " * 7), encode("a"), encode("say why " * 30)]
+    params = GREEDY | {"max_tokens": 16} | guided(preference="concise")
+    expected = [expect(models, compose, p, preference="concise", top_k=5, beta=1.5, max_tokens=16) for p in prompts]
+    try:
+        assert engine.generate(prompts, params) == expected
+    finally:
+        engine.close()
+
+
+def test_unguided_requests_do_not_notice_the_plugin(models, encode, named_engine, plain_engine):
+    prompts = [encode(text) for text in PROMPTS]
+    alone = plain_engine.generate(prompts, GREEDY)
+    params = [GREEDY, GREEDY | guided(preference="formal")] * len(prompts)
+    mixed = named_engine.generate([p for p in prompts for _ in range(2)], params)
+    assert mixed[::2] == alone == [oracle.generate(models.base_model, p, MAX_TOKENS) for p in prompts]
+    assert mixed[1::2] != alone
+
+
+def test_guided_request_stops_at_eos(models, encode, compose, named_engine):
+    """The released loop has no EOS stop; we have. The token that ends it is made the only candidate's."""
+    prompts = [encode(text) for text in PROMPTS]
+    expected = [
+        expect(models, compose, p, preference="formal", top_k=50, beta=1.5, max_tokens=128, eos_token_id=1)
+        for p in prompts
+    ]
+    params = {"temperature": 0.0, "max_tokens": 128} | guided(preference="formal", top_k=50, beta=1.5)
+    assert named_engine.generate(prompts, params) == expected
+
+
+def test_not_configured_refuses_guidance(encode, plain_engine):
+    with pytest.raises(VLLMValidationError, match="without a reward model"):
+        plain_engine.generate([encode("a")], GREEDY | guided(preference="formal"))
+    assert len(plain_engine.generate([encode("a")], GREEDY)[0]) == MAX_TOKENS
+
+
+def test_sampled_distribution(models, encode, compose, named_engine, runner):
+    """Temperature 0.8: next tokens of seeded requests against the oracle's softmax, by chi-squared at 0.1%."""
+    prompt, preference, temperature = encode(PROMPTS[0]), "formal", 0.8
+    num_samples = 2000 if runner == "v1" else 800
+    z = models.base_model(torch.tensor([prompt])).logits[0, -1].detach()
+    r = oracle.reward_logits(models.reward_model, compose(prompt, preference)).detach()
+    expected = torch.softmax(oracle.guided_logits(z, r, top_k=10, beta=0.3) / temperature, 0) * num_samples
+    params = [
+        {"temperature": temperature, "max_tokens": 1, "seed": seed, **guided(preference=preference, beta=0.3)}
+        for seed in range(num_samples)
+    ]
+    sampled = torch.tensor([out[0] for out in named_engine.generate([prompt] * num_samples, params)])
+    counts = torch.bincount(sampled, minlength=len(z)).double()
+    assert counts[expected == 0].sum() == 0
+    likely = expected > 5  # the usual least count of a chi-squared cell; the rest is one cell
+    assert likely.sum() >= 3
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    wanted = torch.cat([expected[likely], expected[~likely].sum()[None]]).double()
+    keep = wanted > 0
+    statistic = ((observed - wanted)[keep] ** 2 / wanted[keep]).sum()
+    degrees = torch.tensor(float(keep.sum() - 1))
+    p_value = torch.special.gammaincc(degrees / 2, statistic / 2)
+    assert p_value > 1e-3, (p_value, observed, wanted)
+
+
+BAD_REQUESTS = [
+    ({"pad_preference": 3}, "pad_preference=3: must be a string"),
+    ({"pad_preference": " "}, "pad_preference=' ': must not be empty"),
+    ({"pad_preference": "\ud800"}, "lone surrogate"),
+    ({"pad_preference": "very " * 1200}, "tokens, at most"),
+    ({"pad_persona": "tirse"}, "did you mean 'terse'"),
+    ({"pad_beta": "strong"}, "pad_beta='strong': must be a number"),
+    ({"pad_beta": -1}, "pad_beta=-1: must be between 0 and 100"),
+    ({"pad_beta": float("nan")}, "pad_beta=nan"),
+    ({"pad_top_k": 65}, "pad_top_k=65: must be between 1 and 64"),
+    ({"pad_top_k": 0}, "pad_top_k=0: must be at least 1"),
+    ({"pad_top_k": True}, "pad_top_k=True: must be an integer"),
+    ({"pad_weights": [1.0]}, "1 weights for 3 value heads .concise, formal, playful."),
+    ({"pad_weights": []}, "must be a list of numbers"),
+    ({"pad_weights": [1, 2, "x"]}, r"pad_weights\[2\]='x'"),
+    ({"pad_prefrence": "formal"}, "did you mean 'pad_preference'"),
+    ({"pad_persona": None}, "pad_persona=None"),
+]
+
+
+def test_bad_requests_are_refused_and_the_engine_goes_on(models, encode, compose, named_engine):
+    prompt = encode("a")
+    for extra_args, message in BAD_REQUESTS:
+        with pytest.raises(VLLMValidationError, match=message):
+            named_engine.generate([prompt], GREEDY | {"extra_args": extra_args})
+    expected = expect(models, compose, prompt, preference="formal")
+    assert named_engine.generate([prompt], GREEDY | guided(preference="formal")) == [expected]

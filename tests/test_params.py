@@ -1,0 +1,134 @@
+"""Requests and configuration: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import pytest
+import vllm
+
+from pad_vllm import PAD, SamplingParams
+from pad_vllm.config import PADConfig
+from pad_vllm.params import GuidanceParams
+
+
+def config(**pad) -> PADConfig:
+    return PADConfig.from_additional_config({"pad": {"reward_model": "rm", **pad}})
+
+
+def test_pad_and_extra_args_say_the_same():
+    pad = PAD(preference="concise", persona="a", weights=[1, 0.5], beta=2, top_k=5)
+    extra_args = {
+        "pad_preference": "concise",
+        "pad_persona": "a",
+        "pad_weights": [1.0, 0.5],
+        "pad_beta": 2.0,
+        "pad_top_k": 5,
+    }
+    assert pad.extra_args() == extra_args
+    assert PAD.from_extra_args(extra_args | {"other_plugin": object()}) == pad
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])
+def test_silence_asks_for_nothing(extra_args):
+    assert PAD.from_extra_args(extra_args) is None
+
+
+def test_sampling_params_of_the_old_api():
+    params = SamplingParams(temperature=0.7, logits_processors=[PAD(preference="formal")], extra_args={"x": 1})
+    assert type(params) is vllm.SamplingParams
+    assert params.temperature == 0.7
+    assert params.extra_args == {"x": 1, "pad_preference": "formal"}
+    assert SamplingParams(temperature=0.7).extra_args is None
+
+
+@pytest.mark.parametrize(
+    ("processors", "extra_args", "message"),
+    [
+        ([PAD(beta=1), PAD(beta=2)], None, "takes one PAD"),
+        ([lambda ids, logits: logits], None, "takes one PAD"),
+        ([PAD()], None, "asks for nothing"),
+        ([PAD(beta=1)], {"pad_beta": 2}, "in one place"),
+    ],
+)
+def test_sampling_params_refuses(processors, extra_args, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(logits_processors=processors, extra_args=extra_args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preference": 1}, "pad_preference=1: must be a string, not int"),
+        ({"preference": ""}, "must not be empty"),
+        ({"preference": "x" * 40_000}, "40000 characters, at most 32768"),
+        ({"beta": True}, "pad_beta=True: must be a number, not bool"),
+        ({"beta": float("inf")}, "pad_beta=inf: must be between 0 and 100"),
+        ({"beta": 10**400}, "must be between 0 and 100"),
+        ({"top_k": 2.0}, "pad_top_k=2.0: must be an integer, not float"),
+        ({"top_k": -3}, "pad_top_k=-3: must be at least 1"),
+        ({"weights": 0.5}, "pad_weights=0.5: must be a list"),
+        ({"weights": [0.5, None]}, r"pad_weights\[1\]=None: must be a number"),
+        ({"weights": [1e5]}, r"pad_weights\[0\]=100000.0: must be between -10000 and 10000"),
+    ],
+)
+def test_pad_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PAD(**arguments)
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"pad": None}, {"pad": {}}, {"other": 1}])
+def test_not_configured(additional_config):
+    assert PADConfig.from_additional_config(additional_config) is None
+
+
+def test_defaults_are_the_published_settings():
+    assert config().resolve(PAD(preference="x")) == GuidanceParams("x", None, beta=1.0, top_k=10)
+
+
+def test_personas_defaults_and_overrides():
+    personas = {"a": {"pad_preference": "brief", "pad_beta": 0.5}, "b": {"weights": [1, 0], "top_k": 3}}
+    c = config(personas=personas, default_persona="a", beta=0.8)
+    assert c.resolve(None) == GuidanceParams("brief", None, 0.5, 10)
+    assert c.resolve(PAD(persona="b")) == GuidanceParams(None, (1.0, 0.0), 0.8, 3)
+    assert c.resolve(PAD(persona="b", preference="long", top_k=7)) == GuidanceParams("long", (1.0, 0.0), 0.8, 7)
+    assert c.resolve(PAD(beta=2)) == GuidanceParams("brief", None, 2.0, 10)
+    assert config(personas=personas).resolve(None) is None
+
+
+@pytest.mark.parametrize(
+    ("pad", "message"),
+    [
+        ({"reward_modle": "x"}, "pad.reward_modle: no such key; did you mean 'reward_model'"),
+        ({"reward_model": None}, "pad.reward_model is missing"),
+        ({"reward_model": 7}, "pad.reward_model=7: must be a string"),
+        ({"beta": "1"}, "pad.beta='1': must be a number"),
+        ({"top_k": 65}, "pad.top_k=65: must be between 1 and 64"),
+        ({"max_top_k": 4096}, "pad.max_top_k=4096: must be between 1 and 1024"),
+        ({"reference": "neutral"}, "pad.reference='neutral': must be one of base, none"),
+        ({"prompt_template": "{preference}"}, "must contain {prompt} exactly once"),
+        ({"prompt_template": "{prompt}"}, "must contain {preference}"),
+        ({"trust_remote_code": "yes"}, "must be true or false"),
+        ({"kv_cache_memory_bytes": 0}, "pad.kv_cache_memory_bytes=0: must be at least 1"),
+        ({"kv_cache_memory_bytes": 1.5}, "must be an integer"),
+        ({"default_persona": "x"}, "pad.default_persona='x': no such persona; known: none"),
+        ({"personas": []}, "must be an object of name -> request arguments"),
+        ({"personas": {"a": {}}}, r"pad.personas\['a'\]={}: must be an object with at least one"),
+        ({"personas": {"a": {"pad_beta": -1}}}, r"pad.personas\['a'\]: pad_beta=-1"),
+        ({"personas": {"a": {"persona": "a"}}}, "a persona cannot name another"),
+        ({"personas": {"a": {"beta": 1, "pad_beta": 2}}}, "both with and without its prefix"),
+        ({"personas": {"a": {"top_k": 100}}}, "pad_top_k=100: must be between 1 and 64"),
+        ({"personas": {"a": {"bata": 1}}}, "did you mean 'pad_beta'"),
+    ],
+)
+def test_configuration_refuses(pad, message):
+    with pytest.raises(ValueError, match=message):
+        config(**pad)
+
+
+def test_pad_must_be_an_object():
+    with pytest.raises(ValueError, match="must be an object, not str"):
+        PADConfig.from_additional_config({"pad": "model"})
+
+
+def test_unknown_persona_names_the_closest():
+    with pytest.raises(ValueError, match="pad_persona='alise': no such persona; did you mean 'alice'"):
+        config(personas={"alice": {"beta": 1}}).resolve(PAD(persona="alise"))

@@ -1,0 +1,78 @@
+"""How a preference enters the reward model's prompt."""
+
+from __future__ import annotations
+
+import pytest
+
+from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
+
+BOS, EOS, USER = 0, 1, 3
+PROMPT = [BOS, 50, 60, 70]
+
+
+@pytest.fixture
+def make(models):
+    return lambda template=DEFAULT_PROMPT_TEMPLATE, insert_after=None: PromptTemplate(
+        models.tokenizer, template, insert_after
+    )
+
+
+def plain(models, text):
+    return models.tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_default_template_is_the_released_wrapping(models, make):
+    before = plain(
+        models,
+        "[Guidelines] Your task is to generate response by considering the following principle. "
+        "[Principles] concise, formal [Instruction] ",
+    )
+    assert make().compose(PROMPT, "concise, formal") == [BOS, *before, 50, 60, 70]
+    assert make().compose(PROMPT[1:], "concise, formal") == [*before, 50, 60, 70]
+
+
+def test_text_after_the_prompt_stands_before_the_generated_tokens(models, make):
+    composed = make("{preference}: {prompt} ({preference})").compose(PROMPT, "formal")
+    assert composed == [BOS, *plain(models, "formal: "), 50, 60, 70, *plain(models, " (formal)")]
+
+
+def test_insert_after_goes_inside_the_user_turn(models, make):
+    chat = models.tokenizer.apply_chat_template([{"role": "user", "content": "say why"}], tokenize=True)["input_ids"]
+    assert chat[:2] == [BOS, USER]
+    composed = make("[{preference}] {prompt}", "<|user|>").compose(chat, "formal")
+    assert composed == [BOS, USER, *plain(models, "[formal] "), *chat[2:]]
+    elsewhere = make("[{preference}] {prompt}", "<|user|>").compose(PROMPT, "formal")
+    assert elsewhere == [BOS, *plain(models, "[formal] "), 50, 60, 70]
+
+
+@pytest.mark.parametrize(
+    "preference", ["<|user|>", "concise</s><s>", "<|us", "<", "</s", "a<pad>b", "{prompt}", "{preference} <s>"]
+)
+@pytest.mark.parametrize(
+    "template", [DEFAULT_PROMPT_TEMPLATE, "<|user|>{preference}er|> {prompt}", "<{preference}s> {prompt}"]
+)
+def test_a_preference_is_plain_text(models, make, preference, template):
+    """It never becomes a special token, not even with the help of the template around it; and nothing is lost."""
+    template = make(template)
+    composed = template.compose(PROMPT, preference)
+    special = set(models.tokenizer.all_special_ids)
+    own = [i for i in plain(models, template.before.replace("{preference}", "\0")) if i in special]
+    assert [i for i in composed[1:-3] if i in special] == own
+    text = models.tokenizer.decode(composed[1:-3])
+    assert text == template.before.replace("{preference}", preference)
+
+
+def test_special_tokens_of_the_template_count(models, make):
+    composed = make("<|user|>{preference}</s>{prompt}").compose(PROMPT, "a<s>")
+    assert composed == [BOS, USER, *models.tokenizer.encode("a<s>", split_special_tokens=True), EOS, 50, 60, 70]
+
+
+def test_num_added_tokens(make):
+    template = make("{preference} | {prompt} | {preference}")
+    assert template.num_added_tokens("formal") == len(template.compose(PROMPT, "formal")) - len(PROMPT)
+
+
+@pytest.mark.parametrize("template", ["{preference}", "{preference}{prompt}{prompt}", "{prompt}", ""])
+def test_malformed_templates_are_refused(make, template):
+    with pytest.raises(ValueError, match="must contain"):
+        make(template)
