@@ -39,6 +39,11 @@ def _start(runner: str, multiprocess: bool, kwargs: dict[str, Any]) -> None:
     _llm = LLM(**kwargs)
 
 
+def _stop() -> None:
+    # Else the process would wait, on its way out, for an engine core that waits for it.
+    _llm.llm_engine.engine_core.shutdown()
+
+
 def _generate(prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[int]]:
     from vllm import SamplingParams
 
@@ -74,13 +79,17 @@ class Engine(Worker):
         try:
             self.run(_start, runner, multiprocess, settings | kwargs)
         except BaseException:
-            self.close()
+            super().close()
             raise
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]) -> list[list[int]]:
         """One completion of each prompt, token ids in and out."""
         per_prompt = params if isinstance(params, list) else [params] * len(prompts)
         return self.run(_generate, prompts, per_prompt)
+
+    def close(self) -> None:
+        self.run(_stop)
+        super().close()
 
     def call(self, function: Callable, *args: Any) -> Any:
         """``function(llm, *args)`` in the engine's process."""

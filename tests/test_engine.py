@@ -266,3 +266,48 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(models, encode, compose
             named_engine.generate([prompt], GREEDY | {"extra_args": extra_args})
     expected = expect(models, compose, prompt, preference="formal")
     assert named_engine.generate([prompt], GREEDY | guided(preference="formal")) == [expected]
+
+
+def break_reward_model(llm) -> None:
+    """Make the reward model's next forward fail, once."""
+    from pad_vllm import PADLogitsProcessor
+
+    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
+    model = processor.adapter.guidance.model
+    forward = type(model).forward
+
+    def fail(batch):
+        model.forward = forward.__get__(model)
+        raise RuntimeError("broken on purpose")
+
+    model.forward = fail
+
+
+def test_a_failure_in_a_step_ends_its_guided_requests_and_nothing_else(models, encode, compose, named_engine):
+    """Fail closed: never unguided, never a dead engine."""
+    prompts = [encode("a"), encode("answer")]
+    named_engine.call(break_reward_model)
+    params = {"temperature": 0.0, "max_tokens": 8}
+    ended, unguided = named_engine.generate(prompts, [params | guided(preference="formal"), params])
+    assert ended == [models.tokenizer.eos_token_id]
+    assert unguided == oracle.generate(models.base_model, prompts[1], 8, eos_token_id=1)
+    again = named_engine.generate([prompts[0]], GREEDY | guided(preference="formal"))
+    assert again == [expect(models, compose, prompts[0], preference="formal")]
+
+
+def test_frontend_and_engine_in_different_processes(models, encode, compose):
+    """As it is served: the frontend refuses with what the engine's process announced, and the class is loaded there."""
+    personas = {"terse": {"pad_preference": PREFERENCES[0]}}
+    engine = Engine(
+        "v1", models.base, multiprocess=True, logits_processors=PLUGIN, **pad_config(models.named, personas=personas)
+    )
+    prompt = encode(PROMPTS[1])
+    try:
+        for extra_args, message in BAD_REQUESTS:
+            with pytest.raises(VLLMValidationError, match=message):
+                engine.generate([prompt], GREEDY | {"extra_args": extra_args})
+        out = engine.generate([prompt] * 2, [GREEDY | guided(persona="terse"), GREEDY])
+    finally:
+        engine.close()
+    assert out[0] == expect(models, compose, prompt, preference=PREFERENCES[0])
+    assert out[1] == oracle.generate(models.base_model, prompt, MAX_TOKENS)

@@ -1,0 +1,115 @@
+"""What the frontend knows of its engines, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import vllm
+
+from pad_vllm import PADLogitsProcessor, admission
+from pad_vllm.admission import ANNOUNCE_DIR, Announcement
+
+GUIDED = Announcement(True, personas=("alice",), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8)
+
+
+class Owner:
+    """Something that announcements live as long as."""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(ANNOUNCE_DIR, str(tmp_path))
+    return tmp_path
+
+
+def validate(**extra_args) -> None:
+    PADLogitsProcessor.validate_params(vllm.SamplingParams(extra_args=extra_args or None))
+
+
+def test_an_announcement_lives_as_long_as_its_engine():
+    owner = Owner()
+    admission.announce(GUIDED, owner)
+    assert admission.announcements() == [GUIDED]
+    del owner
+    gc.collect()
+    assert admission.announcements() == []
+
+
+def test_an_engine_that_was_killed_announces_nothing(folder):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owner = Owner()
+    admission.announce(GUIDED, owner)
+    (path,) = folder.glob("*.json")
+    record = json.loads(path.read_text())
+    path.with_name("dead.json").write_text(json.dumps(record | {"pid": dead.pid, "personas": ["bob"]}))
+    path.with_name("remote.json").write_text(json.dumps(record | {"pid": dead.pid, "host": "elsewhere"}))
+    assert admission.announcements() == [GUIDED, GUIDED]
+
+
+def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
+    monkeypatch.delenv(ANNOUNCE_DIR)
+    admission.register()
+    folder = os.environ[ANNOUNCE_DIR]
+    assert os.stat(folder).st_mode & 0o077 == 0
+    admission.register()
+    assert os.environ[ANNOUNCE_DIR] == folder
+    owner = Owner()
+    admission.announce(GUIDED, owner)
+    code = "from pad_vllm.admission import announcements; print(len(announcements()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
+
+
+def test_a_request_that_no_engine_would_guide_is_refused():
+    validate()
+    validate(other_plugin=1)
+    with pytest.raises(ValueError, match="no engine has announced PAD guidance"):
+        validate(pad_beta=1.0)
+    owner = Owner()
+    admission.announce(Announcement(configured=False), owner)
+    with pytest.raises(ValueError, match="runs without a reward model"):
+        validate(pad_beta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"pad_persona": "alise"}, "did you mean 'alice'"),
+        ({"pad_top_k": 21}, "pad_top_k=21: must be between 1 and 20"),
+        ({"pad_weights": [1.0, 2.0, 3.0]}, "3 weights for 2 value heads .a, b."),
+        ({"pad_preference": "x"}, "no tokenizer"),
+        ({"pad_beta": "x"}, "must be a number"),
+    ],
+)
+def test_refused_by_what_the_engine_announced(extra_args, message):
+    owner = Owner()
+    admission.announce(GUIDED, owner)
+    validate(pad_persona="alice", pad_top_k=20, pad_weights=[1, 2])
+    with pytest.raises(ValueError, match=message):
+        validate(**extra_args)
+
+
+def test_preferences_are_bounded_in_the_reward_models_tokens(models):
+    owner = Owner()
+    tokenizer = {"pretrained_model_name_or_path": str(models.reward)}
+    template = "a {preference} b {prompt}"
+    announcement = Announcement(True, max_preference_tokens=8, tokenizer=tokenizer, prompt_template=template)
+    admission.announce(announcement, owner)
+    validate(pad_preference="be concise")
+    with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens, at most 8 are allowed"):
+        validate(pad_preference="be concise and 12345678")
+
+
+def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():
+    first, second = Owner(), Owner()
+    admission.announce(GUIDED, first)
+    admission.announce(Announcement(True, personas=("bob",), max_top_k=5), second)
+    validate(pad_persona="bob")
+    validate(pad_persona="alice")
+    with pytest.raises(ValueError, match="pad_persona='carol'"):
+        validate(pad_persona="carol")
