@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import socket
@@ -26,6 +27,8 @@ from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
 """Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
@@ -89,28 +92,47 @@ def check_preference(template: PromptTemplate, preference: str, max_tokens: int)
 def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
     from transformers import AutoTokenizer
 
-    return PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
+    try:
+        return PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
+    except OSError as error:
+        raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({error})") from error
 
 
 def register() -> None:
     """The ``vllm.general_plugins`` hook: make the folder of announcements, once for a frontend and its engines."""
     if ANNOUNCE_DIR in os.environ:
         return
-    folder, owner = tempfile.mkdtemp(prefix="pad-vllm-"), os.getpid()
+    try:
+        folder, owner = tempfile.mkdtemp(prefix="pad-vllm-"), os.getpid()
+    except OSError as error:
+        logger.warning("No folder for announcements of PAD engines: %s", error)
+        return
     os.environ[ANNOUNCE_DIR] = folder
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
 
 
 def announce(announcement: Announcement, engine: object) -> None:
-    """Tell the frontends what ``engine`` accepts, for as long as the object and its process live."""
-    register()
-    folder = Path(os.environ[ANNOUNCE_DIR])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{uuid.uuid4().hex}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | asdict(announcement)))
-    part.rename(path)
-    weakref.finalize(engine, path.unlink, missing_ok=True)
+    """Tell the frontends what ``engine`` accepts, for as long as the object and its process live.
+
+    Raises:
+        ValueError: an engine that guides cannot write where its frontends would look.
+    """
+    try:
+        register()
+        folder = Path(os.environ.get(ANNOUNCE_DIR, os.devnull))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{uuid.uuid4().hex}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | asdict(announcement)))
+        part.rename(path)
+    except OSError as error:
+        if not announcement.configured:
+            return  # without it, the frontend refuses guidance all the same
+        raise ValueError(
+            f"pad cannot tell the frontend what it accepts ({error}); set {ANNOUNCE_DIR} to a writable folder"
+        ) from error
+    owner = os.getpid()  # a forked child inherits the finalizer, and is not the engine
+    weakref.finalize(engine, lambda: os.getpid() == owner and path.unlink(missing_ok=True))
 
 
 def announcements() -> list[Announcement]:
@@ -132,14 +154,21 @@ def _parse(path: Path) -> tuple[str, int, Announcement]:
 
 
 def _read(path: Path) -> Announcement | None:
+    """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
     try:
         host, pid, announcement = _parse(path)
-        if host == socket.gethostname():
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("Cannot read the announcement %s of a PAD engine: %r", path, error)
+        return None
+    if host == socket.gethostname():
+        try:
             os.kill(pid, 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return None  # withdrawn, or left by an engine that was killed
-    except PermissionError:
-        pass
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass  # alive, and somebody else's
     return announcement
 
 

@@ -20,7 +20,7 @@ from pad_vllm.config import PADConfig
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.backend import PagedModel, reward_model_config
 from pad_vllm.reward.engine import Context, ContextStep, RewardEngine
-from pad_vllm.reward.heads import load_heads, locate_heads
+from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
 
 logger = init_logger(f"vllm.{__name__}")
@@ -87,8 +87,9 @@ class Guidance:
             "trust_remote_code": config.trust_remote_code,
         }
         tokenizer = self._load_tokenizer(vllm_config)
+        self.reward_vocab_size = model_config.get_vocab_size()
         self.vocab_size = check_vocabulary(
-            config.reward_model, model_config.get_vocab_size(), base.get_vocab_size(), tokenizer
+            config.reward_model, self.reward_vocab_size, base.get_vocab_size(), tokenizer
         )
         self.template = None
         if tokenizer is not None:
@@ -106,8 +107,9 @@ class Guidance:
             device,
             max_num_batched_tokens,
             config.kv_cache_memory_bytes,
-            self.heads.tensor_names if self.heads else frozenset(),
+            tensor_names_beside(config.reward_model, config.revision),
         )
+        self.model.warm_up(max_num_batched_tokens)
         self.lm_head = self.model.lm_head()
         self.engine = RewardEngine(self.model, max_num_batched_tokens)
         for name in config.personas:
@@ -147,7 +149,16 @@ class Guidance:
         return params
 
     def new_request(self, params: GuidanceParams, prompt_ids: Sequence[int]) -> GuidedRequest:
-        """Begin guiding a request whose base prompt is ``prompt_ids``."""
+        """Begin guiding a request whose base prompt is ``prompt_ids``.
+
+        Raises:
+            ValueError: the prompt has a token that the reward model has no row for.
+        """
+        low, high = min(prompt_ids), max(prompt_ids)
+        if low < 0 or high >= self.reward_vocab_size:
+            raise ValueError(
+                f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
+            )
         composed = list(prompt_ids)
         if params.preference is not None:
             composed = self.template.compose(composed, params.preference)
@@ -215,16 +226,22 @@ class Guidance:
                 f"pad.reward_model={self.config.reward_model!r}: no tokenizer: {one_paragraph(error)}"
             ) from error
         if not base.skip_tokenizer_init:
-            theirs = AutoTokenizer.from_pretrained(
-                base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
-            ).get_vocab()
+            try:
+                theirs = AutoTokenizer.from_pretrained(
+                    base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
+                ).get_vocab()
+            except Exception as error:
+                raise ValueError(
+                    f"pad: the base model's tokenizer {base.tokenizer!r} cannot be compared with the reward model's: "
+                    f"{one_paragraph(error)}"
+                ) from error
             ours = tokenizer.get_vocab()
-            if ours != theirs:
-                token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+            if missing := [token for token, i in theirs.items() if ours.get(token) != i]:
+                token = min(missing)
                 raise ValueError(
                     f"pad.reward_model={self.config.reward_model!r}: its tokenizer is not that of the base model "
-                    f"{base.model!r}: {token!r} is {theirs.get(token)} there and {ours.get(token)} here. PAD scores "
-                    "the base model's own tokens; take a reward model trained with the same tokenizer"
+                    f"{base.model!r}: {token!r} is {theirs[token]} there and {ours.get(token)} here. PAD scores the "
+                    "base model's own tokens; take a reward model trained with the same tokenizer"
                 )
         return tokenizer
 
@@ -277,9 +294,10 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokenizer: PreTr
     Raises:
         ValueError: the reward model has no row for some token.
     """
-    if reward < (base if tokenizer is None else len(tokenizer)):
+    needed = base if tokenizer is None else len(tokenizer)
+    if reward < needed:
         raise ValueError(
-            f"pad.reward_model={reward_model!r}: a vocabulary of {reward} where the base model's is {base}; PAD scores "
+            f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {needed} tokens to score; PAD scores "
             "the base model's own tokens, so the reward model needs a row for each"
         )
     return min(reward, base)

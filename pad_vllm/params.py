@@ -158,7 +158,7 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
     """
     import vllm
 
-    processors = list(logits_processors or ())
+    processors = [logits_processors] if isinstance(logits_processors, PAD) else list(logits_processors or ())
     if len(processors) > 1 or not all(isinstance(p, PAD) for p in processors):
         raise ValueError(f"logits_processors={processors!r}: takes one PAD(...); combine preferences in its text")
     if processors:

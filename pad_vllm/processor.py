@@ -2,7 +2,8 @@
 
 An adapter tells :class:`~pad_vllm.guidance.Guidance` which rows of a step are guided and where the tokens of their
 requests are. Nothing here may raise once the engine runs: an exception in a logits processor ends the engine for
-every client. A request that cannot be guided is ended instead, never answered without guidance.
+every client. A request that cannot be guided gets end tokens instead: it ends at once (with ``ignore_eos``, once it
+has its length of them), and is never answered without guidance.
 """
 
 from __future__ import annotations
@@ -104,19 +105,30 @@ def refuse_unless_silent(asked: PAD | None) -> None:
 
 def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
     """Raise ValueError for an engine configuration with which guidance could not work."""
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError(
-            f"pad: pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported, the reward model stands "
-            "beside the whole base model; use tensor parallelism"
-        )
-    if vllm_config.speculative_config is not None:
-        raise ValueError("pad: speculative decoding is not supported yet; start without a speculative configuration")
-    if not on_v2 and vllm_config.scheduler_config.async_scheduling and not vllm_config.model_config.logits_processors:
-        raise ValueError(
-            "pad: with async scheduling the V1 runner shows generated tokens only to listed logits processors; add "
-            "--logits-processors pad_vllm:PADLogitsProcessor, or --no-async-scheduling"
-        )
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refused = {
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model stands beside the whole base "
+        "model; use tensor parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism splits sequences over ranks, and the reward model's would not be": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "data parallelism of a mixture of experts lets ranks step together, and only some have guided requests": (
+            parallel.data_parallel_size > 1 and bool(parallel.is_moe_model)
+        ),
+        "enable_batch_sharded_sampling gives every rank other requests to sample": (
+            parallel.enable_batch_sharded_sampling
+        ),
+        "speculative decoding is not supported yet": vllm_config.speculative_config is not None,
+        "enable_prompt_embeds: the reward model reads tokens": model.enable_prompt_embeds,
+        "enable_sleep_mode: Model Runner V2 discards the reward model in its sleep": on_v2 and model.enable_sleep_mode,
+        "with async scheduling the V1 runner shows generated tokens only to listed logits processors; add "
+        "--logits-processors pad_vllm:PADLogitsProcessor, or --no-async-scheduling": (
+            not on_v2 and vllm_config.scheduler_config.async_scheduling and not model.logits_processors
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(f"pad cannot guide this engine: {reason}")
 
 
 @dataclass(eq=False)

@@ -6,12 +6,14 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
 from tests.conftest import HEADS, Models
 from tests.engine import PLUGIN, Engine, guided
+from tests.models import make_model
 
 MAX_TOKENS = 64
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
@@ -46,6 +48,7 @@ def engine_stats(llm) -> dict:
         "prefix_hits": engine.stats.num_prefix_hit_tokens,
         "tokens": engine.stats.num_tokens,
         "contexts": len(engine.contexts),
+        "held_blocks": len({block.block_id for context in engine.contexts for block in context.blocks}),
         "free_blocks": engine.block_pool.get_num_free_blocks(),
         "blocks": engine.model.num_blocks - 1,
         "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
@@ -171,17 +174,84 @@ def test_released_head_under_a_short_pool(models, encode, compose, released_engi
     assert released_engine.generate(prompts, params) == expected
     stats = released_engine.call(engine_stats)
     assert stats["evicted"] > 0
-    assert stats["free_blocks"] + 40 >= stats["blocks"] or stats["contexts"] > 0
+    assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
 
 
-def test_chunked_prefill_of_the_base(models, encode, compose, runner):
-    """A prompt longer than the base's token budget: rows of unfinished prompts are passed over."""
-    engine = Engine(
-        runner, models.base, max_num_batched_tokens=32, max_num_seqs=8, **pad_config(models.reward, top_k=5, beta=1.5)
+def test_nothing_leaks(models, encode, named_engine, runner):
+    """Requests of all lengths; in the end every block is free, or held by a context that still stands in a V2 slot."""
+    prompts = [encode("a " * (1 + 11 * i % 190)) for i in range(40)]
+    params = [
+        {"temperature": 0.0, "max_tokens": 1 + 7 * i % 40, "ignore_eos": True, **guided(preference=PREFERENCES[i % 2])}
+        for i in range(40)
+    ]
+    named_engine.generate(prompts, params)
+    named_engine.generate([prompts[0]], {"max_tokens": 1})  # V1 hears of requests that left with the next step
+    stats = named_engine.call(engine_stats)
+    assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
+    if runner == "v1":
+        assert stats["contexts"] == 0 == stats["held_blocks"]
+    else:
+        assert stats["contexts"] <= 256
+
+
+@pytest.mark.parametrize("windowed", ["base", "reward"])
+def test_a_sliding_window_stays_with_its_model(models, encode, compose, tmp_path, windowed):
+    """vLLM keeps a model's window in the cache configuration: the reward model must neither inherit nor lose one."""
+    mistral = make_model(tmp_path / "mistral", seed=5, model_type="mistral", sliding_window=48, head_dim=32)
+    base, reward = (mistral, models.reward) if windowed == "base" else (models.base, mistral)
+    engine = Engine("v1", base, **pad_config(reward, max_num_batched_tokens=64))
+    prompts = [encode("the rain keeps falling on the old town. " * 5), encode("a")]
+    params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **guided(preference="formal", beta=1.5)}
+    try:
+        out = engine.generate(prompts, params)
+    finally:
+        engine.close()
+    load = AutoModelForCausalLM.from_pretrained
+    base_model, reward_model = load(base), load(reward)
+    assert out == [
+        oracle.generate(
+            base_model, p, 24, reward=reward_model, reward_prompt_ids=compose(p, "formal"), top_k=10, beta=1.5
+        )
+        for p in prompts
+    ]
+
+
+def test_a_prompt_token_unknown_to_the_reward_model_ends_its_request_alone(models, encode, compose, tmp_path):
+    """The base model's embeddings may have rows that stand for no token; vLLM lets a client send them."""
+    padded = make_model(tmp_path / "padded", seed=0, vocab_size=576)
+    engine = Engine("v1", padded, **pad_config(models.reward))
+    prompts = [[0, 550, 20], encode("a")]
+    params = {"temperature": 0.0, "max_tokens": 16} | guided(preference="formal")
+    try:
+        ended, other = engine.generate(prompts, params)
+    finally:
+        engine.close()
+    assert ended == [models.tokenizer.eos_token_id]
+    padded_model = AutoModelForCausalLM.from_pretrained(padded)
+    padded_model.lm_head.weight.data = padded_model.lm_head.weight.data[:512]
+    assert other == oracle.generate(
+        padded_model,
+        prompts[1],
+        16,
+        reward=models.reward_model,
+        reward_prompt_ids=compose(prompts[1], "formal"),
+        eos_token_id=1,
     )
+
+
+def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, compose, runner):
+    """Prompts longer than the base's token budget: rows of unfinished prompts are passed over. And a request that
+    asks for nothing gets the default persona."""
+    pad = {"top_k": 5, "beta": 1.5, "personas": {"house": {"preference": "concise"}}, "default_persona": "house"}
+    engine = Engine(runner, models.base, max_num_batched_tokens=32, max_num_seqs=8, **pad_config(models.reward, **pad))
     prompts = [encode("the old town keeps falling " * 7), encode("a"), encode("say why " * 30)]
-    params = GREEDY | {"max_tokens": 16} | guided(preference="concise")
-    expected = [expect(models, compose, p, preference="concise", top_k=5, beta=1.5, max_tokens=16) for p in prompts]
+    params = [GREEDY | {"max_tokens": 16} | asked for asked in (guided(preference="formal"), guided(beta=1.0), {})]
+    settings = {"top_k": 5, "max_tokens": 16}
+    expected = [
+        expect(models, compose, prompts[0], preference="formal", beta=1.5, **settings),
+        expect(models, compose, prompts[1], preference="concise", beta=1.0, **settings),
+        expect(models, compose, prompts[2], preference="concise", beta=1.5, **settings),
+    ]
     try:
         assert engine.generate(prompts, params) == expected
     finally:
@@ -311,3 +381,24 @@ def test_frontend_and_engine_in_different_processes(models, encode, compose):
         engine.close()
     assert out[0] == expect(models, compose, prompt, preference=PREFERENCES[0])
     assert out[1] == oracle.generate(models.base_model, prompt, MAX_TOKENS)
+
+
+def test_tensor_parallelism(models, encode, compose, monkeypatch):
+    """Two ranks: the reward model is sharded like the base, and the candidates' scores are summed over the ranks."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    engine = Engine(
+        "v1",
+        models.base,
+        multiprocess=True,
+        tensor_parallel_size=2,
+        logits_processors=PLUGIN,
+        **pad_config(models.released),
+    )
+    head = models.released_head["v_head.summary.weight"], models.released_head["v_head.summary.bias"]
+    prompts = [encode(text) for text in PROMPTS]
+    params = GREEDY | {"max_tokens": 32} | guided(preference="formal", beta=1.5)
+    try:
+        out = engine.generate(prompts, params)
+    finally:
+        engine.close()
+    assert out == [expect(models, compose, p, preference="formal", head=head, beta=1.5, max_tokens=32) for p in prompts]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pad_vllm.reward.heads import load_heads, locate_heads
+from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 
 
 def write(path, **tensors):
@@ -22,7 +22,6 @@ def test_released_layout(tmp_path):
     assert heads.default_weights == (1.0,)
     assert torch.equal(heads.weight[0], weight)
     assert torch.equal(heads.bias[0], bias)
-    assert heads.tensor_names == {"v_head.summary.weight", "v_head.summary.bias"}
 
 
 def test_named_heads_in_the_files_order(tmp_path):
@@ -47,6 +46,7 @@ def test_found_beside_the_model(tmp_path):
     released = write(tmp_path / "value_head.safetensors", v_head__summary__weight=torch.eye(2))
     assert locate_heads(None, str(tmp_path), None) == released
     assert locate_heads(str(path), str(tmp_path), None) == path
+    assert tensor_names_beside(str(tmp_path), None) == {"a.weight", "v_head.summary.weight"}
 
 
 def test_refused(tmp_path):

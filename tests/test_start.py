@@ -99,4 +99,4 @@ def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
             logits_processors=PLUGIN,
             additional_config={"pad": pad},
         )
-    assert "pad: pipeline_parallel_size=2 is not supported" in "".join(capfd.readouterr())
+    assert "pad cannot guide this engine: pipeline_parallel_size=2" in "".join(capfd.readouterr())

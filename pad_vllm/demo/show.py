@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 96
 TEMPERATURE = 0.8
-NUM_QUESTIONS = 42
-"""Questions per preference in the table of measurements: each held-out topic in each phrasing."""
+NUM_QUESTIONS = 48
+"""Questions per preference in the table of measurements."""
 
 USERS: dict[str, dict[str, str]] = {
     "Ada": {"length": "concise", "tone": "formal"},
     "Ben": {"tone": "playful", "stance": "direct", "example": "with"},
     "Cleo": world.HELD_OUT[0]._asdict(),
-    "Dev": world.HELD_OUT[1]._asdict(),
+    "Dev": world.HELD_OUT[2]._asdict(),
 }
 """What each user wants; the last two want combinations that the reward model was never trained on."""
 
@@ -39,16 +39,18 @@ def show(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | Non
     console = Console(width=None if os.isatty(1) else 120)
     console.rule("[bold]pad-vllm: one model, each user's taste")
     models = build(cache_dir, seed)
+    m = models.metrics
     console.print(
-        f"Models in {models.base.parent}. The reward model prefers the answer that was asked for in "
-        f"{models.metrics['accuracy_after_pad']:.0%} of unseen pairs."
+        f"Models in {models.base.parent}. On unseen pairs the reward model prefers the answer that was asked for in "
+        f"{m['accuracy_after_pad']:.0%}, by {m['margin_after_pad']:.0f} nats ({m['margin_after_sft']:.0f} before the "
+        "PAD objective)."
     )
     with console.status("Starting vLLM ..."):
         llm = start(models)
 
     rng = random.Random(seed)
-    for topic in rng.sample(world.HELD_OUT_TOPICS, 2):
-        _print_answers(console, llm, world.ask(topic, rng), {"pad_beta": beta, "pad_top_k": top_k}, rng)
+    for question in _questions(2, rng):
+        _print_answers(console, llm, question, {"pad_beta": beta, "pad_top_k": top_k}, rng)
     _print_measurements(console, measure(llm, beta, top_k, seed), beta, top_k)
 
 
@@ -95,13 +97,12 @@ def generate(
 def measure(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Mean satisfaction without and with guidance, of every single value and every held-out combination.
 
-    Sampled at temperature 0.8 on questions about topics that the reward model was never trained on.
+    Sampled at temperature 0.8, on questions in a phrasing that the reward model was never trained on.
     """
     rng = random.Random(seed)
     wants = {value: {dimension: value} for dimension, values in world.DIMENSIONS.items() for value in values}
     wants |= {" + ".join(style): style._asdict() for style in world.HELD_OUT}
-    topics = [topic for topic in world.HELD_OUT_TOPICS for _ in range(NUM_QUESTIONS // len(world.HELD_OUT_TOPICS))]
-    questions = [world.ask(topic, rng) for topic in topics]
+    questions = _questions(NUM_QUESTIONS, rng)
     unguided = generate(llm, questions, [None] * len(questions), TEMPERATURE, seed)
     guidance = [
         {"pad_preference": world.preference(wanted, rng), "pad_beta": beta, "pad_top_k": top_k}
@@ -116,6 +117,12 @@ def measure(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple
     return satisfied
 
 
+def _questions(number: int, rng: random.Random) -> list[str]:
+    """Questions about different topics, in a phrasing that the reward model was never trained on."""
+    topics = rng.sample(world.TOPICS, number)
+    return [rng.choice(world.HELD_OUT_QUESTIONS).format(topic.task) for topic in topics]
+
+
 def _mean_satisfaction(texts: Sequence[str], wanted: Mapping[str, str]) -> float:
     return sum(world.satisfaction(text, wanted) for text in texts) / len(texts)
 
@@ -128,7 +135,7 @@ def _print_answers(console: Console, llm: LLM, question: str, guidance: dict, rn
     table = Table(box=SIMPLE_HEAD, title=f"[bold]{question}", title_justify="left", show_lines=True, expand=True)
     table.add_column("for", ratio=3)
     table.add_column("the answer", ratio=6)
-    table.add_column("satisfied: unguided > guided", ratio=3)
+    table.add_column("unguided > guided", ratio=3)
     table.add_row("nobody: unguided", unguided, "")
     for (name, wanted), answer in zip(USERS.items(), answers, strict=True):
         seen = " [dim](a combination never trained on)[/]" if world.is_held_out(wanted) else ""
@@ -141,10 +148,13 @@ def _compare(unguided: str, guided: str, wanted: Mapping[str, str]) -> Text:
     text = Text()
     before, after = world.measure(unguided), world.measure(guided)
     for dimension, value in wanted.items():
-        label = f"{value} an example" if dimension == "example" else value
         marks = [("✓", "green") if found[dimension] == value else ("✗", "red") for found in (before, after)]
-        text.append(f"{label} ").append(*marks[0]).append(" > ").append(*marks[1]).append("\n")
+        text.append(f"{_label(value)} ").append(*marks[0]).append(" > ").append(*marks[1]).append("\n")
     return text
+
+
+def _label(value: str) -> str:
+    return f"{value} an example" if value in world.DIMENSIONS["example"] else value
 
 
 def _print_measurements(
@@ -157,8 +167,8 @@ def _print_measurements(
     table.add_column("guided", justify="right")
     table.add_column("")
     for name, (unguided, guided) in satisfied.items():
-        label = f"{name} an example" if name in world.DIMENSIONS["example"] else name
+        label = " + ".join(map(_label, name.split(" + ")))
         bar = Text("█" * round(20 * unguided), "dim").append("█" * max(round(20 * (guided - unguided)), 0), "green")
         table.add_row(label + (" *" if "+" in name else ""), f"{unguided:.0%}", f"{guided:.0%}", bar)
     console.print(table)
-    console.print("* combinations that the reward model was never trained on, on topics that it was never trained on")
+    console.print("* combinations that the reward model was never trained on")

@@ -6,6 +6,7 @@ runner adapters. ``vllm/v1/worker/gpu/spec_decode/standalone_ar`` is vLLM's own 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
-from vllm.config import CompilationConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config import replace as replace_config
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -31,7 +32,6 @@ from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_configs,
     hash_block_tokens,
     init_none_hash,
-    max_memory_usage_bytes,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.attn_utils import (
@@ -46,7 +46,7 @@ __all__ = ["BlockHash", "BlockPool", "KVCacheBlock", "PagedModel", "block_hasher
 
 
 KV_CACHE_SHARE = 0.1
-"""Most of vLLM's memory budget that the reward model's KV cache takes by default."""
+"""Of vLLM's memory budget, what the reward model's KV cache takes at most by default."""
 
 
 def device_memory_bytes() -> int:
@@ -79,16 +79,27 @@ def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
     return ModelConfig(**settings | {"tokenizer": overrides["model"]} | overrides)
 
 
+def uniform_sliding_window(model_config: ModelConfig) -> int | None:
+    """The window that all layers share, by the rule of vLLM's EngineArgs; None where layers have their own."""
+    layer_types = getattr(model_config.hf_text_config, "layer_types", None)
+    if layer_types is not None and any(layer_type != "sliding_attention" for layer_type in layer_types):
+        return None
+    return model_config.get_sliding_window()
+
+
 def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int) -> VllmConfig:
     """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out."""
     cache_config = replace_config(
         base.cache_config,
         cache_dtype="auto",
+        # CPU attention shares no finer than 32 tokens; 16 is what every GPU back end has.
+        block_size=32 if current_platform.is_cpu() else 16,
+        sliding_window=uniform_sliding_window(model_config),
+        is_attention_free=model_config.is_attention_free,
         enable_prefix_caching=True,
         num_gpu_blocks_override=None,
         kv_cache_memory_bytes=None,
         kv_sharing_fast_prefill=False,
-        **({"block_size": 32} if current_platform.is_cpu() else {}),  # the finest sharing that CPU attention has
     )
     # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
     cache_config.kv_cache_layout = None
@@ -103,12 +114,20 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         # One KV cache group: a block table serves every layer, sliding windows included.
         disable_hybrid_kv_cache_manager=True,
     )
+    load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
+    # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
+    attention_config = copy.copy(base.attention_config)
+    attention_config.backend = None
     return replace_config(
         base,
         model_config=model_config,
         cache_config=cache_config,
         scheduler_config=scheduler_config,
+        load_config=LoadConfig(load_format=load_format, download_dir=base.load_config.download_dir),
         compilation_config=CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE),
+        attention_config=attention_config,
+        parallel_config=copy.copy(base.parallel_config),
+        kernel_config=copy.copy(base.kernel_config),
         quant_config=None,
         lora_config=None,
         speculative_config=None,
@@ -182,7 +201,7 @@ class PagedModel:
         model_config: the reward model's, its ``max_model_len`` the longest context that it must hold.
         max_num_batched_tokens: most tokens in one forward.
         kv_cache_memory_bytes: size of the KV cache; when None, contexts for all of the engine's requests, but at most
-            ``KV_CACHE_SHARE`` of the memory that vLLM may use, and two contexts at least.
+            ``KV_CACHE_SHARE`` of the memory that vLLM may use, and one context at least.
         not_backbone: checkpoint tensors that are not the backbone's.
 
     Raises:
@@ -206,7 +225,6 @@ class PagedModel:
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         self.hidden_size = model_config.get_hidden_size()
         self.max_model_len = model_config.max_model_len
-        self.max_num_blocks = -(-self.max_model_len // self.block_size)
 
     def _init_kv_cache(self, memory_bytes: int | None, max_num_seqs: int) -> None:
         config = self.vllm_config
@@ -219,19 +237,22 @@ class PagedModel:
             )
         layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(config))]
         resolve_kv_cache_layout(config, [layouts], list(spec.values()))
-        one_context = max_memory_usage_bytes(config, spec.values())
-        self.bytes_per_token = one_context / config.model_config.max_model_len
+        # What is behind a sliding window is kept too, so every layer needs every block of a context.
+        block_bytes = sum(s.page_size_bytes for s in spec.values())
+        self.block_size = config.cache_config.block_size
+        self.max_num_blocks = -(-config.model_config.max_model_len // self.block_size)
+        one_context = self.max_num_blocks * block_bytes
+        self.bytes_per_token = block_bytes / self.block_size
         if memory_bytes is None:
             share = KV_CACHE_SHARE * config.cache_config.gpu_memory_utilization * device_memory_bytes()
-            memory_bytes = max(min(max_num_seqs * one_context, int(share)), 2 * one_context)
+            memory_bytes = max(min(max_num_seqs * one_context, int(share)), one_context)
         if memory_bytes < one_context:
             raise ValueError(
                 f"pad.kv_cache_memory_bytes={memory_bytes}: one context of {config.model_config.max_model_len} tokens "
                 f"takes {one_context} bytes of the reward model's KV cache, the least that can work"
             )
         # One block more than asked: vLLM's pool holds its first block back as the null block.
-        null_block = sum(s.page_size_bytes for s in spec.values())
-        (kv_cache_config,) = get_kv_cache_configs(config, [spec], [memory_bytes + null_block])
+        (kv_cache_config,) = get_kv_cache_configs(config, [spec], [memory_bytes + block_bytes])
         num_groups = len(kv_cache_config.kv_cache_groups)
         if num_groups != 1:
             raise ValueError(
@@ -239,8 +260,13 @@ class PagedModel:
                 "supported"
             )
         self.kv_cache_config: KVCacheConfig = kv_cache_config
-        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.attn_groups, _, kernel_block_sizes = init_attn_backend(kv_cache_config, config, self.device)
+        if kernel_block_sizes != [self.block_size] or kv_cache_config.num_blocks <= self.max_num_blocks:
+            raise ValueError(
+                f"pad.reward_model={config.model_config.model!r}: its attention back end wants KV cache blocks of "
+                f"{kernel_block_sizes} tokens and got {kv_cache_config.num_blocks} of {self.block_size}, where a "
+                f"context takes {self.max_num_blocks}"
+            )
         self.kv_caches = init_kv_cache(
             config.compilation_config.static_forward_context,
             kv_cache_config,
@@ -273,6 +299,43 @@ class PagedModel:
             head.shard_indices.org_vocab_start_index,
             tensor_model_parallel_all_reduce if shards else None,
         )
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_batched_tokens: int) -> None:
+        """Run the largest forward once, so that its memory is taken while vLLM still counts, and a model that cannot
+        run, or whose logits are not those of :meth:`lm_head`, stops the start.
+
+        Raises:
+            ValueError: the model needs other inputs, or does more for its logits than an output head.
+        """
+        num_tokens = min(max_num_batched_tokens, self.max_model_len)
+        blocks = np.zeros((1, self.max_num_blocks), np.int32)
+        blocks[0] = np.arange(1, self.max_num_blocks + 1)
+        positions = np.arange(num_tokens, dtype=np.int64)
+        batch = ForwardBatch(
+            input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
+            positions=positions,
+            slot_mapping=positions + self.block_size,
+            query_start_loc=np.array([0, num_tokens], np.int32),
+            seq_lens=np.array([num_tokens], np.int32),
+            block_table=blocks,
+        )
+        name, head = type(self.model).__name__, self.lm_head()
+        try:
+            hidden_states = self.forward(batch)[-1:]
+        except Exception as error:
+            raise ValueError(f"pad.reward_model: {name} cannot be run on token ids alone: {error}") from error
+        if head.all_reduce is None:
+            theirs = self.model.compute_logits(hidden_states).float()
+            rows = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=self.device)
+            ours = head.weight[rows].float() @ hidden_states[0].float()
+            ours = ours if head.bias is None else ours + head.bias[rows].float()
+            ours = ours if head.soft_cap is None else torch.tanh(ours / head.soft_cap) * head.soft_cap
+            if not torch.allclose(theirs[0, rows], ours * head.scale, rtol=0.05, atol=0.05):
+                raise ValueError(
+                    f"pad.reward_model: the logits of {name} are more than its output head, soft cap and scale, so "
+                    "they cannot be computed for candidates alone"
+                )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

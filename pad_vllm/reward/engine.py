@@ -103,7 +103,7 @@ class RewardEngine:
                     return output
                 hidden_states = output.new_empty(len(steps), output.shape[-1])
             if finished:
-                hidden_states[list(finished)] = output
+                hidden_states[self._index(finished)] = output
             pending = [i for i in pending if i not in finished]
         assert hidden_states is not None
         return hidden_states
@@ -196,7 +196,7 @@ class RewardEngine:
             if end == steps[i].num_tokens > len(steps[i].context.prompt_ids)
         ]
         if last:
-            at, of = torch.tensor(last, device=self.model.device).T
+            at, of = self._index(last).T
             batch.input_ids[at] = last_token_ids[of]
 
         hidden_states = self.model.forward(batch)
@@ -209,9 +209,10 @@ class RewardEngine:
             i: query_start_loc[r + 1] - 1 for r, (i, _, end) in enumerate(scheduled) if end == steps[i].num_tokens
         }
         order = sorted(finished)
-        return hidden_states[
-            torch.tensor([finished[i] for i in order], device=self.model.device, dtype=torch.long)
-        ], order
+        return hidden_states[self._index([finished[i] for i in order])], order
+
+    def _index(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.model.device, non_blocking=True)
 
     def _token_ids(self, step: ContextStep, start: int, end: int) -> list[int]:
         """A context's tokens [start, end), with a 0 for a last one that comes from the device."""

@@ -30,7 +30,6 @@ class ValueHeads:
     names: tuple[str, ...]
     weight: torch.Tensor
     bias: torch.Tensor
-    tensor_names: frozenset[str]
 
     @property
     def default_weights(self) -> tuple[float, ...] | None:
@@ -48,18 +47,30 @@ def locate_heads(heads: str | None, reward_model: str, revision: str | None) -> 
         if not Path(heads).is_file():
             raise ValueError(f"pad.heads={heads!r}: no such file")
         return Path(heads)
-    for name in HEAD_FILES:
-        found = cached_file(
-            reward_model,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        if found is not None:
-            return Path(found)
-    return None
+    return next(iter(_files_beside(reward_model, revision)), None)
+
+
+def tensor_names_beside(reward_model: str, revision: str | None) -> frozenset[str]:
+    """Names of all tensors in value-head files beside a model: vLLM's loader would take them for the backbone's."""
+    names: set[str] = set()
+    for path in _files_beside(reward_model, revision):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return frozenset(names)
+
+
+def _files_beside(reward_model: str, revision: str | None) -> list[Path]:
+    """The value-head files in a model's directory or repository."""
+    settings = dict.fromkeys(
+        (
+            "_raise_exceptions_for_missing_entries",
+            "_raise_exceptions_for_connection_errors",
+            "_raise_exceptions_for_gated_repo",
+        ),
+        False,
+    )
+    found = [cached_file(reward_model, name, revision=revision, **settings) for name in HEAD_FILES]
+    return [Path(path) for path in found if path is not None]
 
 
 def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu") -> ValueHeads:
@@ -98,4 +109,4 @@ def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu")
             )
         weight[i], bias[i] = w, b
     public = tuple("summary" if name == RELEASED_HEAD else name.removeprefix("heads.") for name in names)
-    return ValueHeads(public, weight.to(device), bias.to(device), frozenset(tensors))
+    return ValueHeads(public, weight.to(device), bias.to(device))

@@ -7,12 +7,15 @@ base model read is what the reward model reads, whatever chat template made it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PROMPT = "{prompt}"
 PREFERENCE = "{preference}"
@@ -56,6 +59,7 @@ class PromptTemplate:
         }
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(self.special_tokens)))
         self.insert_after = self._encode(insert_after) if insert_after else []
+        self._warned = False
         # A server's users share a few preferences: encode each once.
         self.encode_preference = lru_cache(maxsize=4096)(self._encode_preference)
 
@@ -81,6 +85,13 @@ class PromptTemplate:
         for start in (0, bos):
             if head and list(prompt_ids[start : start + len(head)]) == head:
                 return start + len(head)
+        if head and not self._warned:
+            self._warned = True
+            logger.warning(
+                "A prompt does not begin with insert_after=%r (ids %s): the preference goes to its head.",
+                self.tokenizer.decode(head),
+                head,
+            )
         return bos
 
     def num_added_tokens(self, preference: str) -> int:
