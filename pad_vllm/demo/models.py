@@ -53,9 +53,9 @@ class Recipe:
     base_lr: float = 5e-3
     sft_steps: int = 600
     sft_lr: float = 5e-3
-    pad_steps: int = 120
+    pad_steps: int = 80
     pad_batch_size: int = 12
-    pad_lr: float = 1e-3
+    pad_lr: float = 5e-4
     pad_beta: float = 0.1
     pad_nll_weight: float = 1.0
     num_test_pairs: int = 256
