@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from tests import oracle
 from tests.engine import set_environment
 from tests.models import make_heads, make_model
 
@@ -17,6 +18,8 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small lose by sharing
 
 HEADS = ["concise", "formal", "playful"]
+MIX = (0.7, -0.2, 0.5)
+"""Weights of the named heads, wherever a test mixes them."""
 
 
 class Models:
@@ -32,8 +35,12 @@ class Models:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.base_model = AutoModelForCausalLM.from_pretrained(self.base)
         self.reward_model = AutoModelForCausalLM.from_pretrained(self.reward)
-        self.released_head = load_file(self.released / "value_head.safetensors")
-        self.named_heads = load_file(self.named / "heads.safetensors")
+        released = load_file(self.released / "value_head.safetensors")
+        named = load_file(self.named / "heads.safetensors")
+        self.heads = {
+            "released": oracle.mixed_head(released, {"v_head.summary": 1.0}),
+            "mixed": oracle.mixed_head(named, dict(zip(HEADS, MIX, strict=True))),
+        }
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 
 from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
-from tests.conftest import HEADS, Models
+from tests.conftest import MIX, Models
 from tests.engine import PLUGIN, Engine, guided
 from tests.models import make_model
 
@@ -30,7 +31,6 @@ PROMPTS = [
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 TOP_K = [1, 10, 50]
 BETA = [0.0, 0.5, 1.0, 1.5]
-MIX = (0.7, -0.2, 0.5)
 
 
 def pad_config(reward_model, **pad) -> dict:
@@ -95,27 +95,33 @@ def compose(models: Models):
     return PromptTemplate(models.tokenizer).compose
 
 
-def expect(models: Models, compose, prompt, *, preference=None, max_tokens=MAX_TOKENS, **settings) -> list[int]:
-    reward_prompt = compose(prompt, preference) if preference else None
+@functools.cache
+def ask_oracle(models: Models, prompt: tuple, reward_prompt: tuple | None, head: str | None, **settings) -> list[int]:
+    """Both runners are held against the same answers: ask once."""
     return oracle.generate(
         models.base_model,
-        prompt,
-        max_tokens,
+        list(prompt),
         reward=models.reward_model,
-        reward_prompt_ids=reward_prompt,
+        reward_prompt_ids=reward_prompt and list(reward_prompt),
+        head=models.heads[head] if head else None,
         **settings,
     )
 
 
+def expect(models, compose, prompt, *, preference=None, head=None, max_tokens=MAX_TOKENS, **settings) -> list[int]:
+    """What a guided request should generate."""
+    reward_prompt = tuple(compose(prompt, preference)) if preference else None
+    return ask_oracle(models, tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)
+
+
 def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose, named_engine):
     """Every k and beta, with and without preference and head, guided and unguided mixed."""
-    mixed = oracle.mixed_head(models.named_heads, dict(zip(HEADS, MIX, strict=True)))
     prompts, params, expected = [], [], []
     cases = itertools.product(TOP_K, BETA, ["preference", "prompt", "weights", "both"])
     for i, (top_k, beta, mode) in enumerate(cases):
         prompt = encode(PROMPTS[i % len(PROMPTS)])
         preference = PREFERENCES[i % 2] if mode in ("preference", "both") else None
-        head = mixed if mode in ("weights", "both") else None
+        head = "mixed" if mode in ("weights", "both") else None
         arguments = {"top_k": top_k, "beta": beta}
         arguments |= {"preference": preference} if preference else {}
         arguments |= {"weights": list(MIX)} if head else {}
@@ -132,7 +138,6 @@ def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose
 
 def test_personas(models, encode, compose, named_engine):
     prompt = encode(PROMPTS[0])
-    mixed = oracle.mixed_head(models.named_heads, dict(zip(HEADS, MIX, strict=True)))
     out = named_engine.generate(
         [prompt] * 3,
         [
@@ -143,7 +148,7 @@ def test_personas(models, encode, compose, named_engine):
     )
     assert out == [
         expect(models, compose, prompt, preference=PREFERENCES[0], beta=1.5),
-        expect(models, compose, prompt, head=mixed, top_k=20),
+        expect(models, compose, prompt, head="mixed", top_k=20),
         expect(models, compose, prompt, preference=PREFERENCES[0], beta=0.5, top_k=3),
     ]
 
@@ -164,13 +169,14 @@ def test_prefix_is_shared_between_requests(models, encode, compose, named_engine
 
 def test_released_head_under_a_short_pool(models, encode, compose, released_engine):
     """Sixteen sequences in a pool of a few, chunked prefill, reference mode none: slower, never wrong."""
-    head = models.released_head["v_head.summary.weight"], models.released_head["v_head.summary.bias"]
     prompts = [encode(text) for text in PROMPTS] * 2
     params, expected = [], []
     for i, prompt in enumerate(prompts):
         preference = PREFERENCES[i % 2] + " more" * i
         params.append(GREEDY | guided(preference=preference, beta=0.8))
-        expected.append(expect(models, compose, prompt, preference=preference, head=head, beta=0.8, reference="none"))
+        expected.append(
+            expect(models, compose, prompt, preference=preference, head="released", beta=0.8, reference="none")
+        )
     assert released_engine.generate(prompts, params) == expected
     stats = released_engine.call(engine_stats)
     assert stats["evicted"] > 0
@@ -394,11 +400,12 @@ def test_tensor_parallelism(models, encode, compose, monkeypatch):
         logits_processors=PLUGIN,
         **pad_config(models.released),
     )
-    head = models.released_head["v_head.summary.weight"], models.released_head["v_head.summary.bias"]
     prompts = [encode(text) for text in PROMPTS]
     params = GREEDY | {"max_tokens": 32} | guided(preference="formal", beta=1.5)
     try:
         out = engine.generate(prompts, params)
     finally:
         engine.close()
-    assert out == [expect(models, compose, p, preference="formal", head=head, beta=1.5, max_tokens=32) for p in prompts]
+    assert out == [
+        expect(models, compose, p, preference="formal", head="released", beta=1.5, max_tokens=32) for p in prompts
+    ]
