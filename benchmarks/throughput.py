@@ -2,8 +2,8 @@
 
     python -m benchmarks.throughput [--batch 1 16] [--repeats 5] [--output-len 64] [--json FILE]
 
-Random models, because what is measured does not depend on what they say: by default a base of 110M parameters and a
-reward model of 23M. Guided and unguided batches alternate, and each pair gives one ratio; absolute numbers of a shared
+Random models, because what is measured does not depend on what they say: by default a base of 134M parameters and a
+reward model of 35M. Guided and unguided batches alternate, and each pair gives one ratio; absolute numbers of a shared
 machine mean nothing.
 """
 
