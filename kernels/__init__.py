@@ -3,6 +3,6 @@
 Installed as ``pad_vllm.kernels``.
 """
 
-from .reference import guide_, map_heads, reweight_, score_candidates, select_candidates
+from .reference import cap_and_scale, guide_, map_heads, reweight_, score_candidates, select_candidates
 
-__all__ = ["guide_", "map_heads", "reweight_", "score_candidates", "select_candidates"]
+__all__ = ["cap_and_scale", "guide_", "map_heads", "reweight_", "score_candidates", "select_candidates"]

@@ -100,6 +100,13 @@ def score_candidates(
     return scores.where(mine, 0.0)
 
 
+def cap_and_scale(scores: torch.Tensor, soft_cap: float | None = None, scale: float = 1.0) -> torch.Tensor:
+    """What some architectures do to their logits, elementwise; after the scores of all shards are summed."""
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    return scores * scale
+
+
 def reweight_(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -169,6 +176,4 @@ def guide_(
     scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start)
     if all_reduce is not None:
         scores = all_reduce(scores)
-    if soft_cap is not None:
-        scores = torch.tanh(scores / soft_cap) * soft_cap
-    reweight_(logits, rows, ids, z, scores * scale, beta, reference)
+    reweight_(logits, rows, ids, z, cap_and_scale(scores, soft_cap, scale), beta, reference)

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.params import PAD, check_int, did_you_mean
+from pad_vllm.params import PAD, check_int, check_persona
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ class Announcement:
                 f"{', '.join(asked.extra_args())}: this server runs without a reward model; start it with "
                 '--additional-config \'{"pad": {"reward_model": ...}}\''
             )
-        if asked.persona is not None and asked.persona not in self.personas:
-            raise ValueError(
-                f"pad_persona={asked.persona!r}: no such persona; {did_you_mean(asked.persona, self.personas)}"
-            )
+        if asked.persona is not None:
+            check_persona(asked.persona, self.personas)
         if asked.top_k is not None:
             check_int("pad_top_k", asked.top_k, 1, self.max_top_k)
         if asked.weights is not None:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pad_vllm.params import MAX_BETA, PAD, PREFIX, GuidanceParams, check_int, check_number, check_text, did_you_mean
+from pad_vllm.params import (
+    MAX_BETA,
+    PAD,
+    PREFIX,
+    GuidanceParams,
+    check_int,
+    check_number,
+    check_persona,
+    check_text,
+    did_you_mean,
+)
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 
 REFERENCES = ("base", "none")
@@ -77,11 +87,8 @@ class PADConfig:
         if not isinstance(self.trust_remote_code, bool):
             raise ValueError(f"pad.trust_remote_code={self.trust_remote_code!r}: must be true or false")
         object.__setattr__(self, "personas", self._read_personas(self.personas))
-        if self.default_persona is not None and self.default_persona not in self.personas:
-            raise ValueError(
-                f"pad.default_persona={self.default_persona!r}: no such persona; "
-                f"{did_you_mean(self.default_persona, self.personas)}"
-            )
+        if self.default_persona is not None:
+            check_persona(self.default_persona, self.personas, "pad.default_persona")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> PADConfig | None:
@@ -137,9 +144,7 @@ class PADConfig:
         name = self.default_persona if asked is None or asked.persona is None else asked.persona
         if asked is None and name is None:
             return None
-        if name is not None and name not in self.personas:
-            raise ValueError(f"pad_persona={name!r}: no such persona; {did_you_mean(name, self.personas)}")
-        persona = self.personas[name] if name is not None else PAD()
+        persona = self.personas[check_persona(name, self.personas)] if name is not None else PAD()
         merged = asked.over(persona) if asked is not None else persona
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
         beta = self.beta if merged.beta is None else merged.beta

@@ -109,8 +109,8 @@ class Guidance:
             config.kv_cache_memory_bytes,
             tensor_names_beside(config.reward_model, config.revision),
         )
-        self.model.warm_up(max_num_batched_tokens)
         self.lm_head = self.model.lm_head()
+        self._check_logits(self.model.warm_up(max_num_batched_tokens))
         self.engine = RewardEngine(self.model, max_num_batched_tokens)
         for name in config.personas:
             try:
@@ -244,6 +244,26 @@ class Guidance:
                     "base model's own tokens; take a reward model trained with the same tokenizer"
                 )
         return tokenizer
+
+    @torch.inference_mode()
+    def _check_logits(self, hidden_states: torch.Tensor) -> None:
+        """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
+
+        Args:
+            hidden_states: [1, hidden_size].
+        """
+        head = self.lm_head
+        if head.all_reduce is not None:
+            return  # a rank has a shard, and the architecture is the same
+        ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=self.device)[None]
+        scores = kernels.score_candidates(hidden_states, head.weight, ids, head.bias)
+        ours = kernels.cap_and_scale(scores, head.soft_cap, head.scale)
+        theirs = self.model.model.compute_logits(hidden_states).float().gather(1, ids)
+        if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
+            raise ValueError(
+                f"pad.reward_model={self.config.reward_model!r}: its logits are more than an output head, soft cap and "
+                "scale, so they cannot be computed for candidates alone"
+            )
 
     def _fit_context(self, model_config, base_max_model_len: int) -> int:
         """Size the reward model's context, and return how many tokens a preference may take of it."""

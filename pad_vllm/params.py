@@ -61,6 +61,13 @@ def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
     return value
 
 
+def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> str:
+    """``name`` if it is one of ``known``; else ValueError with the closest one."""
+    if name not in known:
+        raise ValueError(f"{key}={name!r}: no such persona; {did_you_mean(name, known)}")
+    return name
+
+
 @dataclass(frozen=True)
 class PAD:
     """A request's guidance, as Python; ``extra_args`` and ``vllm_xargs`` say the same with the prefix ``pad_``.

@@ -37,12 +37,19 @@ def pad_config(reward_model, **pad) -> dict:
     return {"additional_config": {"pad": {"reward_model": str(reward_model), **pad}}}
 
 
+def running_guidance(llm):
+    """The guidance of an engine that runs in this process."""
+    from pad_vllm import PADLogitsProcessor
+
+    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
+    return processor.adapter.guidance
+
+
 def engine_stats(llm) -> dict:
     """Of the running processors in the engine's process."""
     from pad_vllm import PADLogitsProcessor
 
-    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
-    engine = processor.adapter.guidance.engine
+    engine = running_guidance(llm).engine
     return {
         "evicted": engine.stats.num_contexts_evicted,
         "prefix_hits": engine.stats.num_prefix_hit_tokens,
@@ -346,10 +353,7 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(models, encode, compose
 
 def break_reward_model(llm) -> None:
     """Make the reward model's next forward fail, once."""
-    from pad_vllm import PADLogitsProcessor
-
-    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
-    model = processor.adapter.guidance.model
+    model = running_guidance(llm).model
     forward = type(model).forward
 
     def fail(batch):

@@ -99,7 +99,7 @@ class RewardEngine:
             scheduled = self._schedule(steps, pending)
             output, finished = self._forward(steps, scheduled, last_token_ids)
             if hidden_states is None:
-                if len(finished) == len(steps) and list(finished) == list(range(len(steps))):
+                if len(finished) == len(steps):  # in their order
                     return output
                 hidden_states = output.new_empty(len(steps), output.shape[-1])
             if finished:
