@@ -50,7 +50,7 @@ def select_candidates(
     Args:
         logits: [N, V].
         rows: [R] int64, the guided rows.
-        top_k: [R] int64, 1 <= top_k <= max_top_k.
+        top_k: [R] int64, 0 <= top_k <= max_top_k.
         max_top_k: K, host integer.
         vocab_size: only the first ``vocab_size`` <= V tokens can be candidates.
 
@@ -61,9 +61,9 @@ def select_candidates(
     z = torch.where(z.isfinite(), z, NEG_INF)
     k = min(max_top_k, vocab_size)
     values, ids = z.topk(k, dim=-1)
-    kth = values.gather(1, (top_k.clamp(max=k) - 1).unsqueeze(1))
+    kth = values.gather(1, (top_k.clamp(1, k) - 1).unsqueeze(1))
     # topk breaks ties as it likes. Where the last candidate ties with a token left out, sort the row stably.
-    tied = ((z >= kth) & (z > NEG_INF)).sum(-1) > top_k
+    tied = ((z >= kth) & (z > NEG_INF)).sum(-1) > top_k.clamp(1)
     if tied.any():
         ids[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
         values = z.gather(1, ids)
@@ -113,16 +113,18 @@ def reweight_(
     ids: torch.Tensor,
     z: torch.Tensor,
     scores: torch.Tensor,
+    top_k: torch.Tensor,
     beta: torch.Tensor,
     reference: torch.Tensor,
 ) -> None:
-    """Write z' into the guided rows of ``logits``, in place.
+    """Write z' into the guided rows of ``logits``, in place; rows of top_k 0 are left alone.
 
     Args:
         logits: [N, V].
         rows: [R] int64.
         ids, z: of :func:`select_candidates`.
         scores: [R, K] float32, the reward model's logits of the candidates.
+        top_k: [R] int64.
         beta: [R] float32.
         reference: [R] float32, 1 or 0.
     """
@@ -131,7 +133,8 @@ def reweight_(
     reward = log_r - reference.unsqueeze(1) * z.log_softmax(-1)
     guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
     new = logits.new_full((len(rows), logits.shape[1]), NEG_INF)
-    logits[rows] = new.scatter_(1, ids, guided.to(logits.dtype))
+    new.scatter_(1, ids, guided.to(logits.dtype))
+    logits[rows] = torch.where(top_k.unsqueeze(1) > 0, new, logits[rows])
 
 
 def guide_(
@@ -159,7 +162,8 @@ def guide_(
         hidden_states: [R, d], the reward model's, one for each guided row.
         lm_head: [V', d], the reward model's output head, or this rank's shard of it.
         rows: [R] int64, the guided rows of ``logits``, distinct.
-        top_k: [R] int64, k of each row.
+        top_k: [R] int64, k of each row; 0 leaves the row alone, so that how many rows are guided may be known on the
+            device only.
         beta: [R] float32, guidance strength.
         reference: [R] float32, 1 for ``base`` and 0 for ``none``.
         max_top_k: K >= every top_k, known on the host.
@@ -176,4 +180,4 @@ def guide_(
     scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start)
     if all_reduce is not None:
         scores = all_reduce(scores)
-    reweight_(logits, rows, ids, z, cap_and_scale(scores, soft_cap, scale), beta, reference)
+    reweight_(logits, rows, ids, z, cap_and_scale(scores, soft_cap, scale), top_k, beta, reference)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,8 +19,9 @@ from pad_vllm import kernels
 from pad_vllm.admission import Announcement, check_preference, check_weights
 from pad_vllm.config import PADConfig
 from pad_vllm.params import PAD, GuidanceParams
-from pad_vllm.reward.backend import PagedModel, reward_model_config
-from pad_vllm.reward.engine import Context, ContextStep, RewardEngine
+from pad_vllm.reward.backend import PagedModel, reward_model_config, to_device
+from pad_vllm.reward.block_manager import Context
+from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
 
@@ -29,26 +31,43 @@ MAX_PREFERENCE_TOKENS = 1024
 """No longer than this, whatever the reward model could hold: a preference is a text, not a document."""
 MIN_PREFERENCE_TOKENS = 16
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+LOGITS_BYTES = 2**30
+"""vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
 
 
 @dataclass(eq=False)
 class GuidedRequest:
     """A request in the batch that PAD guides."""
 
-    params: GuidanceParams
+    slot: int
     context: Context
 
 
 @dataclass
-class GuidedRow:
-    """One row of logits of a guided request."""
+class GuidedBatch:
+    """The guided rows of one step of the engine: C requests, each in its slot, and R rows of logits.
 
-    row: int
-    request: GuidedRequest
-    num_output_tokens: int
-    """Tokens generated before the one that this row samples."""
-    output_ids: Callable[[], Sequence[int]]
-    """Those tokens, on the host. May synchronize; called only when the reward model has to read them again."""
+    Without drafts R = C, in the same order. Under speculative decoding a request has a row for each token that is
+    being verified, and how many that is may be known on the device only.
+    """
+
+    slots: np.ndarray
+    """[C] int64, distinct"""
+    num_tokens: np.ndarray
+    """[C] int64: tokens of the request, this step's drafts among them, at most"""
+    exact: bool
+    """Whether ``num_tokens`` is what the request's one row sees; else it is an upper bound."""
+    rows: torch.Tensor
+    """[R] int64, on the device: rows of the logits, distinct"""
+    row_slots: torch.Tensor
+    """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
+    positions: torch.Tensor
+    """[R] int64, on the device: where in its request the last token is that the row sees"""
+    token_ids: torch.Tensor
+    """[R] int32, on the device: that token"""
+    output_ids: Callable[[int], Sequence[int]]
+    """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
+    model has to read them again."""
 
 
 class Guidance:
@@ -87,10 +106,8 @@ class Guidance:
             "trust_remote_code": config.trust_remote_code,
         }
         tokenizer = self._load_tokenizer(vllm_config)
-        self.reward_vocab_size = model_config.get_vocab_size()
-        self.vocab_size = check_vocabulary(
-            config.reward_model, self.reward_vocab_size, base.get_vocab_size(), tokenizer
-        )
+        self.reward_vocab_size, self.base_vocab_size = model_config.get_vocab_size(), base.get_vocab_size()
+        self.vocab_size = check_vocabulary(config.reward_model, self.reward_vocab_size, self.base_vocab_size, tokenizer)
         self.template = None
         if tokenizer is not None:
             self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
@@ -98,8 +115,9 @@ class Guidance:
 
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
+        scheduler = vllm_config.scheduler_config
         max_num_batched_tokens = config.max_num_batched_tokens or min(
-            DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens
+            DEFAULT_MAX_NUM_BATCHED_TOKENS, scheduler.max_num_batched_tokens
         )
         self.model = PagedModel(
             vllm_config,
@@ -110,8 +128,13 @@ class Guidance:
             tensor_names_beside(config.reward_model, config.revision),
         )
         self.lm_head = self.model.lm_head()
-        self._check_logits(self.model.warm_up(max_num_batched_tokens))
-        self.engine = RewardEngine(self.model, max_num_batched_tokens)
+        hidden_states = self.model.warm_up(max_num_batched_tokens)
+        self._check_logits(hidden_states)
+        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
+        self.no_slot = scheduler.max_num_seqs
+        self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
+        self._init_slots(scheduler.max_num_seqs + 1)
+        self._warm_up(hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
         for name in config.personas:
             try:
                 self.resolve(PAD(persona=name))
@@ -148,8 +171,8 @@ class Guidance:
             check_preference(self.template, params.preference, self.max_preference_tokens)
         return params
 
-    def new_request(self, params: GuidanceParams, prompt_ids: Sequence[int]) -> GuidedRequest:
-        """Begin guiding a request whose base prompt is ``prompt_ids``.
+    def new_request(self, slot: int, params: GuidanceParams, prompt_ids: list[int]) -> GuidedRequest:
+        """Begin guiding a request whose base prompt is ``prompt_ids``, in a slot that is free.
 
         Raises:
             ValueError: the prompt has a token that the reward model has no row for.
@@ -159,60 +182,110 @@ class Guidance:
             raise ValueError(
                 f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
             )
-        composed = list(prompt_ids)
+        composed = prompt_ids
         if params.preference is not None:
             composed = self.template.compose(composed, params.preference)
-        return GuidedRequest(params, self.engine.new_context(composed))
+        self._write_slot(slot, params, prompt_ids, composed)
+        return GuidedRequest(slot, self.engine.blocks.add(slot, composed))
 
     def free(self, request: GuidedRequest) -> None:
         """A request left the batch."""
-        self.engine.free(request.context)
+        self.engine.blocks.remove(request.context)
 
-    def apply(self, logits: torch.Tensor, rows: Sequence[GuidedRow], last_token_ids: torch.Tensor) -> None:
-        """Guide ``rows`` of ``logits``, in place.
+    def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
+        """Guide the rows of ``batch`` in ``logits``, in place.
 
         Args:
             logits: [N, V], base logits after bias, penalties and grammar mask.
-            rows: the guided ones; a request stands in one row at most.
-            last_token_ids: [len(rows)] int32 on the device, the last token of each row's sequence.
+            batch: which rows, and what they have seen.
         """
-        steps = [
-            ContextStep(r.request.context, len(r.request.context.prompt_ids) + r.num_output_tokens, r.output_ids)
-            for r in rows
-        ]
-        hidden_states = self.engine.step(steps, last_token_ids)
-        params = [r.request.params for r in rows]
-        top_k = [p.top_k for p in params]
+        offset, prompt_len, last_prompt_id, top_k = self.slot_ints[batch.row_slots].unbind(1)
+        num_tokens = batch.num_tokens + self.host_offset[batch.slots]
+        # The composed prompt may end otherwise than the base prompt; the base samples its first token from the latter.
+        token_ids = torch.where(batch.positions < prompt_len, last_prompt_id, batch.token_ids)
+        hidden_states = self.engine.step(
+            ContextRows(
+                contexts=batch.slots,
+                num_tokens=num_tokens,
+                lengths=num_tokens if batch.exact else None,
+                index=batch.row_slots,
+                positions=batch.positions + offset,
+                # A drafter's own vocabulary may be larger. Such a draft is no candidate, so what follows it is void.
+                token_ids=token_ids.clamp(0, self.reward_vocab_size - 1).int(),
+                history=batch.output_ids,
+            )
+        )
+        self._guide(logits, hidden_states, batch.rows, batch.row_slots, top_k, batch.slots)
+
+    def _guide(
+        self,
+        logits: torch.Tensor,
+        hidden_states: torch.Tensor,
+        rows: torch.Tensor,
+        row_slots: torch.Tensor,
+        top_k: torch.Tensor,
+        slots: np.ndarray,
+    ) -> None:
+        floats = self.slot_floats[row_slots]
+        mixes = self.heads is not None and self.host_uses_heads[slots].any()
         kernels.guide_(
             logits,
             hidden_states,
             self.lm_head.weight,
-            rows=self._tensor([r.row for r in rows], torch.int64),
-            top_k=self._tensor(top_k, torch.int64),
-            beta=self._tensor([p.beta for p in params], torch.float32),
-            reference=torch.full((len(rows),), float(self.config.reference == "base"), device=self.device),
-            max_top_k=max(top_k),
+            rows=rows,
+            top_k=top_k,
+            beta=floats[:, 0],
+            reference=floats[:, 1],
+            max_top_k=int(self.host_top_k[slots].max()),
             vocab_size=self.vocab_size,
             bias=self.lm_head.bias,
-            heads=self._head_map(params),
+            heads=(self.heads.weight, self.heads.bias, floats[:, 2:]) if mixes else None,
             soft_cap=self.lm_head.soft_cap,
             scale=self.lm_head.scale,
             vocab_start=self.lm_head.vocab_start,
             all_reduce=self.lm_head.all_reduce,
         )
 
-    def _head_map(self, params: list[GuidanceParams]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        if self.heads is None:
-            return None
-        weights = [p.weights or self.heads.default_weights for p in params]
-        if not any(weights):
-            return None
-        backbone_alone = (1.0, *[0.0] * len(self.heads.names))
-        mix = [(0.0, *w) if w else backbone_alone for w in weights]
-        return self.heads.weight, self.heads.bias, self._tensor(mix, torch.float32)
+    def _init_slots(self, num_slots: int) -> None:
+        """What the requests in the slots ask for, where the step needs it; the last slot stands for no request."""
+        num_heads = len(self.heads.names) if self.heads else 0
+        self.slot_ints = torch.zeros(num_slots, 4, dtype=torch.int64, device=self.device)
+        """[slots, 4]: tokens that the composed prompt has more than the base's, length of the base's, last token of
+        the composed one, top_k (0: leave the row alone)"""
+        self.slot_floats = torch.zeros(num_slots, 3 + num_heads, device=self.device)
+        """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
+        self.host_offset = np.zeros(num_slots, np.int64)
+        self.host_top_k = np.zeros(num_slots, np.int64)
+        self.host_uses_heads = np.zeros(num_slots, bool)
 
-    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+    def _write_slot(self, slot: int, params: GuidanceParams, prompt_ids: list[int], composed: list[int]) -> None:
+        weights = params.weights or (self.heads.default_weights if self.heads else None)
+        num_heads = len(self.heads.names) if self.heads else 0
+        mix = (0.0, *weights) if weights else (1.0, *[0.0] * num_heads)
+        offset = len(composed) - len(prompt_ids)
+        ints = [offset, len(prompt_ids), composed[-1], params.top_k]
+        self.slot_ints[slot] = to_device(ints, self.device, torch.int64)
+        floats = [params.beta, float(self.config.reference == "base"), *mix]
+        self.slot_floats[slot] = to_device(floats, self.device, torch.float32)
+        self.host_offset[slot], self.host_top_k[slot] = offset, params.top_k
+        self.host_uses_heads[slot] = weights is not None
+
+    @torch.inference_mode()
+    def _warm_up(self, hidden_states: torch.Tensor, max_rows: int) -> None:
+        """Run the largest kernel call once, so that its memory is taken while vLLM still counts.
+
+        Args:
+            hidden_states: [1, hidden_size].
+            max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
+        """
+        num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * self.base_vocab_size)))
+        logits = torch.zeros(num_rows, self.base_vocab_size, device=self.device)
+        rows = torch.arange(num_rows, device=self.device)
+        self.host_top_k[self.no_slot] = self.config.max_top_k
+        self.host_uses_heads[self.no_slot] = self.heads is not None
+        nowhere = torch.full_like(rows, self.no_slot)
+        top_k = torch.full_like(rows, self.config.max_top_k)
+        self._guide(logits, hidden_states.expand(num_rows, -1), rows, nowhere, top_k, np.array([self.no_slot]))
 
     def _load_tokenizer(self, vllm_config: VllmConfig) -> PreTrainedTokenizerBase | None:
         """The reward model's tokenizer, once it is known to be the base model's."""

@@ -50,13 +50,15 @@ def engine_stats(llm) -> dict:
     from pad_vllm import PADLogitsProcessor
 
     engine = running_guidance(llm).engine
+    blocks = engine.blocks
+    contexts = [context for context in blocks.contexts if context is not None]
     return {
-        "evicted": engine.stats.num_contexts_evicted,
-        "prefix_hits": engine.stats.num_prefix_hit_tokens,
+        "evicted": blocks.stats.num_contexts_evicted,
+        "prefix_hits": blocks.stats.num_prefix_hit_tokens,
         "tokens": engine.stats.num_tokens,
-        "contexts": len(engine.contexts),
-        "held_blocks": len({block.block_id for context in engine.contexts for block in context.blocks}),
-        "free_blocks": engine.block_pool.get_num_free_blocks(),
+        "contexts": len(contexts),
+        "held_blocks": len({block.block_id for context in contexts for block in context.blocks}),
+        "free_blocks": blocks.num_free_blocks,
         "blocks": engine.model.num_blocks - 1,
         "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
     }

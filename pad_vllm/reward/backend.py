@@ -24,6 +24,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
 from vllm.utils.hashing import sha256
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -42,7 +43,17 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 
-__all__ = ["BlockHash", "BlockPool", "KVCacheBlock", "PagedModel", "block_hasher", "reward_model_config"]
+__all__ = [
+    "BlockHash",
+    "BlockPool",
+    "ForwardBatch",
+    "KVCacheBlock",
+    "LMHead",
+    "PagedModel",
+    "block_hasher",
+    "reward_model_config",
+    "to_device",
+]
 
 
 KV_CACHE_SHARE = 0.1
@@ -54,6 +65,11 @@ def device_memory_bytes() -> int:
     if current_platform.is_cpu():
         return psutil.virtual_memory().total
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def to_device(data: list | np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of host data on the device, through pinned memory: neither side waits for the other."""
+    return async_tensor_h2d(data, device, dtype)
 
 
 def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
@@ -174,23 +190,28 @@ class LMHead:
 
 @dataclass
 class ForwardBatch:
-    """One forward of the reward model over several contexts; the field names are vLLM's.
+    """One forward of the reward model over several sequences; the field names are vLLM's.
 
-    Host arrays are numpy, except ``input_ids``: generated tokens may live on the device only.
+    Tensors are on the device, arrays on the host. Sequences of one token come first, as back ends with a decode path
+    want it; several of them may be tokens of one context.
     """
 
     input_ids: torch.Tensor
-    """[num_tokens] int32, on the device"""
-    positions: np.ndarray
+    """[num_tokens] int32"""
+    positions: torch.Tensor
     """[num_tokens] int64"""
-    slot_mapping: np.ndarray
+    slot_mapping: torch.Tensor
     """[num_tokens] int64: where in the KV cache each token's keys and values go"""
     query_start_loc: np.ndarray
-    """[num_reqs + 1] int32"""
-    seq_lens: np.ndarray
-    """[num_reqs] int32: tokens of each context once this batch is computed"""
-    block_table: np.ndarray
-    """[num_reqs, max_num_blocks] int32"""
+    """[num_seqs + 1] int32"""
+    seq_lens: torch.Tensor
+    """[num_seqs] int32: tokens of each sequence once this batch is computed"""
+    seq_lens_upper_bound: np.ndarray
+    """[num_seqs] int32: the same or more"""
+    seq_lens_known: bool
+    """Whether it is the same"""
+    block_table: torch.Tensor
+    """[num_seqs, max_num_blocks] int32"""
 
 
 class PagedModel:
@@ -235,7 +256,9 @@ class PagedModel:
                 f"{', '.join(sorted({type(s).__name__ for s in spec.values()})) or 'no cache'}; only attention with a "
                 "paged KV cache is supported"
             )
-        layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(config))]
+        backends = get_current_attn_backends(config)
+        self.plans_by_bound = any("FLASHINFER" in backend.get_name() for backend in backends)
+        layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
         resolve_kv_cache_layout(config, [layouts], list(spec.values()))
         # What is behind a sliding window is kept too, so every layer needs every block of a context.
         block_bytes = sum(s.page_size_bytes for s in spec.values())
@@ -310,14 +333,17 @@ class PagedModel:
             ValueError: the model needs other inputs than tokens.
         """
         num_tokens = min(max_num_batched_tokens, self.max_model_len)
-        positions = np.arange(num_tokens, dtype=np.int64)
+        positions = torch.arange(num_tokens, device=self.device)
+        num_blocks = torch.arange(1, self.max_num_blocks + 1, dtype=torch.int32, device=self.device)
         batch = ForwardBatch(
             input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
             positions=positions,
             slot_mapping=positions + self.block_size,
             query_start_loc=np.array([0, num_tokens], np.int32),
-            seq_lens=np.array([num_tokens], np.int32),
-            block_table=np.arange(1, self.max_num_blocks + 1, dtype=np.int32)[None],
+            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
+            seq_lens_upper_bound=np.array([num_tokens], np.int32),
+            seq_lens_known=True,
+            block_table=num_blocks[None],
         )
         try:
             return self.forward(batch)[-1:]
@@ -333,25 +359,24 @@ class PagedModel:
         Returns:
             [num_tokens, hidden_size] final hidden states, in the model's dtype.
         """
-        num_tokens = len(batch.positions)
-        seq_lens = torch.from_numpy(batch.seq_lens)
-        query_start_loc = torch.from_numpy(batch.query_start_loc)
-        slot_mapping = self._to_device(batch.slot_mapping).unsqueeze(0)
-        positions = self._to_device(batch.positions)
+        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
+        # FlashInfer plans by the bound as by the lengths themselves; without it, it reads those back.
+        give_bound = batch.seq_lens_known or not self.plans_by_bound
+        slot_mapping = batch.slot_mapping.unsqueeze(0)
         attn_metadata = build_attn_metadata(
             self.attn_groups,
-            num_reqs=len(batch.seq_lens),
+            num_reqs=num_seqs,
             num_tokens=num_tokens,
-            query_start_loc_gpu=query_start_loc.to(self.device, non_blocking=True),
-            query_start_loc_cpu=query_start_loc,
+            query_start_loc_gpu=to_device(batch.query_start_loc, self.device, torch.int32),
+            query_start_loc_cpu=torch.from_numpy(batch.query_start_loc),
             max_query_len=int(np.diff(batch.query_start_loc).max()),
-            seq_lens=seq_lens.to(self.device, non_blocking=True),
-            max_seq_len=int(batch.seq_lens.max()),
-            block_tables=[self._to_device(batch.block_table)],
+            seq_lens=batch.seq_lens,
+            max_seq_len=int(batch.seq_lens_upper_bound.max()),
+            block_tables=[batch.block_table],
             slot_mappings=slot_mapping,
             kv_cache_config=self.kv_cache_config,
-            seq_lens_cpu_upper_bound=seq_lens,
-            positions=positions,
+            seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens_upper_bound) if give_bound else None,
+            positions=batch.positions,
         )
         with (
             set_current_vllm_config(self.vllm_config),
@@ -362,8 +387,5 @@ class PagedModel:
                 slot_mapping=build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config),
             ),
         ):
-            hidden_states = self.model(input_ids=batch.input_ids, positions=positions)
+            hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
         return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)

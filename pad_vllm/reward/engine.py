@@ -1,44 +1,62 @@
-"""The reward engine: contexts, their blocks of the reward KV cache, and the step that advances them.
+"""The reward engine: brings contexts up to date and gives the hidden state at rows of a step.
 
-The KV cache is only a cache. A context's tokens belong to the engine that generated them, and whatever is missing here
-(never computed, evicted, taken by another context) is computed again from them. A pool too small for the contexts of
-a step makes the step slower: it is run in several forwards, the contexts taking blocks from each other in turn.
+A row is one token of a context whose hidden state is wanted: the last token of a sequence, or, under speculative
+decoding, each of the tokens that are being verified. Rows live on the device and run as sequences of one token, so
+a step in which every context is up to date reads nothing back and needs nothing from the host but its size. Draft
+tokens that are rejected leave no trace: the next step writes over their keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from pad_vllm.reward.backend import BlockHash, BlockPool, ForwardBatch, KVCacheBlock, PagedModel, block_hasher
-
-
-@dataclass(eq=False)
-class Context:
-    """One sequence that the reward model reads: a composed prompt, then generated tokens."""
-
-    prompt_ids: list[int]
-    block_hashes: list[BlockHash]
-    """Of the prompt's full blocks; what ``BlockPool.cache_full_blocks`` reads."""
-    blocks: list[KVCacheBlock] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    num_cached_blocks: int = 0
+from pad_vllm.reward.backend import ForwardBatch, PagedModel, to_device
+from pad_vllm.reward.block_manager import BlockManager, CacheStats, Context
 
 
 @dataclass
-class ContextStep:
-    """Bring ``context`` to ``num_tokens`` tokens; the hidden state of the last one is wanted.
+class ContextRows:
+    """A step: C contexts and R rows, R >= C without drafts R = C."""
 
-    Of the generated tokens, the last is taken from the step's ``last_token_ids`` (it may be on the device only); the
-    ones before are already computed, or else read through ``output_ids``, which may synchronize with the device.
-    """
+    contexts: np.ndarray
+    """[C] int64 indices of contexts, distinct"""
+    num_tokens: np.ndarray
+    """[C] int64: no row of the context is at this position or beyond"""
+    lengths: np.ndarray | None
+    """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
+    index: torch.Tensor
+    """[R] int64, on the device: each row's context; a context's rows follow each other. ``no_context`` for a row of
+    which nothing is wanted"""
+    positions: torch.Tensor
+    """[R] int64, on the device: where in its context the row's token is"""
+    token_ids: torch.Tensor
+    """[R] int32, on the device"""
+    history: Callable[[int], Sequence[int]]
+    """Index of a context -> its generated tokens, the one of its first row the last (none at the end of its prompt).
+    Asked only for a context that has to be computed; may synchronize with the device."""
 
-    context: Context
-    num_tokens: int
-    output_ids: Callable[[], Sequence[int]]
+    def select(self, rows: slice | np.ndarray) -> ContextRows:
+        on_device = rows if isinstance(rows, slice) else to_device(rows, self.index.device, torch.int64)
+        return replace(
+            self,
+            lengths=None if self.lengths is None else self.lengths[rows],
+            index=self.index[on_device],
+            positions=self.positions[on_device],
+            token_ids=self.token_ids[on_device],
+        )
+
+
+@dataclass
+class Piece:
+    """Tokens of a context to be computed; their hidden states are not wanted."""
+
+    index: int
+    start: int
+    token_ids: Sequence[int]
 
 
 @dataclass
@@ -47,191 +65,149 @@ class EngineStats:
 
     num_forwards: int = 0
     num_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_contexts_evicted: int = 0
+    """computed, rows and pieces"""
 
 
 class RewardEngine:
-    """Advances contexts through a :class:`PagedModel`, sharing the blocks of equal prefixes.
+    """Advances contexts through a :class:`PagedModel`.
 
     Args:
         model: the reward model.
         max_num_batched_tokens: most tokens in one forward.
+        max_num_contexts: contexts at one time.
     """
 
-    def __init__(self, model: PagedModel, max_num_batched_tokens: int) -> None:
+    def __init__(self, model: PagedModel, max_num_batched_tokens: int, max_num_contexts: int) -> None:
         self.model = model
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.block_size = model.block_size
-        self.block_pool = BlockPool(model.num_blocks, enable_caching=True, hash_block_size=model.block_size)
-        self.hash_block = block_hasher()
-        self.contexts: dict[Context, None] = {}  # those that hold blocks, least recently used first
+        self.blocks = BlockManager(
+            model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
+        )
+        self.no_context = max_num_contexts
         self.stats = EngineStats()
 
-    def new_context(self, prompt_ids: list[int]) -> Context:
-        hashes: list[BlockHash] = []
-        for start in range(0, len(prompt_ids) - self.block_size + 1, self.block_size):
-            parent = hashes[-1] if hashes else None
-            hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
-        return Context(prompt_ids, hashes)
+    @property
+    def cache_stats(self) -> CacheStats:
+        return self.blocks.stats
 
-    def free(self, context: Context) -> None:
-        """Give a context's blocks back; those of its prompt stay cached until the pool needs them."""
-        self.contexts.pop(context, None)
-        self.block_pool.free_blocks(reversed(context.blocks))
-        context.blocks = []
-        context.num_computed_tokens = context.num_cached_blocks = 0
-
-    def step(self, steps: Sequence[ContextStep], last_token_ids: torch.Tensor) -> torch.Tensor:
-        """Advance every context of ``steps`` (each at most once).
-
-        Args:
-            steps: what to compute.
-            last_token_ids: [len(steps)] int32 on the device, each context's last token; ignored for a context at
-                the end of its prompt.
+    def step(self, rows: ContextRows) -> torch.Tensor:
+        """Compute rows, and whatever of their contexts is missing before them.
 
         Returns:
-            [len(steps), hidden_size] hidden state of each context's last token, in the model's dtype.
+            [R, hidden_size] hidden states, in the model's dtype.
+
+        Raises:
+            Exception: whatever the model's forward raises; everything computed is forgotten then.
         """
+        try:
+            return self._step(rows)
+        except Exception:
+            self.blocks.reset()
+            raise
+
+    def _step(self, rows: ContextRows) -> torch.Tensor:
+        self.blocks.begin_step()
+        if self.blocks.ready(rows.contexts, rows.num_tokens):
+            return self._compute([], rows)
         hidden_states: torch.Tensor | None = None
-        pending = list(range(len(steps)))
-        while pending:
-            scheduled = self._schedule(steps, pending)
-            output, finished = self._forward(steps, scheduled, last_token_ids)
+        index: np.ndarray | None = None
+        line, num_tokens = rows.contexts.tolist(), rows.num_tokens.tolist()
+        while line:
+            # A pool too short for all contexts makes several groups of them, which take blocks from each other.
+            admitted, cold = self.blocks.admit(line, num_tokens)
+            assert admitted, "the pool holds at least one whole context"
+            pieces = [self._missing(context, num_computed, rows) for context, num_computed in cold]
+            if admitted == len(rows.contexts):
+                return self._compute(pieces, rows)
+            if index is None:
+                index = rows.index.cpu().numpy()
+            mine = np.flatnonzero(np.isin(index, line[:admitted]))
+            output = self._compute(pieces, rows.select(mine))
             if hidden_states is None:
-                if len(finished) == len(steps):  # in their order
-                    return output
-                hidden_states = output.new_empty(len(steps), output.shape[-1])
-            if finished:
-                hidden_states[self._index(finished)] = output
-            pending = [i for i in pending if i not in finished]
-        assert hidden_states is not None
+                hidden_states = output.new_zeros(len(index), output.shape[-1])
+            hidden_states[to_device(mine, output.device, torch.int64)] = output
+            del line[:admitted], num_tokens[:admitted]
         return hidden_states
 
-    def _schedule(self, steps: Sequence[ContextStep], pending: list[int]) -> list[tuple[int, int, int]]:
-        """Pick this forward's share of ``pending``: (index into ``steps``, first token, one past the last)."""
-        scheduled: list[tuple[int, int, int]] = []
-        # Whose blocks may be taken, the next to give last: idle contexts, least recently used first, then those of
-        # this step from the end of the line. The first in line may take from all, so every forward finishes a piece.
-        line = {steps[i].context: place for place, i in enumerate(pending)}
-        idle = [(len(steps), context) for context in self.contexts if context not in line]
-        victims = [(place, context) for context, place in line.items()] + idle[::-1]
-        budget = self.max_num_batched_tokens
-        for place, i in enumerate(pending):
-            context, num_tokens = steps[i].context, steps[i].num_tokens
-            if budget == 0:
-                break
-            if not context.blocks:
-                self._reuse_prefix(context, num_tokens)
-            # A context already complete computes its last token again, for its hidden state.
-            start = min(context.num_computed_tokens, num_tokens - 1)
-            end = min(num_tokens, start + budget)
-            if not self._allocate(context, end, victims, place):
-                break
-            budget -= end - start
-            scheduled.append((i, start, end))
-        assert scheduled, "the pool holds at least one whole context"
-        # Single tokens first: the order that attention back ends with a decode path ask for.
-        return sorted(scheduled, key=lambda s: (s[2] - s[1], s[0]))
+    def _missing(self, context: Context, num_computed: int, rows: ContextRows) -> Piece:
+        """What must be computed of a context before its first row."""
+        prompt_ids, generated = context.prompt_ids, rows.history(context.index)
+        num_before = len(prompt_ids) + len(generated) - 1
+        token_ids = prompt_ids[num_computed:num_before]
+        if generated:
+            token_ids = [*token_ids, *generated[max(num_computed - len(prompt_ids), 0) : -1]]
+        return Piece(context.index, num_computed, token_ids)
 
-    def _allocate(self, context: Context, num_tokens: int, victims: list[tuple[int, Context]], place: int) -> bool:
-        """Give ``context`` the blocks for ``num_tokens`` tokens, if need be those of victims behind its place."""
-        missing = -(-num_tokens // self.block_size) - len(context.blocks)
-        while missing > self.block_pool.get_num_free_blocks():
-            if not victims or victims[-1][0] <= place:
-                return False
-            _, victim = victims.pop()
-            self.stats.num_contexts_evicted += bool(victim.blocks)
-            self.free(victim)
-        if missing > 0:
-            context.blocks += self.block_pool.get_new_blocks(missing)
-        self._touch(context)
-        return True
-
-    def _touch(self, context: Context) -> None:
-        """Make ``context`` the most recently used."""
-        self.contexts.pop(context, None)
-        self.contexts[context] = None
-
-    def _reuse_prefix(self, context: Context, num_tokens: int) -> None:
-        """Start from the longest cached prefix; the last token is always computed."""
-        for block_hash in context.block_hashes[: (num_tokens - 1) // self.block_size]:
-            cached = self.block_pool.get_cached_block(block_hash, [0])
-            if cached is None:
-                break
-            self.block_pool.touch(cached)
-            context.blocks += cached
-        context.num_cached_blocks = len(context.blocks)
-        context.num_computed_tokens = len(context.blocks) * self.block_size
-        self.stats.num_prefix_hit_tokens += context.num_computed_tokens
-        self._touch(context)
-
-    def _forward(
-        self, steps: Sequence[ContextStep], scheduled: list[tuple[int, int, int]], last_token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Run one forward. Returns the hidden states of the contexts that it finished, and which those are."""
-        num_reqs, lengths = len(scheduled), [end - start for _, start, end in scheduled]
-        query_start_loc = np.zeros(num_reqs + 1, np.int32)
-        np.cumsum(lengths, out=query_start_loc[1:])
-        block_table = np.zeros((num_reqs, self.model.max_num_blocks), np.int32)
-        token_ids = np.zeros(query_start_loc[-1], np.int32)
-        for row, (i, start, end) in enumerate(scheduled):
-            block_table[row, : len(steps[i].context.blocks)] = [block.block_id for block in steps[i].context.blocks]
-            token_ids[query_start_loc[row] : query_start_loc[row + 1]] = self._token_ids(steps[i], start, end)
-        positions = np.concatenate([np.arange(start, end, dtype=np.int64) for _, start, end in scheduled])
-        rows = np.repeat(np.arange(num_reqs), lengths)
-        slots = block_table[rows, positions // self.block_size].astype(np.int64) * self.block_size
-        batch = ForwardBatch(
-            input_ids=torch.from_numpy(token_ids).to(self.model.device, non_blocking=True),
-            positions=positions,
-            slot_mapping=slots + positions % self.block_size,
-            query_start_loc=query_start_loc,
-            seq_lens=np.array([end for _, _, end in scheduled], np.int32),
-            block_table=block_table,
-        )
-        # Each generated token that is a context's last comes straight from the device.
-        last = [
-            (query_start_loc[row + 1] - 1, i)
-            for row, (i, _, end) in enumerate(scheduled)
-            if end == steps[i].num_tokens > len(steps[i].context.prompt_ids)
+    def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
+        """Compute pieces, then rows, in forwards of at most ``max_num_batched_tokens``; the last pieces and the first
+        rows share one."""
+        budget, num_rows = self.max_num_batched_tokens, len(rows.index)
+        pieces = [piece for piece in pieces if len(piece.token_ids)]
+        while pieces and sum(len(piece.token_ids) for piece in pieces) + num_rows > budget:
+            now, pieces = split(pieces, budget)
+            self._forward(now, rows.select(slice(0)))
+        outputs = [
+            self._forward(pieces if first == 0 else [], rows.select(slice(first, first + budget)))
+            for first in range(0, num_rows, budget)
         ]
-        if last:
-            at, of = self._index(last).T
-            batch.input_ids[at] = last_token_ids[of]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-        hidden_states = self.model.forward(batch)
-
-        self.stats.num_forwards += 1
-        self.stats.num_tokens += len(positions)
-        for i, _, end in scheduled:
-            self._computed(steps[i].context, end)
-        finished = {
-            i: query_start_loc[r + 1] - 1 for r, (i, _, end) in enumerate(scheduled) if end == steps[i].num_tokens
-        }
-        order = sorted(finished)
-        return hidden_states[self._index([finished[i] for i in order])], order
-
-    def _index(self, values: list) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self.model.device, non_blocking=True)
-
-    def _token_ids(self, step: ContextStep, start: int, end: int) -> list[int]:
-        """A context's tokens [start, end), with a 0 for a last one that comes from the device."""
-        prompt_ids = step.context.prompt_ids
-        token_ids = prompt_ids[start:end]
-        if end > len(prompt_ids):
-            first, stop = max(start - len(prompt_ids), 0), end - len(prompt_ids)
-            from_device = int(end == step.num_tokens)
-            if stop - from_device > first:
-                token_ids = [*token_ids, *step.output_ids()[first : stop - from_device]]
-            token_ids = [*token_ids, *[0] * from_device]
-        return token_ids
-
-    def _computed(self, context: Context, num_tokens: int) -> None:
-        """Record that a context is computed up to ``num_tokens``, and share its prompt's full blocks."""
-        context.num_computed_tokens = num_tokens
-        full = min(num_tokens // self.block_size, len(context.block_hashes))
-        if full > context.num_cached_blocks:
-            self.block_pool.cache_full_blocks(
-                context, context.blocks, context.num_cached_blocks, full, self.block_size, kv_cache_group_id=0
+    def _forward(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
+        """One forward; returns the hidden states of its rows."""
+        device, num_rows = self.model.device, len(rows.index)
+        query_start_loc = np.arange(num_rows + len(pieces) + 1, dtype=np.int32)
+        if pieces:
+            query_start_loc[num_rows + 1 :] = num_rows + np.cumsum([len(piece.token_ids) for piece in pieces])
+        index, positions, token_ids = rows.index, rows.positions, rows.token_ids
+        if pieces:
+            host = np.empty((3, query_start_loc[-1] - num_rows), np.int64)
+            for piece, end in zip(pieces, query_start_loc[num_rows + 1 :] - num_rows, strict=True):
+                n = len(piece.token_ids)
+                host[0, end - n : end] = piece.index
+                host[1, end - n : end] = np.arange(piece.start, piece.start + n)
+                host[2, end - n : end] = piece.token_ids
+            of_pieces = to_device(host, device, torch.int64)
+            index, positions = torch.cat([index, of_pieces[0]]), torch.cat([positions, of_pieces[1]])
+            token_ids = torch.cat([token_ids, of_pieces[2].int()])
+        table, block_size = self.blocks.table, self.blocks.block_size
+        blocks = table[index, positions // block_size].long()
+        slot_mapping = blocks * block_size + positions % block_size
+        if pieces:  # from tokens to sequences
+            last = to_device(query_start_loc[1:] - 1, device, torch.int64)
+            index, last_positions = index[last], positions[last]
+        else:
+            last_positions = positions
+        lengths_known = rows.lengths is not None
+        seq_lens = np.empty(num_rows + len(pieces), np.int32)
+        seq_lens[:num_rows] = rows.lengths if lengths_known else rows.num_tokens.max()
+        seq_lens[num_rows:] = [piece.start + len(piece.token_ids) for piece in pieces]
+        hidden_states = self.model.forward(
+            ForwardBatch(
+                input_ids=token_ids,
+                positions=positions,
+                slot_mapping=slot_mapping,
+                query_start_loc=query_start_loc,
+                seq_lens=(last_positions + 1).int(),
+                seq_lens_upper_bound=seq_lens,
+                seq_lens_known=lengths_known,
+                block_table=table[index],
             )
-            context.num_cached_blocks = full
+        )
+        self.stats.num_forwards += 1
+        self.stats.num_tokens += int(query_start_loc[-1])
+        return hidden_states[:num_rows]
+
+
+def split(pieces: list[Piece], num_tokens: int) -> tuple[list[Piece], list[Piece]]:
+    """The first ``num_tokens`` tokens of pieces, and the rest."""
+    now: list[Piece] = []
+    for i, piece in enumerate(pieces):
+        n = len(piece.token_ids)
+        if n > num_tokens:
+            if num_tokens:
+                now.append(Piece(piece.index, piece.start, piece.token_ids[:num_tokens]))
+            rest = Piece(piece.index, piece.start + num_tokens, piece.token_ids[num_tokens:])
+            return now, [rest, *pieces[i + 1 :]]
+        now.append(piece)
+        num_tokens -= n
+    return now, []

@@ -1,0 +1,202 @@
+"""Who holds which block of the reward KV cache.
+
+The KV cache is only a cache: a context's tokens belong to the engine that generated them, and a context whose blocks
+were taken by another is computed again from them. Blocks of equal prompts are shared, by vLLM's own block pool and
+prefix hashing: a hash covers every token before a block's end, the preference's among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pad_vllm.reward.backend import BlockHash, BlockPool, KVCacheBlock, block_hasher, to_device
+
+
+@dataclass(eq=False)
+class Context:
+    """One sequence that the reward model reads: a composed prompt, then generated tokens.
+
+    A context either holds blocks, and everything before its next token is computed in them, or holds none.
+    """
+
+    index: int
+    """Its row of the block table."""
+    prompt_ids: list[int]
+    block_hashes: list[BlockHash]
+    """Of the prompt's full blocks, without the prompt's last token: what ``BlockPool.cache_full_blocks`` reads."""
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+
+
+@dataclass
+class CacheStats:
+    """Counters since the start."""
+
+    num_prefix_hit_tokens: int = 0
+    num_contexts_evicted: int = 0
+
+
+class BlockManager:
+    """Gives contexts their blocks, and takes them back.
+
+    Args:
+        num_blocks: of the KV cache, the null block among them.
+        block_size: tokens in a block.
+        max_num_contexts: contexts at one time; they are numbered from 0.
+        max_num_blocks: blocks of the longest context.
+        device: where attention reads the block table.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, max_num_contexts: int, max_num_blocks: int, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.device = device
+        self.pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=block_size)
+        self.hash_block = block_hasher()
+        self.contexts: list[Context | None] = [None] * max_num_contexts
+        self.num_held = np.zeros(max_num_contexts, np.int64)
+        """[max_num_contexts] blocks that each context holds"""
+        self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
+        """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
+        self.stats = CacheStats()
+        self._unwritten: list[tuple[Context, int]] = []  # from which of its blocks on
+        self._clock = 0
+        self._step_began = 0
+        self._last_used = np.zeros(max_num_contexts, np.int64)  # by the clock
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    def add(self, index: int, prompt_ids: list[int]) -> Context:
+        """Begin a context at ``index``, which must be free."""
+        assert self.contexts[index] is None
+        hashes: list[BlockHash] = []
+        # The last token is left out: the step that scores the first candidates computes it, for its hidden state.
+        for start in range(0, len(prompt_ids) - self.block_size, self.block_size):
+            parent = hashes[-1] if hashes else None
+            hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
+        self.contexts[index] = context = Context(index, prompt_ids, hashes)
+        return context
+
+    def remove(self, context: Context) -> None:
+        """End a context. Its prompt's blocks stay in the cache until the pool needs them."""
+        self.release(context)
+        self.contexts[context.index] = None
+
+    def release(self, context: Context) -> None:
+        """Take a context's blocks away."""
+        self.pool.free_blocks(reversed(context.blocks))
+        context.blocks = []
+        self.num_held[context.index] = 0
+
+    def reset(self) -> None:
+        """Forget everything that was computed."""
+        for context in self.contexts:
+            if context is not None:
+                self.release(context)
+        self.pool.reset_prefix_cache()
+
+    def begin_step(self) -> None:
+        """What is used from now on belongs to a new step."""
+        self._step_began = self._clock
+
+    def ready(self, indices: np.ndarray, num_tokens: np.ndarray) -> bool:
+        """Whether contexts hold the blocks for so many tokens already; then they count as used."""
+        if not (self.num_held[indices] >= self._num_blocks(num_tokens)).all():
+            return False
+        self._clock += 1
+        self._last_used[indices] = self._clock
+        return True
+
+    def admit(self, line: Sequence[int], num_tokens: Sequence[int]) -> tuple[int, list[tuple[Context, int]]]:
+        """Give contexts blocks, from the front of ``line`` to the first for whom there are none.
+
+        A short pool lets contexts take blocks from others: first from those that are not in this step, least recently
+        used first; then from those that this step is through with, the last one first (the first will be wanted
+        soonest); then from the end of the line. The first in line therefore always gets its blocks.
+
+        Args:
+            line: indices of contexts.
+            num_tokens: how long each may become.
+
+        Returns:
+            How many were admitted, and those of them that must be computed, in line, each with the number of its
+            tokens that are computed already, or will be for a context before it.
+        """
+        admitted, cold = 0, []
+        victims = self._victims(line)
+        for index, length in zip(line, num_tokens, strict=True):
+            context = self.contexts[index]
+            is_cold = not context.blocks
+            if is_cold:
+                self._reuse_prefix(context)
+            num_blocks = len(context.blocks)
+            missing = int(self._num_blocks(length)) - num_blocks
+            while missing > self.num_free_blocks and victims and victims[-1] is not context:
+                self.stats.num_contexts_evicted += bool(victims[-1].blocks)
+                self.release(victims.pop())
+            if missing > self.num_free_blocks:
+                if is_cold:
+                    self.release(context)
+                break
+            if victims and victims[0] is context:
+                del victims[0]
+            if missing > 0:
+                context.blocks += self.pool.get_new_blocks(missing)
+            if is_cold:
+                self._share_prefix(context, num_blocks)
+                cold.append((context, num_blocks * self.block_size))
+            if is_cold or missing > 0:
+                self._unwritten.append((context, 0 if is_cold else num_blocks))
+            self._clock += 1
+            self._last_used[index] = self._clock
+            self.num_held[index] = len(context.blocks)
+            admitted += 1
+        self._write_table()
+        return admitted, cold
+
+    def _num_blocks(self, num_tokens: np.ndarray | int) -> np.ndarray | int:
+        return np.minimum(-(-num_tokens // self.block_size), self.table.shape[1])
+
+    def _victims(self, line: Sequence[int]) -> list[Context]:
+        """Whose blocks may be taken, the next to give last; the line's first is the list's first."""
+        waiting = set(line)
+        others = [c for c in self.contexts if c is not None and c.blocks and c.index not in waiting]
+        others.sort(key=lambda context: self._last_used[context.index])
+        done = [context for context in others if self._last_used[context.index] > self._step_began]
+        return [self.contexts[index] for index in line] + done + others[: len(others) - len(done)][::-1]
+
+    def _reuse_prefix(self, context: Context) -> None:
+        """Start an empty context from the longest cached prefix of its prompt."""
+        for block_hash in context.block_hashes:
+            cached = self.pool.get_cached_block(block_hash, [0])
+            if cached is None:
+                break
+            self.pool.touch(cached)
+            context.blocks += cached
+
+    def _share_prefix(self, context: Context, num_cached: int) -> None:
+        """Let others reuse the full blocks of a prompt, those too that this step is about to compute: whoever reuses
+        them comes later in line, and a layer writes all of a forward's keys and values before it attends."""
+        self.stats.num_prefix_hit_tokens += num_cached * self.block_size
+        num_full = len(context.block_hashes)
+        if num_full > num_cached:
+            self.pool.cache_full_blocks(
+                context, context.blocks, num_cached, num_full, self.block_size, kv_cache_group_id=0
+            )
+
+    def _write_table(self) -> None:
+        """Bring the device's block table up to date with the blocks just given."""
+        at, ids = [], []
+        for context, start in self._unwritten:
+            row = context.index * self.table.shape[1]
+            at += range(row + start, row + len(context.blocks))
+            ids += [block.block_id for block in context.blocks[start:]]
+        self._unwritten.clear()
+        if ids:
+            self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
