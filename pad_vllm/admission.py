@@ -9,20 +9,21 @@ environment: the ``vllm.general_plugins`` hook puts it there before vLLM starts 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
 import weakref
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.params import PAD, check_int, check_persona
+from pad_vllm.params import PAD, PREFIX, check_int, check_persona
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Announcement:
     tokenizer: dict[str, Any] | None = None
     """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
     prompt_template: str = ""
+    guides_all: bool = False
+    """A default persona guides requests that ask for nothing."""
 
     def check(self, asked: PAD) -> None:
         """Raise ValueError if this engine cannot do what a request asks."""
@@ -86,7 +89,7 @@ def check_preference(template: PromptTemplate, preference: str, max_tokens: int)
         raise ValueError(f"pad_preference: {num_tokens} tokens, at most {max_tokens} are allowed")
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
     from transformers import AutoTokenizer
 
@@ -97,7 +100,13 @@ def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
 
 
 def register() -> None:
-    """The ``vllm.general_plugins`` hook: make the folder of announcements, once for a frontend and its engines."""
+    """The ``vllm.general_plugins`` hook, run in every process before its engine is configured."""
+    _make_folder()
+    _refuse_beam_search_over_http()
+
+
+def _make_folder() -> None:
+    """Make the folder of announcements, once for a frontend and its engines."""
     if ANNOUNCE_DIR in os.environ:
         return
     try:
@@ -107,6 +116,33 @@ def register() -> None:
         return
     os.environ[ANNOUNCE_DIR] = folder
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+
+def _refuse_beam_search_over_http() -> None:
+    """Let a request for guidance and beam search at once be refused.
+
+    vLLM's API server drops ``vllm_xargs`` on the way to beam search, before it asks any plugin, and would answer
+    unguided. It makes the parameters in a method of the request, where a ValueError becomes HTTP 400.
+    """
+    for module, name in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest")):
+        request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
+        make_params = getattr(request_class, "to_beam_search_params", None)
+        if make_params is None or hasattr(make_params, "__wrapped__"):
+            continue
+
+        @functools.wraps(make_params)
+        def refuse_or_make(self, *args, _make_params=make_params, **kwargs):
+            asked = [key for key in getattr(self, "vllm_xargs", None) or {} if str(key).startswith(PREFIX)]
+            if asked:
+                raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
+            return _make_params(self, *args, **kwargs)
+
+        request_class.to_beam_search_params = refuse_or_make
+
+
+def is_beam_search(params: SamplingParams) -> bool:
+    """Whether these are a step of vLLM's beam search, which is made of requests for one token and its logprobs."""
+    return (params.max_tokens, params.detokenize, params.watermarking) == (1, False, False) and bool(params.logprobs)
 
 
 def announce(announcement: Announcement, engine: object) -> None:
@@ -143,7 +179,7 @@ def announcements() -> list[Announcement]:
     return [announcement for path in paths if (announcement := _read(path)) is not None]
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _parse(path: Path) -> tuple[str, int, Announcement]:
     record = json.loads(path.read_text())
     host, pid = record.pop("host"), record.pop("pid")
@@ -177,9 +213,16 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
-    if asked is None:
+    if asked is None and not is_beam_search(sampling_params):
         return
     engines = announcements()
+    if asked is None:
+        if any(engine.guides_all for engine in engines):
+            raise ValueError(
+                "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
+                "every request (pad.default_persona)"
+            )
+        return
     if not engines:
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "

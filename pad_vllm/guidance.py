@@ -152,6 +152,7 @@ class Guidance:
             max_preference_tokens=self.max_preference_tokens,
             tokenizer=self.tokenizer_args if self.template else None,
             prompt_template=self.config.prompt_template,
+            guides_all=self.config.default_persona is not None,
         )
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:

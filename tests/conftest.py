@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
 from tests.engine import set_environment
 from tests.models import make_heads, make_model
@@ -42,10 +44,42 @@ class Models:
             "mixed": oracle.mixed_head(named, dict(zip(HEADS, MIX, strict=True))),
         }
 
+    @functools.cache  # noqa: B019 (one instance, as long as the tests)
+    def ask(self, prompt: tuple, reward_prompt: tuple | None, head: str | None, **settings) -> list[int]:
+        return oracle.generate(
+            self.base_model,
+            list(prompt),
+            reward=self.reward_model,
+            reward_prompt_ids=reward_prompt and list(reward_prompt),
+            head=self.heads[head] if head else None,
+            **settings,
+        )
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def runner(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def compose(models: Models) -> Callable:
+    return PromptTemplate(models.tokenizer).compose
+
+
+@pytest.fixture(scope="session")
+def expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
+    """What a guided request should generate; the runners are held against the same answers, so each is asked once."""
+
+    def ask(prompt, *, preference=None, head=None, max_tokens=64, **settings) -> list[int]:
+        reward_prompt = tuple(compose(prompt, preference)) if preference else None
+        return models.ask(tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,37 @@ class Engine(Worker):
         return self.run(_call, function, *args)
 
 
+def pad_config(reward_model, **pad) -> dict:
+    return {"additional_config": {"pad": {"reward_model": str(reward_model), **pad}}}
+
+
+def running_guidance(llm):
+    """The guidance of an engine that runs in this process."""
+    from pad_vllm import PADLogitsProcessor
+
+    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
+    return processor.adapter.guidance
+
+
+def engine_stats(llm) -> dict:
+    """Of the running processors in the engine's process."""
+    from pad_vllm import PADLogitsProcessor
+
+    engine = running_guidance(llm).engine
+    blocks = engine.blocks
+    contexts = [context for context in blocks.contexts if context is not None]
+    return {
+        "evicted": blocks.stats.num_contexts_evicted,
+        "prefix_hits": blocks.stats.num_prefix_hit_tokens,
+        "tokens": engine.stats.num_tokens,
+        "contexts": len(contexts),
+        "held_blocks": len({block.block_id for context in contexts for block in context.blocks}),
+        "free_blocks": blocks.num_free_blocks,
+        "blocks": engine.model.num_blocks - 1,
+        "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
+    }
+
+
 def guided(**pad: Any) -> dict[str, Any]:
     """``extra_args`` of a guided request, from names without their prefix."""
     return {"extra_args": {f"pad_{key}": value for key, value in pad.items()}}

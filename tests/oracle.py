@@ -9,6 +9,7 @@ transformers and PyTorch in float32, no cache, one sequence at a time. Everythin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -50,11 +51,17 @@ def generate(
     beta: float = 1.0,
     reference: str = "base",
     eos_token_id: int | None = None,
+    adjust: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
 ) -> list[int]:
-    """Greedy continuation. ``reward_prompt_ids`` is the composed prompt; None: the reward model sees the base's."""
+    """Greedy continuation. ``reward_prompt_ids`` is the composed prompt; None: the reward model sees the base's.
+
+    ``adjust`` does to z what vLLM does before guidance: (z [vocab], generated tokens) -> z.
+    """
     output: list[int] = []
     while len(output) < max_tokens:
         z = base(torch.tensor([prompt_ids + output])).logits[0, -1]
+        if adjust is not None:
+            z = adjust(z, output)
         if reward is not None:
             r = reward_logits(reward, (reward_prompt_ids or prompt_ids) + output, head)
             z = guided_logits(z, r, top_k, beta, reference)

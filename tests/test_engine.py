@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
-from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
 from tests.conftest import MIX, Models
-from tests.engine import PLUGIN, Engine, guided
+from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
 from tests.models import make_model
 
 MAX_TOKENS = 64
@@ -31,42 +29,6 @@ PROMPTS = [
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 TOP_K = [1, 10, 50]
 BETA = [0.0, 0.5, 1.0, 1.5]
-
-
-def pad_config(reward_model, **pad) -> dict:
-    return {"additional_config": {"pad": {"reward_model": str(reward_model), **pad}}}
-
-
-def running_guidance(llm):
-    """The guidance of an engine that runs in this process."""
-    from pad_vllm import PADLogitsProcessor
-
-    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
-    return processor.adapter.guidance
-
-
-def engine_stats(llm) -> dict:
-    """Of the running processors in the engine's process."""
-    from pad_vllm import PADLogitsProcessor
-
-    engine = running_guidance(llm).engine
-    blocks = engine.blocks
-    contexts = [context for context in blocks.contexts if context is not None]
-    return {
-        "evicted": blocks.stats.num_contexts_evicted,
-        "prefix_hits": blocks.stats.num_prefix_hit_tokens,
-        "tokens": engine.stats.num_tokens,
-        "contexts": len(contexts),
-        "held_blocks": len({block.block_id for context in contexts for block in context.blocks}),
-        "free_blocks": blocks.num_free_blocks,
-        "blocks": engine.model.num_blocks - 1,
-        "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
-    }
-
-
-@pytest.fixture(scope="module", params=["v1", "v2"])
-def runner(request) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -99,31 +61,7 @@ def plain_engine(models: Models, runner: str):
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def compose(models: Models):
-    return PromptTemplate(models.tokenizer).compose
-
-
-@functools.cache
-def ask_oracle(models: Models, prompt: tuple, reward_prompt: tuple | None, head: str | None, **settings) -> list[int]:
-    """Both runners are held against the same answers: ask once."""
-    return oracle.generate(
-        models.base_model,
-        list(prompt),
-        reward=models.reward_model,
-        reward_prompt_ids=reward_prompt and list(reward_prompt),
-        head=models.heads[head] if head else None,
-        **settings,
-    )
-
-
-def expect(models, compose, prompt, *, preference=None, head=None, max_tokens=MAX_TOKENS, **settings) -> list[int]:
-    """What a guided request should generate."""
-    reward_prompt = tuple(compose(prompt, preference)) if preference else None
-    return ask_oracle(models, tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)
-
-
-def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose, named_engine):
+def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, expect, named_engine):
     """Every k and beta, with and without preference and head, guided and unguided mixed."""
     prompts, params, expected = [], [], []
     cases = itertools.product(TOP_K, BETA, ["preference", "prompt", "weights", "both"])
@@ -136,7 +74,7 @@ def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose
         arguments |= {"weights": list(MIX)} if head else {}
         prompts.append(prompt)
         params.append(GREEDY | guided(**arguments))
-        expected.append(expect(models, compose, prompt, preference=preference, head=head, top_k=top_k, beta=beta))
+        expected.append(expect(prompt, preference=preference, head=head, top_k=top_k, beta=beta))
         if i % 6 == 0:
             prompts.append(prompt)
             params.append(GREEDY)
@@ -145,7 +83,7 @@ def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, compose
     assert named_engine.call(engine_stats)["copies"] == 1
 
 
-def test_personas(models, encode, compose, named_engine):
+def test_personas(encode, expect, named_engine):
     prompt = encode(PROMPTS[0])
     out = named_engine.generate(
         [prompt] * 3,
@@ -156,13 +94,13 @@ def test_personas(models, encode, compose, named_engine):
         ],
     )
     assert out == [
-        expect(models, compose, prompt, preference=PREFERENCES[0], beta=1.5),
-        expect(models, compose, prompt, head="mixed", top_k=20),
-        expect(models, compose, prompt, preference=PREFERENCES[0], beta=0.5, top_k=3),
+        expect(prompt, preference=PREFERENCES[0], beta=1.5),
+        expect(prompt, head="mixed", top_k=20),
+        expect(prompt, preference=PREFERENCES[0], beta=0.5, top_k=3),
     ]
 
 
-def test_prefix_is_shared_between_requests(models, encode, compose, named_engine):
+def test_prefix_is_shared_between_requests(encode, compose, named_engine):
     """A prompt seen again costs its tail: 32-token blocks of an equal prefix are reused, and nothing changes."""
     prompt = encode(PROMPTS[4])
     params = GREEDY | guided(preference=PREFERENCES[1])
@@ -176,23 +114,21 @@ def test_prefix_is_shared_between_requests(models, encode, compose, named_engine
     assert after["tokens"] - before["tokens"] == composed - reused + MAX_TOKENS - 1
 
 
-def test_released_head_under_a_short_pool(models, encode, compose, released_engine):
+def test_released_head_under_a_short_pool(encode, expect, released_engine):
     """Sixteen sequences in a pool of a few, chunked prefill, reference mode none: slower, never wrong."""
     prompts = [encode(text) for text in PROMPTS] * 2
     params, expected = [], []
     for i, prompt in enumerate(prompts):
         preference = PREFERENCES[i % 2] + " more" * i
         params.append(GREEDY | guided(preference=preference, beta=0.8))
-        expected.append(
-            expect(models, compose, prompt, preference=preference, head="released", beta=0.8, reference="none")
-        )
+        expected.append(expect(prompt, preference=preference, head="released", beta=0.8, reference="none"))
     assert released_engine.generate(prompts, params) == expected
     stats = released_engine.call(engine_stats)
     assert stats["evicted"] > 0
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
 
 
-def test_nothing_leaks(models, encode, named_engine, runner):
+def test_nothing_leaks(encode, named_engine, runner):
     """Requests of all lengths; in the end every block is free, or held by a context that still stands in a V2 slot."""
     prompts = [encode("a " * (1 + 11 * i % 190)) for i in range(40)]
     params = [
@@ -254,7 +190,7 @@ def test_a_prompt_token_unknown_to_the_reward_model_ends_its_request_alone(model
     )
 
 
-def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, compose, runner):
+def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, expect, runner):
     """Prompts longer than the base's token budget: rows of unfinished prompts are passed over. And a request that
     asks for nothing gets the default persona."""
     pad = {"top_k": 5, "beta": 1.5, "personas": {"house": {"preference": "concise"}}, "default_persona": "house"}
@@ -263,9 +199,9 @@ def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, compo
     params = [GREEDY | {"max_tokens": 16} | asked for asked in (guided(preference="formal"), guided(beta=1.0), {})]
     settings = {"top_k": 5, "max_tokens": 16}
     expected = [
-        expect(models, compose, prompts[0], preference="formal", beta=1.5, **settings),
-        expect(models, compose, prompts[1], preference="concise", beta=1.0, **settings),
-        expect(models, compose, prompts[2], preference="concise", beta=1.5, **settings),
+        expect(prompts[0], preference="formal", beta=1.5, **settings),
+        expect(prompts[1], preference="concise", beta=1.0, **settings),
+        expect(prompts[2], preference="concise", beta=1.5, **settings),
     ]
     try:
         assert engine.generate(prompts, params) == expected
@@ -282,13 +218,10 @@ def test_unguided_requests_do_not_notice_the_plugin(models, encode, named_engine
     assert mixed[1::2] != alone
 
 
-def test_guided_request_stops_at_eos(models, encode, compose, named_engine):
+def test_guided_request_stops_at_eos(encode, expect, named_engine):
     """The released loop has no EOS stop; we have. The token that ends it is made the only candidate's."""
     prompts = [encode(text) for text in PROMPTS]
-    expected = [
-        expect(models, compose, p, preference="formal", top_k=50, beta=1.5, max_tokens=128, eos_token_id=1)
-        for p in prompts
-    ]
+    expected = [expect(p, preference="formal", top_k=50, beta=1.5, max_tokens=128, eos_token_id=1) for p in prompts]
     params = {"temperature": 0.0, "max_tokens": 128} | guided(preference="formal", top_k=50, beta=1.5)
     assert named_engine.generate(prompts, params) == expected
 
@@ -344,12 +277,12 @@ BAD_REQUESTS = [
 ]
 
 
-def test_bad_requests_are_refused_and_the_engine_goes_on(models, encode, compose, named_engine):
+def test_bad_requests_are_refused_and_the_engine_goes_on(encode, expect, named_engine):
     prompt = encode("a")
     for extra_args, message in BAD_REQUESTS:
         with pytest.raises(VLLMValidationError, match=message):
             named_engine.generate([prompt], GREEDY | {"extra_args": extra_args})
-    expected = expect(models, compose, prompt, preference="formal")
+    expected = expect(prompt, preference="formal")
     assert named_engine.generate([prompt], GREEDY | guided(preference="formal")) == [expected]
 
 
@@ -365,7 +298,7 @@ def break_reward_model(llm) -> None:
     model.forward = fail
 
 
-def test_a_failure_in_a_step_ends_its_guided_requests_and_nothing_else(models, encode, compose, named_engine):
+def test_a_failure_in_a_step_ends_its_guided_requests_and_nothing_else(models, encode, expect, named_engine):
     """Fail closed: never unguided, never a dead engine."""
     prompts = [encode("a"), encode("answer")]
     named_engine.call(break_reward_model)
@@ -374,10 +307,10 @@ def test_a_failure_in_a_step_ends_its_guided_requests_and_nothing_else(models, e
     assert ended == [models.tokenizer.eos_token_id]
     assert unguided == oracle.generate(models.base_model, prompts[1], 8, eos_token_id=1)
     again = named_engine.generate([prompts[0]], GREEDY | guided(preference="formal"))
-    assert again == [expect(models, compose, prompts[0], preference="formal")]
+    assert again == [expect(prompts[0], preference="formal")]
 
 
-def test_frontend_and_engine_in_different_processes(models, encode, compose):
+def test_frontend_and_engine_in_different_processes(models, encode, expect):
     """As it is served: the frontend refuses with what the engine's process announced, and the class is loaded there."""
     personas = {"terse": {"pad_preference": PREFERENCES[0]}}
     engine = Engine(
@@ -391,11 +324,11 @@ def test_frontend_and_engine_in_different_processes(models, encode, compose):
         out = engine.generate([prompt] * 2, [GREEDY | guided(persona="terse"), GREEDY])
     finally:
         engine.close()
-    assert out[0] == expect(models, compose, prompt, preference=PREFERENCES[0])
+    assert out[0] == expect(prompt, preference=PREFERENCES[0])
     assert out[1] == oracle.generate(models.base_model, prompt, MAX_TOKENS)
 
 
-def test_tensor_parallelism(models, encode, compose, monkeypatch):
+def test_tensor_parallelism(models, encode, expect, monkeypatch):
     """Two ranks: the reward model is sharded like the base, and the candidates' scores are summed over the ranks."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     engine = Engine(
@@ -412,6 +345,4 @@ def test_tensor_parallelism(models, encode, compose, monkeypatch):
         out = engine.generate(prompts, params)
     finally:
         engine.close()
-    assert out == [
-        expect(models, compose, p, preference="formal", head="released", beta=1.5, max_tokens=32) for p in prompts
-    ]
+    assert out == [expect(p, preference="formal", head="released", beta=1.5, max_tokens=32) for p in prompts]

@@ -1,0 +1,77 @@
+"""The runner adapters: which rows of a step are guided, and where the tokens of their requests are.
+
+An adapter tells :class:`~pad_vllm.guidance.Guidance` what vLLM's runner does to its requests. Nothing here may raise
+once the engine runs: an exception in a logits processor ends the engine for every client. A request that cannot be
+guided gets end tokens instead: it ends at once (with ``ignore_eos``, once it has its length of them), and is never
+answered without guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from pad_vllm.guidance import Guidance, GuidedRequest
+from pad_vllm.params import PAD, GuidanceParams
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+logger = init_logger(f"vllm.{__name__}")
+
+Resolve = Callable[[PAD | None], GuidanceParams | None]
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request in the batch that asked for guidance; ``failed`` once it can no longer be given."""
+
+    params: GuidanceParams | None
+    stop_token_id: int
+    guided: GuidedRequest | None = None
+    failed: bool = False
+
+
+class Adapter:
+    """What the two runners' adapters share: reading a request, the guided step, and failing closed."""
+
+    def __init__(self, guidance: Guidance | None, resolve: Resolve) -> None:
+        self.guidance = guidance
+        self.resolve = resolve
+
+    def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
+        """None for a request that is not guided."""
+        stop = sampling_params.stop_token_ids or sorted(sampling_params.all_stop_token_ids) or [0]
+        try:
+            params = self.resolve(PAD.from_extra_args(sampling_params.extra_args))
+            return None if params is None else RequestState(params, stop[0])
+        except Exception:
+            logger.exception("A request for PAD guidance got past admission and cannot be guided: ending it.")
+            return RequestState(None, stop[0], failed=True)
+
+    def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
+        """Give a request its context, once its prompt is known. Returns whether it is guided."""
+        try:
+            state.guided = self.guidance.new_request(slot, state.params, prompt_ids)
+        except Exception:
+            logger.exception("PAD cannot guide a request: ending it.")
+            state.failed = True
+        return not state.failed
+
+    def end(self, state: RequestState | None) -> None:
+        """A request left the batch."""
+        if state is not None and state.guided is not None:
+            self.guidance.free(state.guided)
+            state.guided = None
+
+    def guide(self, states: list[RequestState], step: Callable[[], None]) -> None:
+        """Run a guided step, or give up the requests that it was for."""
+        try:
+            step()
+        except Exception:
+            logger.exception("A step of PAD guidance failed: ending its %d requests.", len(states))
+            for state in states:
+                state.failed = True

@@ -1,0 +1,183 @@
+"""The block manager alone: whatever happens, no block is lost or owned twice, and only equal prefixes are shared."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pad_vllm.reward.block_manager import BlockManager
+
+BLOCK_SIZE = 4
+MAX_BLOCKS = 6
+"""of the longest context"""
+MAX_CONTEXTS = 5
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=BLOCK_SIZE * MAX_BLOCKS - 4)
+"""Two tokens only, so that prefixes are often equal."""
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """Contexts come, grow, are run in any order, and go, as a reward engine makes them."""
+
+    @initialize(num_blocks=st.integers(MAX_BLOCKS + 1, 3 * MAX_BLOCKS))
+    def start(self, num_blocks: int) -> None:
+        self.blocks = BlockManager(num_blocks, BLOCK_SIZE, MAX_CONTEXTS, MAX_BLOCKS, torch.device("cpu"))
+        self.num_blocks = num_blocks - 1  # without the null block
+        self.lengths: dict[int, int] = {}
+        # What the model would have written: block -> the tokens from the context's begin to the block's end.
+        self.content: dict[int, tuple[int, ...]] = {}
+
+    @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
+    @rule(prompt=TOKENS)
+    def add(self, prompt: list[int]) -> None:
+        index = next(i for i in range(MAX_CONTEXTS) if i not in self.lengths)
+        self.blocks.add(index, prompt)
+        self.lengths[index] = len(prompt)
+
+    @precondition(lambda self: self.lengths)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        index = data.draw(st.sampled_from(sorted(self.lengths)))
+        self.blocks.remove(self.blocks.contexts[index])
+        del self.lengths[index]
+
+    @rule()
+    def reset(self) -> None:
+        """A forward failed."""
+        self.blocks.reset()
+        self.content.clear()
+
+    @precondition(lambda self: self.lengths)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        line = data.draw(st.lists(st.sampled_from(sorted(self.lengths)), min_size=1, unique=True))
+        for index in line:
+            self.lengths[index] = min(self.lengths[index] + data.draw(st.integers(0, 3)), BLOCK_SIZE * MAX_BLOCKS)
+        lengths = [self.lengths[index] for index in line]
+        blocks = self.blocks
+        blocks.begin_step()
+        if blocks.ready(np.array(line), np.array(lengths)):
+            assert all(blocks.contexts[index].blocks for index in line)
+            for index in line:
+                self.write(index, compute_from=None)
+            return
+        while line:
+            held = {index: list(blocks.contexts[index].blocks) for index in line}
+            admitted, cold = blocks.admit(line, lengths)
+            assert admitted >= 1
+            starts = {context.index: num_computed for context, num_computed in cold}
+            for index in line[:admitted]:
+                context = blocks.contexts[index]
+                assert len(context.blocks) * BLOCK_SIZE >= self.lengths[index]
+                assert (index in starts) == (not held[index] or context.blocks[: len(held[index])] != held[index])
+                self.write(index, compute_from=starts.get(index))
+            for index in line[:admitted]:  # all of them together, as one forward needs them
+                row = blocks.table[index, : len(blocks.contexts[index].blocks)].tolist()
+                assert row == [block.block_id for block in blocks.contexts[index].blocks]
+            del line[:admitted], lengths[:admitted]
+
+    def write(self, index: int, compute_from: int | None) -> None:
+        """Do to ``content`` what a forward does to the KV cache, and see that what is reused is what it should be."""
+        context = self.blocks.contexts[index]
+        prompt = tuple(context.prompt_ids)
+        tokens = prompt + tuple((index + 2,) * (self.lengths[index] - len(prompt)))  # generated: the context's own
+        for i, block in enumerate(context.blocks):
+            end = (i + 1) * BLOCK_SIZE
+            if compute_from is not None and end <= compute_from:
+                assert compute_from < len(prompt)
+                assert self.content[block.block_id] == tokens[:end], "a hit on other tokens"
+            elif compute_from is None and end < len(prompt):
+                assert self.content[block.block_id] == tokens[:end], "a context's blocks were written by another"
+            else:
+                self.content[block.block_id] = tokens[:end]
+
+    @invariant()
+    def every_block_is_free_or_held(self) -> None:
+        if not hasattr(self, "blocks"):
+            return
+        contexts = [context for context in self.blocks.contexts if context is not None]
+        holders: dict[int, list] = {}
+        for context in contexts:
+            ids = [block.block_id for block in context.blocks]
+            assert len(ids) == len(set(ids)) == self.blocks.num_held[context.index]
+            assert 0 not in ids
+            for i, block in enumerate(context.blocks):
+                holders.setdefault(block.block_id, []).append((tuple(context.prompt_ids[: (i + 1) * BLOCK_SIZE]), i))
+        assert self.blocks.num_free_blocks + len(holders) == self.num_blocks
+        for block_id, owners in holders.items():
+            assert self.blocks.pool.blocks[block_id].ref_cnt == len(owners)
+            if len(owners) > 1:  # shared: the same full block of the same prompt, before its last token
+                assert len(set(owners)) == 1
+                assert len(owners[0][0]) == (owners[0][1] + 1) * BLOCK_SIZE
+
+    def teardown(self) -> None:
+        if hasattr(self, "blocks"):
+            for index in list(self.lengths):
+                self.blocks.remove(self.blocks.contexts[index])
+            assert self.blocks.num_free_blocks == self.num_blocks
+
+
+TestBlockManager = BlockManagerMachine.TestCase
+TestBlockManager.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def manager(num_blocks: int = 1 + 2 * MAX_BLOCKS) -> BlockManager:
+    return BlockManager(num_blocks, BLOCK_SIZE, MAX_CONTEXTS, MAX_BLOCKS, torch.device("cpu"))
+
+
+def test_contexts_that_arrive_together_share_what_the_first_will_compute():
+    blocks = manager()
+    prompt = list(range(10))
+    for index in range(3):
+        blocks.add(index, [*prompt, index])
+    blocks.begin_step()
+    admitted, cold = blocks.admit([0, 1, 2], [11, 11, 11])
+    assert admitted == 3
+    assert [num_computed for _, num_computed in cold] == [0, 8, 8]
+    assert blocks.stats.num_prefix_hit_tokens == 16
+
+
+def test_the_last_token_of_a_prompt_is_never_reused():
+    """Its hidden state is wanted, so it is computed."""
+    blocks = manager()
+    for index in range(2):
+        blocks.add(index, list(range(8)))
+    blocks.begin_step()
+    _, cold = blocks.admit([0, 1], [8, 8])
+    assert [num_computed for _, num_computed in cold] == [0, 4]
+
+
+def test_a_short_pool_takes_first_from_the_least_recently_used():
+    blocks = manager(1 + 2 * MAX_BLOCKS)
+    for index in range(4):
+        blocks.add(index, [index] * 12)
+    for index in (0, 1, 2, 3):
+        blocks.begin_step()
+        blocks.admit([index], [12])
+    assert blocks.num_free_blocks == 0
+    blocks.begin_step()
+    assert blocks.ready(np.array([0]), np.array([12]))  # used again
+    blocks.begin_step()
+    blocks.admit([3], [16])
+    assert [len(context.blocks) for context in blocks.contexts[:4]] == [3, 0, 3, 4]
+    assert blocks.stats.num_contexts_evicted == 1
+
+
+def test_contexts_of_one_step_in_turn_keep_all_but_one_in_place():
+    """Four contexts in a pool for three: each step takes from the one that it has just been through with."""
+    blocks = manager(1 + 9)
+    for index in range(4):
+        blocks.add(index, [index] * 12)
+    computed = []
+    for _ in range(5):
+        blocks.begin_step()
+        line, recomputed = [0, 1, 2, 3], []
+        while line:
+            admitted, cold = blocks.admit(line, [12] * len(line))
+            recomputed += [context.index for context, _ in cold]
+            del line[:admitted]
+        computed.append(len(recomputed))
+    assert computed[0] == 4
+    assert max(computed[1:]) <= 2

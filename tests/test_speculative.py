@@ -1,0 +1,63 @@
+"""Speculative decoding on Model Runner V2: every draft is verified by guided logits of its own context."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import oracle
+from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config
+
+PROMPTS = [
+    "You are asked to be concise",
+    "The quick brown fox",
+    "a",
+    "say why " * 20,
+    "answer",
+    "[Instruction] say why",
+]
+PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
+
+
+def num_accepted(llm) -> int:
+    return next(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+
+
+@pytest.mark.parametrize(("num_speculative_tokens", "contexts"), [(3, 64), (5, 1.25)])
+def test_output_is_that_without_drafts(models, encode, expect, num_speculative_tokens, contexts):
+    """Guided and unguided mixed. The drafter is the base model, so guided drafts are accepted and refused by turns; a
+    reward pool of one and a quarter contexts makes every step run in groups, and recompute."""
+    one_context = 1024 * 2 * 2 * 32 * 4
+    engine = Engine(
+        "v2",
+        models.base,
+        logits_processors=PLUGIN,
+        disable_log_stats=False,
+        speculative_config={
+            "method": "draft_model",
+            "model": str(models.base),
+            "num_speculative_tokens": num_speculative_tokens,
+        },
+        **pad_config(models.named, kv_cache_memory_bytes=int(one_context * contexts)),
+    )
+    prompts = [encode(text) for text in PROMPTS]
+    more = " more" * (100 if contexts < 2 else 0)
+    asked = [
+        {"preference": f"{i} {PREFERENCES[i % 2]}{more}", "beta": 0.5} if i % 3 else {} for i in range(len(prompts))
+    ]
+    params = [
+        {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | (guided(**pad) if pad else {}) for pad in asked
+    ]
+    try:
+        out = engine.generate(prompts, params)
+        alone = engine.generate(prompts[1:2], params[1:2])  # every row of the batch guided
+        accepted, stats = engine.call(num_accepted), engine.call(engine_stats)
+    finally:
+        engine.close()
+    assert out == [
+        expect(prompt, max_tokens=32, **pad) if pad else oracle.generate(models.base_model, prompt, 32)
+        for prompt, pad in zip(prompts, asked, strict=True)
+    ]
+    assert alone == out[1:2]
+    assert accepted > 0
+    assert (stats["evicted"] > 0) == (contexts < 2)
+    assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
