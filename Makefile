@@ -1,5 +1,6 @@
 # make demo    guided generation through vLLM, on small models that the demo trains itself
 # make test    lint, and every test
+# make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
 # Both build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format requirements clean
+.PHONY: demo test soak lint format requirements clean
 
 demo: $(BIN)/installed
 	$(BIN)/pad-vllm demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: $(BIN)/installed
+	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

@@ -45,7 +45,9 @@ def map_heads(
 def select_candidates(
     logits: torch.Tensor, rows: torch.Tensor, top_k: torch.Tensor, max_top_k: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidates of each guided row, largest base logit first, ties by lower token id.
+    """The candidates of each guided row, largest base logit first; of equal ones the lower token ids are in.
+
+    Reads nothing back from the device.
 
     Args:
         logits: [N, V].
@@ -61,14 +63,14 @@ def select_candidates(
     z = torch.where(z.isfinite(), z, NEG_INF)
     k = min(max_top_k, vocab_size)
     values, ids = z.topk(k, dim=-1)
+    place = torch.arange(k, device=z.device)
+    # topk breaks ties as it likes. Where the last candidate's value is, the lowest ids that have it are put, in order.
     kth = values.gather(1, (top_k.clamp(1, k) - 1).unsqueeze(1))
-    # topk breaks ties as it likes. Where the last candidate ties with a token left out, sort the row stably.
-    tied = ((z >= kth) & (z > NEG_INF)).sum(-1) > top_k.clamp(1)
-    if tied.any():
-        ids[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        values = z.gather(1, ids)
-    beyond = torch.arange(k, device=z.device) >= top_k.unsqueeze(1)
-    return ids, values.masked_fill(beyond, NEG_INF)
+    by_id = torch.arange(vocab_size, 0, -1, dtype=torch.float32, device=z.device)
+    lowest = torch.where(z == kth, by_id, 0.0).topk(k, dim=-1).indices
+    num_above = (values > kth).sum(-1, keepdim=True)
+    ids = torch.where(values == kth, lowest.gather(1, (place - num_above).clamp(min=0)), ids)
+    return ids, values.masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
 
 
 def score_candidates(

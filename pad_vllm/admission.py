@@ -34,6 +34,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
 """Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
 machines."""
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _make_folder() -> None:
         logger.warning("No folder for announcements of PAD engines: %s", error)
         return
     os.environ[ANNOUNCE_DIR] = folder
+    also = os.environ.get(RAY_COPIES)  # or Ray's workers would not know the folder
+    os.environ[RAY_COPIES] = f"{also},{ANNOUNCE_DIR}" if also else ANNOUNCE_DIR
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
 
 

@@ -280,7 +280,7 @@ class Guidance:
             max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
         """
         num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * self.base_vocab_size)))
-        logits = torch.zeros(num_rows, self.base_vocab_size, device=self.device)
+        logits = torch.rand(num_rows, self.base_vocab_size, device=self.device)
         rows = torch.arange(num_rows, device=self.device)
         self.host_top_k[self.no_slot] = self.config.max_top_k
         self.host_uses_heads[self.no_slot] = self.heads is not None

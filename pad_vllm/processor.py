@@ -122,6 +122,7 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
         "the base model takes more than text, and the reward model reads text alone; add --language-model-only": (
             model.is_multimodal_model and model.supports_multimodal_inputs
         ),
+        "a diffusion model samples without logits processors": model.is_diffusion,
         "enable_sleep_mode: Model Runner V2 discards the reward model in its sleep": on_v2 and model.enable_sleep_mode,
         "with async scheduling the V1 runner shows generated tokens only to listed logits processors; add "
         "--logits-processors pad_vllm:PADLogitsProcessor, or --no-async-scheduling": (

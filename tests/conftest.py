@@ -45,11 +45,13 @@ class Models:
         }
 
     @functools.cache  # noqa: B019 (one instance, as long as the tests)
-    def ask(self, prompt: tuple, reward_prompt: tuple | None, head: str | None, **settings) -> list[int]:
+    def ask(
+        self, prompt: tuple, reward_prompt: tuple | None, head: str | None, guided: bool = True, **settings
+    ) -> list[int]:
         return oracle.generate(
             self.base_model,
             list(prompt),
-            reward=self.reward_model,
+            reward=self.reward_model if guided else None,
             reward_prompt_ids=reward_prompt and list(reward_prompt),
             head=self.heads[head] if head else None,
             **settings,
@@ -74,7 +76,10 @@ def compose(models: Models) -> Callable:
 @pytest.fixture(scope="session")
 def expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
     """What a guided request should generate; the runners are held against the same answers, so each is asked once."""
+    return make_expect(models, compose)
 
+
+def make_expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
     def ask(prompt, *, preference=None, head=None, max_tokens=64, **settings) -> list[int]:
         reward_prompt = tuple(compose(prompt, preference)) if preference else None
         return models.ask(tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)

@@ -12,6 +12,8 @@ from typing import Any
 # Nothing but loopback is reached from a test.
 OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 PLUGIN = ["pad_vllm:PADLogitsProcessor"]
+ONE_CONTEXT = 1024 * 2 * 2 * 32 * 4
+"""Bytes of the tests' reward model's KV cache: tokens, layers, key and value, head size, float32."""
 
 _llm: Any = None
 
@@ -112,7 +114,12 @@ def engine_stats(llm) -> dict:
     """Of the running processors in the engine's process."""
     from pad_vllm import PADLogitsProcessor
 
-    engine = running_guidance(llm).engine
+    copies = len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None])
+    return guidance_stats(running_guidance(llm)) | {"copies": copies}
+
+
+def guidance_stats(guidance) -> dict[str, int]:
+    engine = guidance.engine
     blocks = engine.blocks
     contexts = [context for context in blocks.contexts if context is not None]
     return {
@@ -123,7 +130,6 @@ def engine_stats(llm) -> dict:
         "held_blocks": len({block.block_id for context in contexts for block in context.blocks}),
         "free_blocks": blocks.num_free_blocks,
         "blocks": engine.model.num_blocks - 1,
-        "copies": len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None]),
     }
 
 

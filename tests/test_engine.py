@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
 from tests.conftest import MIX, Models
-from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
+from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
 from tests.models import make_model
 
 MAX_TOKENS = 64
@@ -46,8 +46,7 @@ def named_engine(models: Models, runner: str):
 @pytest.fixture(scope="module")
 def released_engine(models: Models, runner: str):
     """The released layout, registered as an entry point alone, with a KV cache far too small for its batches."""
-    one_context = 1024 * 512  # tokens * bytes: 2 layers, key and value, 1 head of 32, float32
-    pad = {"kv_cache_memory_bytes": one_context * 5 // 4, "max_num_batched_tokens": 40, "reference": "none"}
+    pad = {"kv_cache_memory_bytes": ONE_CONTEXT * 5 // 4, "max_num_batched_tokens": 40, "reference": "none"}
     engine = Engine(runner, models.base, **pad_config(models.released, **pad))
     yield engine
     engine.close()
@@ -329,7 +328,11 @@ def test_frontend_and_engine_in_different_processes(models, encode, expect):
 
 
 def test_tensor_parallelism(models, encode, expect, monkeypatch):
-    """Two ranks: the reward model is sharded like the base, and the candidates' scores are summed over the ranks."""
+    """Two ranks: the reward model is sharded like the base, and the candidates' scores are summed over the ranks.
+
+    Prompts return, requests leave together, and the pool is short: the ranks share, evict and recompute alike, or
+    their forwards would not fit together.
+    """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     engine = Engine(
         "v1",
@@ -337,12 +340,16 @@ def test_tensor_parallelism(models, encode, expect, monkeypatch):
         multiprocess=True,
         tensor_parallel_size=2,
         logits_processors=PLUGIN,
-        **pad_config(models.released),
+        **pad_config(models.released, kv_cache_memory_bytes=ONE_CONTEXT * 5 // 4),
     )
     prompts = [encode(text) for text in PROMPTS]
-    params = GREEDY | {"max_tokens": 32} | guided(preference="formal", beta=1.5)
+    preferences = [f"{word} {word} " * 30 for word in ("formal", "concise", "playful", "detailed", "why")]
     try:
-        out = engine.generate(prompts, params)
+        for i in range(3):
+            asked = [{"preference": preferences[(i + j) % 5], "beta": 1.5} for j in range(len(prompts))]
+            out = engine.generate(prompts, [GREEDY | {"max_tokens": 16} | guided(**pad) for pad in asked])
+            assert out == [
+                expect(p, head="released", max_tokens=16, **pad) for p, pad in zip(prompts, asked, strict=True)
+            ]
     finally:
         engine.close()
-    assert out == [expect(p, preference="formal", head="released", beta=1.5, max_tokens=32) for p in prompts]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests import oracle
-from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config
+from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config
 
 MAX_MODEL_LEN = 448
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
@@ -19,8 +19,6 @@ LONG = "the quick brown fox jumps over the lazy dog while the rain keeps falling
 @pytest.fixture(scope="module")
 def poor_engine(models, runner):
     """32 tokens a step, a base KV cache for 1,280 of them, a reward KV cache for 1.5 contexts (of 1,024)."""
-    bytes_per_token = 2 * 2 * 32 * 4  # layers, key and value, head size, float32
-    pad = {"kv_cache_memory_bytes": 1024 * bytes_per_token * 3 // 2}
     engine = Engine(
         runner,
         models.base,
@@ -31,7 +29,7 @@ def poor_engine(models, runner):
         block_size=32,
         num_gpu_blocks_override=1280 // 32 + 1,
         disable_log_stats=False,
-        **pad_config(models.named, **pad),
+        **pad_config(models.named, kv_cache_memory_bytes=ONE_CONTEXT * 3 // 2),
     )
     yield engine
     engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import oracle
-from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config
+from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config
 
 PROMPTS = [
     "You are asked to be concise",
@@ -26,7 +26,6 @@ def num_accepted(llm) -> int:
 def test_output_is_that_without_drafts(models, encode, expect, num_speculative_tokens, contexts):
     """Guided and unguided mixed. The drafter is the base model, so guided drafts are accepted and refused by turns; a
     reward pool of one and a quarter contexts makes every step run in groups, and recompute."""
-    one_context = 1024 * 2 * 2 * 32 * 4
     engine = Engine(
         "v2",
         models.base,
@@ -37,7 +36,7 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
             "model": str(models.base),
             "num_speculative_tokens": num_speculative_tokens,
         },
-        **pad_config(models.named, kv_cache_memory_bytes=int(one_context * contexts)),
+        **pad_config(models.named, kv_cache_memory_bytes=int(ONE_CONTEXT * contexts)),
     )
     prompts = [encode(text) for text in PROMPTS]
     more = " more" * (100 if contexts < 2 else 0)

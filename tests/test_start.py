@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pad_vllm.processor import check_engine
 from tests.engine import PLUGIN, Engine, Worker, set_environment
 from tests.models import make_heads, make_model
 
@@ -100,3 +102,105 @@ def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
             additional_config={"pad": pad},
         )
     assert "pad cannot guide this engine: pipeline_parallel_size=2" in "".join(capfd.readouterr())
+
+
+def start_engines(cases: list[dict], base: str, reward: str, runner: str) -> list[str]:
+    """Try to start an engine with each set of vLLM's own arguments, in this process; returns the errors."""
+    set_environment(runner)
+    from vllm import LLM
+
+    errors = []
+    for kwargs in cases:
+        settings = {
+            "model": base,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "max_model_len": 256,
+            "additional_config": {"pad": {"reward_model": reward}},
+        }
+        try:
+            LLM(**settings | kwargs)
+            errors.append("started")
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_engines_that_could_not_be_guided_do_not_start(models):
+    """Each with what to change. On V1, vLLM itself refuses drafts with a listed processor."""
+    drafts = {"method": "draft_model", "model": str(models.base), "num_speculative_tokens": 2}
+    synthetic = drafts | {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}
+    cases = {
+        "v1": [
+            ({"speculative_config": drafts, "logits_processors": PLUGIN}, "speculative decoding"),
+            ({"enable_prompt_embeds": True}, "enable_prompt_embeds: the reward model reads tokens"),
+        ],
+        "v2": [
+            ({"speculative_config": synthetic}, "'synthetic' accepts drafts whatever the guided logits say"),
+            ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ],
+    }
+    for runner, engines in cases.items():
+        worker = Worker()
+        try:
+            started = worker.run(
+                start_engines, [kwargs for kwargs, _ in engines], str(models.base), str(models.reward), runner
+            )
+        finally:
+            worker.close()
+        for (kwargs, fragment), error in zip(engines, started, strict=True):
+            assert fragment in error, (kwargs, error)
+
+
+def engine_config(**changes) -> SimpleNamespace:
+    """What ``check_engine`` reads of a VllmConfig, for engines that need what is not here: torchvision, a GPU."""
+    sections = {
+        "model_config": {
+            "is_multimodal_model": False,
+            "supports_multimodal_inputs": False,
+            "is_diffusion": False,
+            "enable_prompt_embeds": False,
+            "enable_sleep_mode": False,
+            "logits_processors": PLUGIN,
+        },
+        "parallel_config": {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "data_parallel_size": 1,
+            "is_moe_model": False,
+            "enable_batch_sharded_sampling": False,
+        },
+        "scheduler_config": {"async_scheduling": True},
+    }
+    for values in sections.values():
+        values |= {name: changes.pop(name) for name in list(changes) if name in values}
+    assert not changes
+    return SimpleNamespace(speculative_config=None, **{name: SimpleNamespace(**v) for name, v in sections.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_v2", "fragment"),
+    [
+        ({"is_multimodal_model": True, "supports_multimodal_inputs": True}, True, "add --language-model-only"),
+        ({"is_diffusion": True}, True, "diffusion model"),
+        ({"prefill_context_parallel_size": 2}, True, "context parallelism"),
+        ({"decode_context_parallel_size": 2}, True, "context parallelism"),
+        ({"data_parallel_size": 2, "is_moe_model": True}, True, "mixture of experts"),
+        ({"enable_batch_sharded_sampling": True}, True, "enable_batch_sharded_sampling"),
+        ({"enable_sleep_mode": True}, True, "enable_sleep_mode"),
+        ({"logits_processors": None}, False, "--logits-processors pad_vllm:PADLogitsProcessor"),
+    ],
+)
+def test_refused_by_configuration(changes, on_v2, fragment):
+    check_engine(engine_config(), on_v2)
+    with pytest.raises(ValueError, match=fragment):
+        check_engine(engine_config(**changes), on_v2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"is_multimodal_model": True}, {"data_parallel_size": 2}, {"is_moe_model": True}], ids=str
+)
+def test_not_refused_by_configuration(changes):
+    check_engine(engine_config(**changes), on_v2=True)

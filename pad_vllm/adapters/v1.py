@@ -45,10 +45,12 @@ class V1Adapter(Adapter):
     def update_state(self, batch_update: BatchUpdate) -> None:
         before = list(self.states.values())
         process_dict_updates(self.states, batch_update, self._new_state)
-        for state in set(before) - set(self.states.values()):
-            if state.guided is not None:
-                self.free_slots.append(state.guided.slot)
-            self.end(state)
+        after = set(self.states.values())
+        for state in before:  # in an order that is the same on all ranks, as everything here must be
+            if state not in after:
+                if state.guided is not None:
+                    self.free_slots.append(state.guided.slot)
+                self.end(state)
 
     def _new_state(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]

@@ -70,7 +70,10 @@ class V2Adapter(Adapter):
         slots = ctx.idx_mapping_np[asked]
         fed: dict[int, list[int]] = {}  # of the requests that begin with this step
         for slot in sorted(self.arrived.keys() & set(slots.tolist())):
-            fed[slot] = self.arrived.pop(slot).tolist()
+            tokens = self.arrived.pop(slot)
+            if self.states[slot].failed:
+                continue
+            fed[slot] = tokens.tolist()
             self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
         guided = asked[[not self.states[slot].failed for slot in slots]]
         if len(guided):

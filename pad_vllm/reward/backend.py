@@ -7,6 +7,7 @@ runner adapters. ``vllm/v1/worker/gpu/spec_decode/standalone_ar`` is vLLM's own 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,14 @@ from torch import nn
 from vllm.config import CompilationConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config import replace as replace_config
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 from vllm.utils.hashing import sha256
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.utils.torch_utils import async_tensor_h2d, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -43,6 +45,8 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 
+from pad_vllm.reward.memory import BaseMemory, derive_kv_cache_bytes
+
 __all__ = [
     "BlockHash",
     "BlockPool",
@@ -56,15 +60,46 @@ __all__ = [
 ]
 
 
-KV_CACHE_SHARE = 0.1
-"""Of vLLM's memory budget, what the reward model's KV cache takes at most by default."""
-
-
-def device_memory_bytes() -> int:
-    """Memory of the device that the engine's ``gpu_memory_utilization`` is a share of."""
+def base_memory(base: VllmConfig) -> BaseMemory:
+    """What the base model's KV cache will be, on this rank. To be asked once the reward model's weights are loaded."""
+    model, cache = base.model_config, base.cache_config
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    entries = model.get_num_kv_heads(base.parallel_config) * model.get_head_size() * (1 if model.use_mla else 2)
+    bytes_per_token = entries * dtype.itemsize * model.get_num_layers(base.parallel_config)
+    num_tokens = None
+    if cache.num_gpu_blocks_override is not None:
+        num_tokens = cache.num_gpu_blocks_override * cache.block_size
+    elif cache.kv_cache_memory_bytes is not None:
+        num_tokens = cache.kv_cache_memory_bytes // bytes_per_token
     if current_platform.is_cpu():
-        return psutil.virtual_memory().total
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        total = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
+        used = psutil.Process().memory_info().rss
+    else:
+        free, total = torch.cuda.mem_get_info()
+        used = total - free
+    if not base.compilation_config.static_forward_context:
+        used += unloaded_weight_bytes(base)
+    return BaseMemory(bytes_per_token, num_tokens, int(total * cache.gpu_memory_utilization) - used)
+
+
+def least_of_ranks(number: int) -> int:
+    """The smallest of the tensor-parallel ranks' numbers. Pools of one size make all ranks take the same decisions."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return number
+    least = torch.tensor([number])
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return int(least)
+
+
+def unloaded_weight_bytes(base: VllmConfig) -> int:
+    """Size of the base model's weights on this rank: the V1 runner loads them after its logits processors."""
+    loader = get_model_loader(base.load_config)
+    if not isinstance(loader, DefaultModelLoader):
+        return 0
+    model = base.model_config
+    files = loader._prepare_weights(model.model, None, model.revision, True, None)[1]
+    return sum(os.path.getsize(file) for file in files) // base.parallel_config.tensor_parallel_size
 
 
 def to_device(data: list | np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -221,8 +256,7 @@ class PagedModel:
         base: the engine's configuration.
         model_config: the reward model's, its ``max_model_len`` the longest context that it must hold.
         max_num_batched_tokens: most tokens in one forward.
-        kv_cache_memory_bytes: size of the KV cache; when None, contexts for all of the engine's requests, but at most
-            ``KV_CACHE_SHARE`` of the memory that vLLM may use, and one context at least.
+        kv_cache_memory_bytes: size of the KV cache; derived when None (:mod:`pad_vllm.reward.memory`).
         not_backbone: checkpoint tensors that are not the backbone's.
 
     Raises:
@@ -242,12 +276,12 @@ class PagedModel:
         self.vllm_config = derive_vllm_config(base, model_config, max_num_batched_tokens)
         with set_current_vllm_config(self.vllm_config):
             self.model = load_model(self.vllm_config, not_backbone)
-            self._init_kv_cache(kv_cache_memory_bytes, base.scheduler_config.max_num_seqs)
+            self._init_kv_cache(kv_cache_memory_bytes, base)
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         self.hidden_size = model_config.get_hidden_size()
         self.max_model_len = model_config.max_model_len
 
-    def _init_kv_cache(self, memory_bytes: int | None, max_num_seqs: int) -> None:
+    def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig) -> None:
         config = self.vllm_config
         spec = get_kv_cache_spec(config)
         if not spec or not all(isinstance(s, (FullAttentionSpec, SlidingWindowSpec)) for s in spec.values()):
@@ -267,8 +301,11 @@ class PagedModel:
         one_context = self.max_num_blocks * block_bytes
         self.bytes_per_token = block_bytes / self.block_size
         if memory_bytes is None:
-            share = KV_CACHE_SHARE * config.cache_config.gpu_memory_utilization * device_memory_bytes()
-            memory_bytes = max(min(max_num_seqs * one_context, int(share)), one_context)
+            stretch = config.model_config.max_model_len / base.model_config.max_model_len
+            memory_bytes = derive_kv_cache_bytes(
+                base_memory(base), self.bytes_per_token, stretch, one_context, base.scheduler_config.max_num_seqs
+            )
+        memory_bytes = least_of_ranks(memory_bytes)
         if memory_bytes < one_context:
             raise ValueError(
                 f"pad.kv_cache_memory_bytes={memory_bytes}: one context of {config.model_config.max_model_len} tokens "
