@@ -16,7 +16,7 @@ demo: $(BIN)/installed
 	$(BIN)/pad-vllm demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(BIN)/installed
 	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json

@@ -30,7 +30,7 @@ def map_heads(
 
     Args:
         hidden_states: [R, d], any float dtype.
-        weight: [H, d, d] float32.
+        weight: [H, d, d] float32, or [H, d] for heads that are diagonal: the paper's w_p.
         bias: [H, d] float32.
         head_weights: [R, 1 + H] float32, a; a_0 is the weight of the unmapped hidden state.
 
@@ -38,7 +38,7 @@ def map_heads(
         [R, d] float32.
     """
     h = hidden_states.float()
-    mapped = torch.einsum("hij,rj->rhi", weight, h) + bias
+    mapped = (torch.einsum("hij,rj->rhi", weight, h) if weight.dim() == 3 else h.unsqueeze(1) * weight) + bias
     return head_weights[:, :1] * h + torch.einsum("rh,rhi->ri", head_weights[:, 1:], mapped)
 
 
@@ -171,7 +171,7 @@ def guide_(
         max_top_k: K >= every top_k, known on the host.
         vocab_size: tokens that base and reward model share; others are never candidates.
         bias: [V'] of the output head, or None.
-        heads: (weight [H, d, d], bias [H, d], head_weights [R, 1 + H]) of :func:`map_heads`, or None.
+        heads: (weight [H, d, d] or [H, d], bias [H, d], head_weights [R, 1 + H]) of :func:`map_heads`, or None.
         soft_cap, scale: of the reward model's logits, where its architecture has them.
         vocab_start: first token of this rank's shard.
         all_reduce: sums the [R, K] scores over a tensor-parallel group; None on one device.

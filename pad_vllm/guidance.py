@@ -128,6 +128,8 @@ class Guidance:
             tensor_names_beside(config.reward_model, config.revision),
         )
         self.lm_head = self.model.lm_head()
+        self.kernels = kernels.implementation(device)
+        self.guide_ = kernels.load_guide(self.kernels)
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self._check_logits(hidden_states)
         self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
@@ -229,7 +231,7 @@ class Guidance:
     ) -> None:
         floats = self.slot_floats[row_slots]
         mixes = self.heads is not None and self.host_uses_heads[slots].any()
-        kernels.guide_(
+        self.guide_(
             logits,
             hidden_states,
             self.lm_head.weight,
@@ -357,8 +359,8 @@ class Guidance:
     def _log_summary(self) -> None:
         num_tokens = (self.model.num_blocks - 1) * self.model.block_size
         logger.info(
-            "PAD guidance by %s: reference %s, beta %g, top_k %d (at most %d), %d personas, heads: %s. Reward model: "
-            "%.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f contexts of the full %d tokens.",
+            "PAD guidance by %s: reference %s, beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
+            "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
             self.config.reward_model,
             self.config.reference,
             self.config.beta,
@@ -366,6 +368,7 @@ class Guidance:
             self.config.max_top_k,
             len(self.config.personas),
             ", ".join(self.heads.names) if self.heads else "none",
+            self.kernels,
             self.model.weight_bytes / 2**30,
             f"{num_tokens:,}",
             num_tokens * self.model.bytes_per_token / 2**30,

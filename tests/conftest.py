@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +17,22 @@ from tests.engine import set_environment
 from tests.models import make_heads, make_model
 
 set_environment("v1")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each worker's engines on a core of their own
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % os.cpu_count())
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small lose by sharing
 
 HEADS = ["concise", "formal", "playful"]
 MIX = (0.7, -0.2, 0.5)
 """Weights of the named heads, wherever a test mixes them."""
+
+SLOW = ("test_engine", "test_settings", "test_start", "test_lifecycle", "test_speculative", "test_no_sync", "test_soak")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first, so that parallel workers end together."""
+    place = {f"tests.{name}": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.module.__name__, len(SLOW)))
 
 
 class Models:

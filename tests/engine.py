@@ -18,8 +18,9 @@ ONE_CONTEXT = 1024 * 2 * 2 * 32 * 4
 _llm: Any = None
 
 
-def set_environment(runner: str, multiprocess: bool = False) -> None:
-    """Choose the runner; before vLLM is imported. V2 runs on a CPU through the Triton interpreter."""
+def set_environment(runner: str, multiprocess: bool = False, kernels: str = "reference") -> None:
+    """Choose the runner, and the kernels; before vLLM is imported. On a CPU, V2 and Triton run in the interpreter."""
+    os.environ["PAD_VLLM_KERNELS"] = kernels
     os.environ.update(OFFLINE, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(multiprocess)), VLLM_CPU_KVCACHE_SPACE="1")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -31,9 +32,9 @@ def set_environment(runner: str, multiprocess: bool = False) -> None:
         triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active)
 
 
-def _start(runner: str, multiprocess: bool, kwargs: dict[str, Any]) -> None:
+def _start(runner: str, multiprocess: bool, kernels: str, kwargs: dict[str, Any]) -> None:
     global _llm
-    set_environment(runner, multiprocess)
+    set_environment(runner, multiprocess, kernels)
     from vllm import LLM
 
     if not multiprocess:
@@ -73,13 +74,19 @@ class Worker:
 
 
 class Engine(Worker):
-    """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served."""
+    """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served.
 
-    def __init__(self, runner: str, model: Any, *, multiprocess: bool = False, **kwargs: Any) -> None:
+    ``kernels``: the Triton interpreter takes some milliseconds a row, so most tests use the reference; V2 with Triton's
+    is the plugin as a GPU runs it.
+    """
+
+    def __init__(
+        self, runner: str, model: Any, *, multiprocess: bool = False, kernels: str = "reference", **kwargs: Any
+    ) -> None:
         super().__init__()
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
         try:
-            self.run(_start, runner, multiprocess, settings | kwargs)
+            self.run(_start, runner, multiprocess, kernels, settings | kwargs)
         except BaseException:
             super().close()
             raise

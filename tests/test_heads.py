@@ -34,9 +34,12 @@ def test_named_heads_in_the_files_order(tmp_path):
 
 
 def test_a_vector_is_the_papers_elementwise_weight(tmp_path):
-    """R = w_p . phi with phi = h * e_a: w_p alone is a diagonal map."""
-    heads = load_heads(write(tmp_path / "h.safetensors", w__weight=torch.tensor([1.0, 2.0]).bfloat16()), 2)
-    assert torch.equal(heads.weight[0], torch.diag(torch.tensor([1.0, 2.0])))
+    """R = w_p . phi with phi = h * e_a: w_p alone is a diagonal map, kept as a vector unless another is a matrix."""
+    vector = torch.tensor([1.0, 2.0])
+    alone = load_heads(write(tmp_path / "h.safetensors", w__weight=vector.bfloat16()), 2)
+    assert torch.equal(alone.weight, vector[None])
+    mixed = load_heads(write(tmp_path / "m.safetensors", w__weight=vector, x__weight=torch.ones(2, 2)), 2)
+    assert torch.equal(mixed.weight[mixed.names.index("w")], torch.diag(vector))
 
 
 def test_found_beside_the_model(tmp_path):
@@ -57,6 +60,8 @@ def test_refused(tmp_path):
         load_heads(tmp_path / "broken.safetensors", 2)
     with pytest.raises(ValueError, match=r"head 'a' has weight \[3, 3\].*hidden size is 2"):
         load_heads(write(tmp_path / "h.safetensors", a__weight=torch.eye(3)), 2)
+    with pytest.raises(ValueError, match=r"head 'a' has weight \[3\]"):
+        load_heads(write(tmp_path / "v.safetensors", a__weight=torch.ones(3)), 2)
     with pytest.raises(ValueError, match="finite"):
         load_heads(write(tmp_path / "n.safetensors", a__weight=torch.full((2, 2), float("nan"))), 2)
     with pytest.raises(ValueError, match=r"expected pairs .* found \['stray'\]"):

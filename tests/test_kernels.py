@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pad_vllm import kernels
 from tests import oracle
+from tests.engine import Worker, set_environment
 
 NEG_INF = float("-inf")
 
@@ -20,16 +20,65 @@ def problem(num_rows: int, vocab_size: int = 97, hidden_size: int = 16, seed: in
     return logits, hidden, lm_head
 
 
-def run(logits, hidden, lm_head, rows=None, *, top_k, beta=None, reference=None, **kwargs):
-    """``guide_`` on a copy; scalars fill tensors."""
-    out = logits.clone()
-    rows = torch.arange(len(logits)) if rows is None else torch.tensor(rows)
-    top_k = torch.as_tensor(top_k).expand(len(rows))
-    beta = torch.as_tensor(1.0 if beta is None else beta).expand(len(rows))
-    reference = torch.as_tensor(1.0 if reference is None else reference).expand(len(rows))
-    kwargs.setdefault("vocab_size", logits.shape[1])
-    kernels.guide_(out, hidden, lm_head, rows, top_k, beta, reference, max_top_k=int(top_k.max()), **kwargs)
-    return out
+SENTINEL = 7.0
+
+
+def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, kwargs, num_shards=1):
+    """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
+    rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
+    from pad_vllm.kernels import fused
+    from pad_vllm.kernels import reference as in_torch
+
+    step = {"reference": in_torch.guide_, "triton": fused.guide_}[implementation]
+    num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
+    partial, outputs = [], []
+    for collect in (True, False) if num_shards > 1 else (False,):
+        for shard in range(num_shards):
+            wide = torch.full((len(logits), num_cols + 40), SENTINEL, dtype=logits.dtype)
+            out = wide[:, 20 : 20 + num_cols]
+            out.copy_(logits)
+            mine = slice(shard * shard_size, (shard + 1) * shard_size)
+            if num_shards > 1:
+                kwargs["vocab_start"] = mine.start
+                kwargs["all_reduce"] = (
+                    (lambda scores: partial.append(scores.clone()) or scores)
+                    if collect
+                    else (lambda scores: sum(partial))
+                )
+            if kwargs.get("bias") is not None:
+                kwargs = kwargs | {"bias": kwargs["bias"][mine]} if num_shards > 1 else kwargs
+            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, **kwargs)
+            outputs.append(out.clone())
+            assert (wide[:, :20] == SENTINEL).all()
+            assert (wide[:, 20 + num_cols :] == SENTINEL).all()
+    for output in outputs[-num_shards:]:
+        torch.testing.assert_close(output, outputs[-1], rtol=0, atol=0, equal_nan=True)
+    return outputs[-1]
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process with the Triton interpreter on."""
+    worker = Worker()
+    worker.run(set_environment, "v2")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(params=["reference", "triton"])
+def run(request, interpreter):
+    """``guide_`` by either implementation, on a copy; scalars fill tensors."""
+
+    def run(logits, hidden, lm_head, rows=None, *, top_k, beta=None, reference=None, num_shards=1, **kwargs):
+        rows = torch.arange(len(logits)) if rows is None else torch.tensor(rows, dtype=torch.int64)
+        top_k = torch.as_tensor(top_k).expand(len(rows))
+        beta = torch.as_tensor(1.0 if beta is None else beta).expand(len(rows))
+        reference = torch.as_tensor(1.0 if reference is None else reference).expand(len(rows))
+        kwargs = {"vocab_size": logits.shape[1], "max_top_k": int(top_k.max()) if len(rows) else 1} | kwargs
+        arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, kwargs, num_shards)
+        return interpreter.run(run_guide, *arguments) if request.param == "triton" else run_guide(*arguments)
+
+    return run
 
 
 def expected_row(z, hidden, lm_head, top_k, beta, reference="base", bias=0.0):
@@ -38,7 +87,7 @@ def expected_row(z, hidden, lm_head, top_k, beta, reference="base", bias=0.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reference", ["base", "none"])
-def test_rows_with_their_own_k_and_beta(dtype, reference):
+def test_rows_with_their_own_k_and_beta(dtype, reference, run):
     logits, hidden, lm_head = problem(6, dtype=dtype)
     top_k, beta = torch.tensor([1, 2, 10, 50, 97, 3]), torch.tensor([0.0, 0.5, 1.0, 1.5, 3.0, 1.0])
     out = run(logits, hidden, lm_head, top_k=top_k, beta=beta, reference=float(reference == "base"))
@@ -47,7 +96,7 @@ def test_rows_with_their_own_k_and_beta(dtype, reference):
         torch.testing.assert_close(out[i], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_beta_zero_is_the_base_model_and_one_the_reward_models_choice():
+def test_beta_zero_is_the_base_model_and_one_the_reward_models_choice(run):
     logits, hidden, lm_head = problem(5)
     assert torch.equal(run(logits, hidden, lm_head, top_k=10, beta=0.0).argmax(-1), logits.argmax(-1))
     candidates = logits.topk(10).indices
@@ -56,7 +105,7 @@ def test_beta_zero_is_the_base_model_and_one_the_reward_models_choice():
     assert torch.equal(chosen, candidates.gather(1, rewarded[:, None])[:, 0])
 
 
-def test_other_rows_are_untouched_to_the_bit():
+def test_other_rows_are_untouched_to_the_bit(run):
     logits, hidden, lm_head = problem(5)
     logits[0, 3], logits[2, 5] = float("nan"), NEG_INF
     out = run(logits, hidden[:2], lm_head, rows=[3, 1], top_k=4)
@@ -66,7 +115,7 @@ def test_other_rows_are_untouched_to_the_bit():
     torch.testing.assert_close(out[1], expected_row(logits[1], hidden[1], lm_head, 4, 1.0))
 
 
-def test_masked_tokens_stay_masked_and_shrink_the_candidates():
+def test_masked_tokens_stay_masked_and_shrink_the_candidates(run):
     logits, hidden, lm_head = problem(2)
     logits[0] = NEG_INF
     logits[0, [5, 40]] = torch.tensor([1.0, 2.0])
@@ -79,7 +128,7 @@ def test_masked_tokens_stay_masked_and_shrink_the_candidates():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
-def test_ties_go_to_the_lower_token_id(top_k):
+def test_ties_go_to_the_lower_token_id(top_k, run):
     logits, hidden, lm_head = problem(3)
     logits[0] = 0.0
     logits[1] = logits[1].round()
@@ -89,7 +138,7 @@ def test_ties_go_to_the_lower_token_id(top_k):
         torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, top_k, 1.0))
 
 
-def test_infinite_and_nan_logits_are_no_candidates():
+def test_infinite_and_nan_logits_are_no_candidates(run):
     logits, hidden, lm_head = problem(3)
     logits[0, 4], logits[0, 9] = float("inf"), float("nan")
     logits[1] = NEG_INF
@@ -99,7 +148,7 @@ def test_infinite_and_nan_logits_are_no_candidates():
     torch.testing.assert_close(out[2], expected_row(logits[2], hidden[2], lm_head, 5, 1.0))
 
 
-def test_a_nan_hidden_state_does_not_spread_to_other_rows():
+def test_a_nan_hidden_state_does_not_spread_to_other_rows(run):
     logits, hidden, lm_head = problem(3)
     hidden[1, 0] = float("nan")
     out = run(logits, hidden, lm_head, top_k=5)
@@ -107,7 +156,7 @@ def test_a_nan_hidden_state_does_not_spread_to_other_rows():
         torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, 5, 1.0))
 
 
-def test_bias_soft_cap_and_scale():
+def test_bias_soft_cap_and_scale(run):
     logits, hidden, lm_head = problem(2)
     bias = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(5))
     out = run(logits, hidden, lm_head, top_k=10, bias=bias, soft_cap=5.0, scale=0.7)
@@ -116,7 +165,7 @@ def test_bias_soft_cap_and_scale():
         torch.testing.assert_close(out[i], oracle.guided_logits(logits[i], r, 10, 1.0))
 
 
-def test_mixed_heads():
+def test_mixed_heads(run):
     logits, hidden, lm_head = problem(3)
     generator = torch.Generator().manual_seed(3)
     weight, bias = torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator)
@@ -132,18 +181,25 @@ def test_mixed_heads():
         torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tensor_parallel_shards_sum_to_the_whole():
+def test_vector_heads_are_diagonal_matrices(run):
+    logits, hidden, lm_head = problem(2)
+    generator = torch.Generator().manual_seed(4)
+    vectors, bias = torch.randn(2, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    mix = torch.tensor([[0.0, 0.3, -0.7], [1.0, 0.0, 0.0]])
+    out = run(logits, hidden, lm_head, top_k=10, heads=(vectors, bias, mix))
+    matrices = torch.stack([torch.diag(vector) for vector in vectors])
+    torch.testing.assert_close(out, run(logits, hidden, lm_head, top_k=10, heads=(matrices, bias, mix)))
+
+
+def test_tensor_parallel_shards_sum_to_the_whole(run):
     logits, hidden, lm_head = problem(4, vocab_size=100)
-    bias = torch.randn(100, generator=torch.Generator().manual_seed(2))
-    ids, _ = kernels.select_candidates(logits, torch.arange(4), torch.full((4,), 10), 10, 100)
-    shards = [
-        kernels.score_candidates(hidden, lm_head[start:end], ids, bias[start:end], vocab_start=start)
-        for start, end in [(0, 34), (34, 68), (68, 100)]
-    ]
-    torch.testing.assert_close(sum(shards), kernels.score_candidates(hidden, lm_head, ids, bias))
+    whole = run(logits, hidden, lm_head, top_k=10)
+    torch.testing.assert_close(run(logits, hidden, lm_head, top_k=10, num_shards=3), whole)
+    for i in range(4):
+        torch.testing.assert_close(whole[i], expected_row(logits[i], hidden[i], lm_head, 10, 1.0))
 
 
-def test_tokens_beyond_the_shared_vocabulary_are_no_candidates():
+def test_tokens_beyond_the_shared_vocabulary_are_no_candidates(run):
     logits, hidden, lm_head = problem(2)
     logits[:, 90:] += 50
     out = run(logits, hidden, lm_head[:90], top_k=10, vocab_size=90)
@@ -154,24 +210,99 @@ def test_tokens_beyond_the_shared_vocabulary_are_no_candidates():
         torch.testing.assert_close(out[i], oracle.guided_logits(masked[i], r[i], 10, 1.0))
 
 
-def test_bf16_logits_and_strided_rows():
+def test_bf16_logits(run):
+    """Values to the 8 bits that bf16 has."""
     logits, hidden, lm_head = problem(3)
-    wide = torch.zeros(3, 200, dtype=torch.bfloat16)
-    view = wide[:, 20:117]
-    view.copy_(logits)
-    kernels.guide_(
-        view,
-        hidden,
-        lm_head,
-        torch.tensor([2]),
-        torch.tensor([4]),
-        torch.tensor([1.0]),
-        torch.tensor([1.0]),
-        max_top_k=4,
-        vocab_size=97,
+    logits = logits.bfloat16()
+    out = run(logits, hidden[:1], lm_head, rows=[2], top_k=4)
+    expected = expected_row(logits[2], hidden[0], lm_head, 4, 1.0)
+    torch.testing.assert_close(out[2].float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(out[:2], logits[:2])
+
+
+def test_rows_of_top_k_zero_are_left_alone(run):
+    """They stand for rows of which only the device knows that they are not guided."""
+    logits, hidden, lm_head = problem(4)
+    logits[1, 3] = float("nan")
+    out = run(logits, hidden, lm_head, rows=[3, 1, 0, 2], top_k=torch.tensor([5, 0, 0, 5]))
+    assert torch.equal(out[:2].view(torch.int32), logits[:2].view(torch.int32))
+    torch.testing.assert_close(out[3], expected_row(logits[3], hidden[0], lm_head, 5, 1.0))
+    torch.testing.assert_close(out[2], expected_row(logits[2], hidden[3], lm_head, 5, 1.0))
+
+
+def test_no_rows(run):
+    logits, hidden, lm_head = problem(2)
+    assert torch.equal(run(logits, hidden[:0], lm_head, rows=[], top_k=5), logits)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "hidden_size", "top_k"),
+    [
+        (1, 262_144, 32, 10),
+        (2, 100_003, 48, 64),
+        (5, 9001, 100, 1),
+        (3, 2049, 130, 33),
+        (2, 4096, 16, 200),
+        (9, 31, 8, 31),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shapes(run, num_rows, vocab_size, hidden_size, top_k, dtype):
+    """Many slices, slices that do not fill, hidden sizes that are no power of two; float32 accumulation throughout."""
+    logits, hidden, lm_head = problem(num_rows, vocab_size, hidden_size, dtype=dtype)
+    out = run(logits, hidden, lm_head, top_k=top_k, beta=0.8)
+    for i in range(num_rows):
+        expected = expected_row(logits[i], hidden[i], lm_head, top_k, 0.8)
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def fuzz_fused(max_examples: int) -> None:
+    """Rows made to break selection and normalization, by both implementations. In the interpreter's process."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    from pad_vllm.kernels import fused
+    from pad_vllm.kernels import reference as in_torch
+
+    values = st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, NEG_INF, float("inf"), float("nan"), 3e38, -3e38, 1e-42, -1e-42, 1e-38]),
+        st.floats(-20, 20, width=32),
     )
-    expected = expected_row(logits[2].bfloat16(), hidden[0], lm_head, 4, 1.0)
-    torch.testing.assert_close(view[2].float(), expected, rtol=1e-2, atol=1e-2)
-    assert torch.equal(view[0], logits[0].bfloat16())
-    assert not wide[:, :20].any()
-    assert not wide[:, 117:].any()
+
+    @settings(max_examples=max_examples, deadline=None, database=None)
+    @given(data=st.data())
+    def equal(data) -> None:
+        num_rows, vocab_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+        row = st.lists(values, min_size=vocab_size, max_size=vocab_size)
+        logits = torch.tensor(data.draw(st.lists(row, min_size=num_rows, max_size=num_rows)))
+        rows = torch.tensor(data.draw(st.permutations(range(num_rows)))[: data.draw(st.integers(1, num_rows))])
+        top_k = torch.tensor(data.draw(st.lists(st.integers(0, 12), min_size=len(rows), max_size=len(rows))))
+        top_k = top_k.clamp(max=vocab_size)
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+        hidden = torch.randn(len(rows), 8, generator=generator)
+        if data.draw(st.booleans()):
+            hidden[0, 0] = data.draw(st.sampled_from([float("nan"), float("inf"), 1e30]))
+        lm_head = torch.randn(vocab_size, 8, generator=generator)
+        beta, mode = torch.full((len(rows),), data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))), torch.ones(len(rows))
+        outputs = []
+        for step in (in_torch.guide_, fused.guide_):
+            out = logits.clone()
+            step(out, hidden, lm_head, rows, top_k, beta, mode, max_top_k=12, vocab_size=vocab_size)
+            outputs.append(out)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+    equal()
+
+
+def test_adversarial_rows(interpreter):
+    interpreter.run(fuzz_fused, 300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values, and a CUDA graph's capture and replay")
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_on_a_gpu(num_rows):
+    from benchmarks.kernel import check, check_graph
+    from benchmarks.kernel import problem as on_gpu
+
+    arguments = on_gpu(num_rows, 128_256, 4096, 10, "cuda")
+    check(*arguments)
+    check_graph(*arguments)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from pad_vllm.processor import check_engine
 from tests.engine import PLUGIN, Engine, Worker, set_environment
 from tests.models import make_heads, make_model
 
@@ -194,6 +193,8 @@ def engine_config(**changes) -> SimpleNamespace:
     ],
 )
 def test_refused_by_configuration(changes, on_v2, fragment):
+    from pad_vllm.processor import check_engine  # not above: children that import this module choose a runner first
+
     check_engine(engine_config(), on_v2)
     with pytest.raises(ValueError, match=fragment):
         check_engine(engine_config(**changes), on_v2)
@@ -203,4 +204,6 @@ def test_refused_by_configuration(changes, on_v2, fragment):
     "changes", [{"is_multimodal_model": True}, {"data_parallel_size": 2}, {"is_moe_model": True}], ids=str
 )
 def test_not_refused_by_configuration(changes):
+    from pad_vllm.processor import check_engine
+
     check_engine(engine_config(**changes), on_v2=True)

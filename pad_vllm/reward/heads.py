@@ -24,7 +24,8 @@ RELEASED_HEAD = "v_head.summary"
 class ValueHeads:
     """Named heads, in the order of their file.
 
-    ``weight`` is [num_heads, hidden_size, hidden_size], ``bias`` [num_heads, hidden_size], both float32.
+    ``weight`` is [num_heads, hidden_size, hidden_size], or [num_heads, hidden_size] where every head is diagonal;
+    ``bias`` is [num_heads, hidden_size]; both float32.
     """
 
     names: tuple[str, ...]
@@ -91,17 +92,14 @@ def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu")
         raise ValueError(
             f"heads {str(path)!r}: expected pairs '<name>.weight', '<name>.bias', found {sorted(strays or tensors)}"
         )
-    weight = torch.empty(len(names), hidden_size, hidden_size)
+    diagonal = all(tensors[f"{name}.weight"].dim() == 1 for name in names)
+    weight = torch.empty(len(names), *[hidden_size] * (1 if diagonal else 2))
     bias = torch.zeros(len(names), hidden_size)
     for i, name in enumerate(names):
         w = tensors[f"{name}.weight"]
-        w = torch.diag(w) if w.dim() == 1 else w
+        w = torch.diag(w) if w.dim() == 1 and not diagonal else w
         b = tensors.get(f"{name}.bias", bias[i])
-        if (
-            w.shape != (hidden_size, hidden_size)
-            or b.shape != (hidden_size,)
-            or not (w.isfinite().all() and b.isfinite().all())
-        ):
+        if w.shape != weight.shape[1:] or b.shape != (hidden_size,) or not (w.isfinite().all() and b.isfinite().all()):
             raise ValueError(
                 f"heads {str(path)!r}: head {name!r} has weight {list(w.shape)} and bias {list(b.shape)}; the reward "
                 f"model's hidden size is {hidden_size}, so finite [{hidden_size}, {hidden_size}] and [{hidden_size}] "

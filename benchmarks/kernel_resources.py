@@ -1,0 +1,102 @@
+"""Registers, shared memory and spills of the kernels, compiled ahead of time: no GPU is needed.
+
+    python -m benchmarks.kernel_resources [--output benchmarks/results/kernel-resources.json]
+
+For A100 (sm_80), H100 and H200 (sm_90), B200 (sm_100) and MI300 (gfx942), with the sizes that the launcher takes by
+default. ``ptxas`` and the AMD back end, as Triton brings them, report the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import triton
+from pad_vllm.kernels import fused
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOP_K = (16, 64)
+"""What the launcher rounds k of 10, and the default max_top_k, up to."""
+SLICES = 16
+TYPES = {
+    **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr"), "*fp32"),
+    **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr"), "*i64"),
+    **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
+    **dict.fromkeys(("soft_cap", "scale"), "fp32"),
+}
+"""Of the arguments; all others are int32."""
+
+
+def configurations(K: int):
+    """(name, kernel, compile-time arguments, warps), as the launcher calls them."""
+    score = {"K": K, "NUM_KEYS": SLICES * K, "BLOCK_D": fused.TILE // K, "HAS_BIAS": False, "HAS_SOFT_CAP": False}
+    whole = score | {"bias_ptr": None, "scores_ptr": None, "NORMALIZE": True}
+    yield "select", fused.select_kernel, {"K": K, "BLOCK": fused.BLOCK_V}, fused.SELECT_WARPS
+    yield "score", fused.score_kernel, whole, fused.SCORE_WARPS
+    yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
+    yield "reweight, sharded", fused.reweight_kernel, {"K": K, "HAS_SOFT_CAP": False}, fused.REWEIGHT_WARPS
+
+
+def compile_ahead(kernel, constants: dict, num_warps: int, target: GPUTarget) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said of it."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constexprs)
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(StringIO()) as said:
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # a cached kernel says nothing
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    return compiled, said.getvalue()
+
+
+def resources(compiled: Any, said: str, target: GPUTarget) -> dict[str, int]:
+    """Registers of a thread, bytes spilled by it, bytes of shared memory of a program."""
+    if target.backend == "hip":
+        figures = dict(re.findall(r"\.(\w+): +(\d+)", compiled.asm["amdgcn"]))
+        registers = int(figures["vgpr_count"])
+        spilled = 4 * (int(figures["vgpr_spill_count"]) + int(figures["sgpr_spill_count"]))
+    else:
+        registers = int(re.search(r"Used (\d+) registers", said)[1])
+        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()))
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+
+
+def measure() -> dict:
+    rows = [
+        {"target": name, "kernel": kernel_name, "K": K, "warps": warps}
+        | resources(*compile_ahead(kernel, constants, warps, target), target)
+        for name, target in TARGETS.items()
+        for K in TOP_K
+        for kernel_name, kernel, constants, warps in configurations(K)
+    ]
+    return {"triton": triton.__version__, "unit": "registers a thread, bytes", "results": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    record = measure()
+    columns = ("target", "kernel", "K", "warps", "registers", "spilled", "shared")
+    print(("{:>18}" * len(columns)).format(*columns))
+    for row in record["results"]:
+        print("".join(f"{row[column]!s:>18}" for column in columns))
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""The guidance step on a GPU: two launches, in place, no host synchronization.
+
+:func:`select_kernel` scans a slice of a guided row, keeps the slice's largest logits and writes -inf over all of it:
+one read and one write of the row. :func:`score_kernel`, one program a row, merges the slices' candidates, gathers their
+rows of lm_head, takes the dot products with the hidden state in float32, normalizes over the candidates and writes the
+k new logits. With tensor parallelism it stops before it normalizes, the partial scores are summed over the ranks, and
+:func:`reweight_kernel` goes on. The semantics are :mod:`.reference`'s, to the tie; shapes and names too.
+
+A candidate is one int64 key: its logit's float32 bits, made to order as integers do, above its inverted token id. So
+the largest keys are the largest logits, and of equal ones those with the lower ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import map_heads
+
+NO_KEY = tl.constexpr(-(2**63))
+"""Less than the key of any finite logit."""
+
+BLOCK_V = 1024
+"""Logits that a program of the first launch holds at a time."""
+MIN_SLICE = 2048
+"""Fewer logits than this are not worth a program."""
+PROGRAMS = 1024
+"""In the first launch, about: enough to keep every multiprocessor of today's GPUs reading."""
+MAX_KEYS = 4096
+"""Of a row's slices together, which the second launch merges."""
+TILE = 4096
+"""Elements of lm_head that a program of the second launch holds at a time, [K, TILE / K]."""
+SELECT_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 8, 1
+
+
+@triton.jit
+def to_key(values, ids):
+    """int64 keys of float32 values and their token ids. A zero's sign is dropped: -0.0 and 0.0 are a tie."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
+
+
+@triton.jit
+def from_key(keys):
+    """The inverse: (float32 values, int64 token ids)."""
+    ordered = (keys >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+@triton.jit
+def select_kernel(
+    logits_ptr,  # [N, num_cols]
+    logits_stride,
+    rows_ptr,  # [R] int64
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, num_slices, K] int64, out
+    vocab_size,
+    num_cols,
+    slice_size,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest keys of each slice of each guided row, in no order; and -inf in their place."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    slice_idx = tl.program_id(1)
+    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
+    place = tl.arange(0, K)
+    # Places beyond the row's k are never the smallest, and so never taken.
+    best = tl.where(place < top_k, NO_KEY, 2**63 - 1)
+    if top_k > 0:
+        row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
+        begin = slice_idx * slice_size
+        end = tl.minimum(begin + slice_size, num_cols)
+        smallest = tl.min(best, 0)
+        for start in range(begin, end, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            values = tl.load(row_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
+            finite = (tl.abs(values) < float("inf")) & (ids < vocab_size)  # false for NaN
+            keys = tl.where(finite, to_key(values, ids), NO_KEY)
+            tl.store(row_ptr + ids, tl.full([BLOCK], float("-inf"), logits_ptr.dtype.element_ty), mask=ids < end)
+            keys = tl.where(keys > smallest, keys, NO_KEY)
+            largest = tl.max(keys, 0)
+            while largest > NO_KEY:
+                best = tl.where(place == tl.argmin(best, 0), largest, best)
+                smallest = tl.min(best, 0)
+                keys = tl.where((keys < largest) & (keys > smallest), keys, NO_KEY)
+                largest = tl.max(keys, 0)
+    best = tl.where(place < top_k, best, NO_KEY)
+    tl.store(keys_ptr + (row_idx * tl.num_programs(1) + slice_idx) * K + place, best)
+
+
+@triton.jit
+def write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP: tl.constexpr):
+    """Normalize over the candidates of one row and write z'."""
+    if HAS_SOFT_CAP:
+        # tanh by exp, of a negative number: it cannot overflow
+        x = scores / soft_cap
+        e = tl.exp(-2.0 * tl.abs(x))
+        scores = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
+    r = tl.where(is_candidate, scores * scale, float("-inf"))
+    z = tl.where(is_candidate, z, float("-inf"))
+    r_max, z_max = tl.max(r, 0), tl.max(z, 0)
+    log_r = r - r_max - tl.log(tl.sum(tl.exp(r - r_max), 0))
+    log_z = z - z_max - tl.log(tl.sum(tl.exp(z - z_max), 0))
+    guided = z + beta * (log_r - reference * log_z)
+    tl.store(row_ptr + ids, guided.to(row_ptr.dtype.element_ty), mask=is_candidate)
+
+
+@triton.jit
+def score_kernel(
+    logits_ptr,  # [N, num_cols]
+    logits_stride,
+    rows_ptr,  # [R] int64
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, num_slices, K] int64
+    hidden_ptr,  # [R, hidden_size]
+    hidden_stride,
+    lm_head_ptr,  # [shard_size, hidden_size]
+    lm_head_stride,
+    bias_ptr,  # [shard_size], or nothing
+    beta_ptr,  # [R] float32
+    beta_stride,
+    reference_ptr,  # [R] float32
+    reference_stride,
+    scores_ptr,  # [R, K] float32, out unless NORMALIZE
+    soft_cap,
+    scale,
+    vocab_start,
+    shard_size,
+    hidden_size,
+    num_keys,
+    K: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Merge a row's candidates, score them, and either write the row or leave keys and partial scores."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
+    if top_k > 0:
+        place = tl.arange(0, K)
+        at = tl.arange(0, NUM_KEYS)
+        row_keys = keys_ptr + row_idx * num_keys
+        keys = tl.load(row_keys + at, mask=at < num_keys, other=NO_KEY)
+        candidates = tl.full([K], NO_KEY, tl.int64)
+        for i in range(top_k):
+            largest = tl.max(keys, 0)
+            candidates = tl.where(place == i, largest, candidates)
+            keys = tl.where(keys < largest, keys, NO_KEY)
+        is_candidate = candidates > NO_KEY
+        z, ids = from_key(candidates)
+
+        local = ids - vocab_start
+        is_mine = is_candidate & (local >= 0) & (local < shard_size)
+        local = tl.where(is_mine, local, 0)
+        scores = tl.zeros([K], tl.float32)
+        for start in range(0, hidden_size, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            h = tl.load(hidden_ptr + row_idx * hidden_stride + d, mask=d < hidden_size, other=0.0).to(tl.float32)
+            weight = tl.load(
+                lm_head_ptr + local[:, None] * lm_head_stride + d[None, :],
+                mask=is_mine[:, None] & (d < hidden_size)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            scores += tl.sum(weight * h[None, :], 1)
+        if HAS_BIAS:
+            scores += tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
+        scores = tl.where(is_mine, scores, 0.0)
+
+        if NORMALIZE:
+            row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
+            beta = tl.load(beta_ptr + row_idx * beta_stride)
+            reference = tl.load(reference_ptr + row_idx * reference_stride)
+            write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP)
+        else:
+            tl.store(row_keys + place, candidates)
+            tl.store(scores_ptr + row_idx * K + place, scores)
+
+
+@triton.jit
+def reweight_kernel(
+    logits_ptr,  # [N, num_cols]
+    logits_stride,
+    rows_ptr,  # [R] int64
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, num_keys] int64, a row's candidates in its first K
+    scores_ptr,  # [R, K] float32
+    beta_ptr,  # [R] float32
+    beta_stride,
+    reference_ptr,  # [R] float32
+    reference_stride,
+    soft_cap,
+    scale,
+    num_keys,
+    K: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+):
+    """Write a row whose candidates' scores are whole."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
+        place = tl.arange(0, K)
+        candidates = tl.load(keys_ptr + row_idx * num_keys + place)
+        is_candidate = candidates > NO_KEY
+        z, ids = from_key(candidates)
+        row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
+        scores = tl.load(scores_ptr + row_idx * K + place)
+        beta = tl.load(beta_ptr + row_idx * beta_stride)
+        reference = tl.load(reference_ptr + row_idx * reference_stride)
+        write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP)
+
+
+def num_slices(num_rows: int, num_cols: int, K: int) -> int:
+    """Into how many slices the first launch cuts a row: a power of two, so that few variants are compiled."""
+    most = max(1, min(num_cols // MIN_SLICE, MAX_KEYS // K))
+    wanted = max(1, PROGRAMS // num_rows)
+    return 1 << (min(most, wanted).bit_length() - 1)
+
+
+def guide_(
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    rows: torch.Tensor,
+    top_k: torch.Tensor,
+    beta: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    max_top_k: int,
+    vocab_size: int,
+    bias: torch.Tensor | None = None,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """:func:`.reference.guide_`, by Triton kernels. The last dimensions of ``logits``, ``hidden_states`` and
+    ``lm_head`` must be contiguous; their rows may lie any stride apart.
+
+    The value heads' matrix products are left to the library: a [d, d] product for each head is what it does best.
+    """
+    num_rows, num_cols = len(rows), logits.shape[1]
+    if num_rows == 0:
+        return
+    if heads is not None:
+        hidden_states = map_heads(hidden_states, *heads)
+    assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
+    K = max(16, triton.next_power_of_2(max_top_k))
+    slices = num_slices(num_rows, num_cols, K)
+    slice_size = triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
+    keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
+    select_kernel[(num_rows, slices)](
+        logits,
+        logits.stride(0),
+        rows,
+        top_k,
+        top_k.stride(0),
+        keys,
+        vocab_size,
+        num_cols,
+        slice_size,
+        K=K,
+        BLOCK=BLOCK_V,
+        num_warps=SELECT_WARPS,
+    )
+    partial = None if all_reduce is None else torch.zeros(num_rows, K, device=logits.device)
+    score_kernel[(num_rows,)](
+        logits,
+        logits.stride(0),
+        rows,
+        top_k,
+        top_k.stride(0),
+        keys,
+        hidden_states,
+        hidden_states.stride(0),
+        lm_head,
+        lm_head.stride(0),
+        bias,
+        beta,
+        beta.stride(0),
+        reference,
+        reference.stride(0),
+        partial,
+        soft_cap or 1.0,
+        scale,
+        vocab_start,
+        lm_head.shape[0],
+        hidden_states.shape[1],
+        slices * K,
+        K=K,
+        NUM_KEYS=slices * K,
+        BLOCK_D=max(TILE // K, 16),
+        HAS_BIAS=bias is not None,
+        HAS_SOFT_CAP=soft_cap is not None,
+        NORMALIZE=all_reduce is None,
+        num_warps=SCORE_WARPS,
+    )
+    if all_reduce is not None:
+        scores = all_reduce(partial)
+        reweight_kernel[(num_rows,)](
+            logits,
+            logits.stride(0),
+            rows,
+            top_k,
+            top_k.stride(0),
+            keys,
+            scores,
+            beta,
+            beta.stride(0),
+            reference,
+            reference.stride(0),
+            soft_cap or 1.0,
+            scale,
+            slices * K,
+            K=K,
+            HAS_SOFT_CAP=soft_cap is not None,
+            num_warps=REWEIGHT_WARPS,
+        )
