@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
 from pad_vllm.admission import Announcement, check_preference, check_weights
+from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
 from pad_vllm.config import PADConfig
 from pad_vllm.params import PAD, GuidanceParams
-from pad_vllm.reward.backend import PagedModel, reward_model_config, to_device
+from pad_vllm.reward.backend import PagedModel, to_device
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
@@ -27,9 +26,6 @@ from pad_vllm.reward.template import PromptTemplate
 
 logger = init_logger(f"vllm.{__name__}")
 
-MAX_PREFERENCE_TOKENS = 1024
-"""No longer than this, whatever the reward model could hold: a preference is a text, not a document."""
-MIN_PREFERENCE_TOKENS = 16
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 LOGITS_BYTES = 2**30
 """vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
@@ -86,32 +82,19 @@ class Guidance:
         self.config = config
         self.device = device
         base = vllm_config.model_config
-        try:
-            model_config = reward_model_config(
-                base,
-                model=config.reward_model,
-                revision=config.revision,
-                quantization=config.quantization,
-                trust_remote_code=config.trust_remote_code,
-                **({"dtype": config.dtype} if config.dtype else {}),
-            )
-        except Exception as error:
-            raise ValueError(
-                f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}"
-            ) from error
-
+        model_config = load_model_config(config, base)
         self.tokenizer_args = {
             "pretrained_model_name_or_path": config.reward_model,
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        tokenizer = self._load_tokenizer(vllm_config)
+        tokenizer = load_tokenizer(config, self.tokenizer_args, base)
         self.reward_vocab_size, self.base_vocab_size = model_config.get_vocab_size(), base.get_vocab_size()
         self.vocab_size = check_vocabulary(config.reward_model, self.reward_vocab_size, self.base_vocab_size, tokenizer)
         self.template = None
         if tokenizer is not None:
             self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
-        self.max_preference_tokens = self._fit_context(model_config, base.max_model_len)
+        self.max_preference_tokens = fit_context(config, model_config, base.max_model_len, self.template)
 
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
@@ -290,37 +273,6 @@ class Guidance:
         top_k = torch.full_like(rows, self.config.max_top_k)
         self._guide(logits, hidden_states.expand(num_rows, -1), rows, nowhere, top_k, np.array([self.no_slot]))
 
-    def _load_tokenizer(self, vllm_config: VllmConfig) -> PreTrainedTokenizerBase | None:
-        """The reward model's tokenizer, once it is known to be the base model's."""
-        base = vllm_config.model_config
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**self.tokenizer_args)
-        except Exception as error:
-            if base.skip_tokenizer_init:
-                return None
-            raise ValueError(
-                f"pad.reward_model={self.config.reward_model!r}: no tokenizer: {one_paragraph(error)}"
-            ) from error
-        if not base.skip_tokenizer_init:
-            try:
-                theirs = AutoTokenizer.from_pretrained(
-                    base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
-                ).get_vocab()
-            except Exception as error:
-                raise ValueError(
-                    f"pad: the base model's tokenizer {base.tokenizer!r} cannot be compared with the reward model's: "
-                    f"{one_paragraph(error)}"
-                ) from error
-            ours = tokenizer.get_vocab()
-            if missing := [token for token, i in theirs.items() if ours.get(token) != i]:
-                token = min(missing)
-                raise ValueError(
-                    f"pad.reward_model={self.config.reward_model!r}: its tokenizer is not that of the base model "
-                    f"{base.model!r}: {token!r} is {theirs[token]} there and {ours.get(token)} here. PAD scores the "
-                    "base model's own tokens; take a reward model trained with the same tokenizer"
-                )
-        return tokenizer
-
     @torch.inference_mode()
     def _check_logits(self, hidden_states: torch.Tensor) -> None:
         """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
@@ -341,21 +293,6 @@ class Guidance:
                 "scale, so they cannot be computed for candidates alone"
             )
 
-    def _fit_context(self, model_config, base_max_model_len: int) -> int:
-        """Size the reward model's context, and return how many tokens a preference may take of it."""
-        added = self.template.num_added_tokens("") if self.template else 0
-        room = model_config.max_model_len - base_max_model_len - added
-        if room < (MIN_PREFERENCE_TOKENS if self.template else 0):
-            raise ValueError(
-                f"pad.reward_model={self.config.reward_model!r}: its {model_config.max_model_len} positions do not "
-                f"hold the engine's max_model_len of {base_max_model_len}, {added} tokens of prompt_template and "
-                f"{MIN_PREFERENCE_TOKENS} or more of a preference; lower --max-model-len to "
-                f"{max(model_config.max_model_len - added - MIN_PREFERENCE_TOKENS, 0)} or less"
-            )
-        preference = min(room, MAX_PREFERENCE_TOKENS) if self.template else 0
-        model_config.max_model_len = base_max_model_len + added + preference
-        return preference
-
     def _log_summary(self) -> None:
         num_tokens = (self.model.num_blocks - 1) * self.model.block_size
         logger.info(
@@ -375,26 +312,3 @@ class Guidance:
             num_tokens / self.model.max_model_len,
             self.model.max_model_len,
         )
-
-
-def one_paragraph(error: Exception) -> str:
-    """An error's own words, without the frame that pydantic puts around them."""
-    words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    return " ".join(words.split())
-
-
-def check_vocabulary(reward_model: str, reward: int, base: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """How many token ids base and reward model share.
-
-    The two may pad their embeddings differently; what lies beyond the tokenizer stands for no token.
-
-    Raises:
-        ValueError: the reward model has no row for some token.
-    """
-    needed = base if tokenizer is None else len(tokenizer)
-    if reward < needed:
-        raise ValueError(
-            f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {needed} tokens to score; PAD scores "
-            "the base model's own tokens, so the reward model needs a row for each"
-        )
-    return min(reward, base)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pad_vllm.reward.backend import ForwardBatch, PagedModel, to_device
-from pad_vllm.reward.block_manager import BlockManager, CacheStats, Context
+from pad_vllm.reward.block_manager import BlockManager, Context
 
 
 @dataclass
@@ -85,10 +85,6 @@ class RewardEngine:
         )
         self.no_context = max_num_contexts
         self.stats = EngineStats()
-
-    @property
-    def cache_stats(self) -> CacheStats:
-        return self.blocks.stats
 
     def step(self, rows: ContextRows) -> torch.Tensor:
         """Compute rows, and whatever of their contexts is missing before them.
