@@ -9,6 +9,8 @@ BIN := .venv/bin
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
+# Every engine of the tests is a process: without compiled modules beside the sources, each would compile vLLM again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test soak lint format requirements clean
 

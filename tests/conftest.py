@@ -13,12 +13,12 @@ from transformers.utils import logging
 
 from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
-from tests.engine import set_environment
+from tests.engine import CORES, set_environment
 from tests.models import make_heads, make_model
 
 set_environment("v1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each worker's engines on a core of their own
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % os.cpu_count())
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(CORES[int(worker.removeprefix("gw")) % len(CORES)])
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small lose by sharing
 

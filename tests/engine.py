@@ -11,6 +11,9 @@ from typing import Any
 
 # Nothing but loopback is reached from a test.
 OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+CORES = sorted(os.sched_getaffinity(0))
+A_CORE_EACH = f"{CORES[0]}|{CORES[-1]}"
+"""VLLM_CPU_OMP_THREADS_BIND of two ranks."""
 PLUGIN = ["pad_vllm:PADLogitsProcessor"]
 ONE_CONTEXT = 1024 * 2 * 2 * 32 * 4
 """Bytes of the tests' reward model's KV cache: tokens, layers, key and value, head size, float32."""

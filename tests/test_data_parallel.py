@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests import oracle
+from tests.engine import A_CORE_EACH
 from tests.server import Server
 
 PREFERENCE = "concise, formal"
@@ -21,7 +22,7 @@ def server(models, tmp_path_factory):
         tmp_path_factory.mktemp("server") / "log",
         *("--data-parallel-size", "2", "--max-model-len", "256", "--return-tokens-as-token-ids"),
         *("--logits-processors", "pad_vllm:PADLogitsProcessor", "--additional-config", json.dumps({"pad": pad})),
-        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_CPU_OMP_THREADS_BIND=A_CORE_EACH,
     )
     yield server
     server.close()

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
-from tests.engine import ONE_CONTEXT, PLUGIN, Engine, guided, pad_config
+from tests.engine import A_CORE_EACH, ONE_CONTEXT, PLUGIN, Engine, guided, pad_config
 from tests.models import make_model
 from tests.test_engine import BAD_REQUESTS, GREEDY, MAX_TOKENS, PREFERENCES, PROMPTS
 
@@ -100,7 +100,7 @@ def test_tensor_parallelism(models, encode, expect, monkeypatch):
     Prompts return, requests leave together, and the pool is short: the ranks share, evict and recompute alike, or
     their forwards would not fit together.
     """
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", A_CORE_EACH)
     engine = Engine(
         "v1",
         models.base,

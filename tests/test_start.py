@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.engine import PLUGIN, Engine, Worker, set_environment
+from tests.engine import A_CORE_EACH, PLUGIN, Engine, Worker, set_environment
 from tests.models import make_heads, make_model
 
 
@@ -89,7 +89,7 @@ def test_bad_configuration_stops_the_start(models, broken, runner):
 
 def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
     """In the engine core's process, as it is served: the paragraph is in its log."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", A_CORE_EACH)
     pad = {"reward_model": str(models.reward)}
     with pytest.raises(RuntimeError, match="Engine core initialization failed"):
         Engine(
