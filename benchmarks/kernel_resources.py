@@ -46,7 +46,12 @@ def configurations(K: int):
     yield "select", fused.select_kernel, {"K": K, "BLOCK": fused.BLOCK_V}, fused.SELECT_WARPS
     yield "score", fused.score_kernel, whole, fused.SCORE_WARPS
     yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
-    yield "reweight, sharded", fused.reweight_kernel, {"K": K, "HAS_SOFT_CAP": False}, fused.REWEIGHT_WARPS
+    yield (
+        "reweight, sharded",
+        fused.reweight_kernel,
+        {"K": K, "NUM_KEYS": SLICES * K, "HAS_SOFT_CAP": False},
+        fused.REWEIGHT_WARPS,
+    )
 
 
 def compile_ahead(kernel, constants: dict, num_warps: int, target: GPUTarget) -> tuple[Any, str]:

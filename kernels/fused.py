@@ -135,7 +135,6 @@ def score_kernel(
     vocab_start,
     shard_size,
     hidden_size,
-    num_keys,
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -149,8 +148,8 @@ def score_kernel(
     if top_k > 0:
         place = tl.arange(0, K)
         at = tl.arange(0, NUM_KEYS)
-        row_keys = keys_ptr + row_idx * num_keys
-        keys = tl.load(row_keys + at, mask=at < num_keys, other=NO_KEY)
+        row_keys = keys_ptr + row_idx * NUM_KEYS
+        keys = tl.load(row_keys + at)
         candidates = tl.full([K], NO_KEY, tl.int64)
         for i in range(top_k):
             largest = tl.max(keys, 0)
@@ -193,7 +192,7 @@ def reweight_kernel(
     rows_ptr,  # [R] int64
     top_k_ptr,  # [R] int64
     top_k_stride,
-    keys_ptr,  # [R, num_keys] int64, a row's candidates in its first K
+    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
     scores_ptr,  # [R, K] float32
     beta_ptr,  # [R] float32
     beta_stride,
@@ -201,15 +200,15 @@ def reweight_kernel(
     reference_stride,
     soft_cap,
     scale,
-    num_keys,
     K: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
 ):
     """Write a row whose candidates' scores are whole."""
     row_idx = tl.program_id(0).to(tl.int64)
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
-        candidates = tl.load(keys_ptr + row_idx * num_keys + place)
+        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
         is_candidate = candidates > NO_KEY
         z, ids = from_key(candidates)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
@@ -259,44 +258,26 @@ def guide_(
     slices = num_slices(num_rows, num_cols, K)
     slice_size = triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
     keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
+    row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
+    rule_args = (beta, beta.stride(0), reference, reference.stride(0))
+    cap_args = (soft_cap or 1.0, scale)
     select_kernel[(num_rows, slices)](
-        logits,
-        logits.stride(0),
-        rows,
-        top_k,
-        top_k.stride(0),
-        keys,
-        vocab_size,
-        num_cols,
-        slice_size,
-        K=K,
-        BLOCK=BLOCK_V,
-        num_warps=SELECT_WARPS,
+        *row_args, vocab_size, num_cols, slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
     )
     partial = None if all_reduce is None else torch.zeros(num_rows, K, device=logits.device)
     score_kernel[(num_rows,)](
-        logits,
-        logits.stride(0),
-        rows,
-        top_k,
-        top_k.stride(0),
-        keys,
+        *row_args,
         hidden_states,
         hidden_states.stride(0),
         lm_head,
         lm_head.stride(0),
         bias,
-        beta,
-        beta.stride(0),
-        reference,
-        reference.stride(0),
+        *rule_args,
         partial,
-        soft_cap or 1.0,
-        scale,
+        *cap_args,
         vocab_start,
         lm_head.shape[0],
         hidden_states.shape[1],
-        slices * K,
         K=K,
         NUM_KEYS=slices * K,
         BLOCK_D=max(TILE // K, 16),
@@ -306,23 +287,13 @@ def guide_(
         num_warps=SCORE_WARPS,
     )
     if all_reduce is not None:
-        scores = all_reduce(partial)
         reweight_kernel[(num_rows,)](
-            logits,
-            logits.stride(0),
-            rows,
-            top_k,
-            top_k.stride(0),
-            keys,
-            scores,
-            beta,
-            beta.stride(0),
-            reference,
-            reference.stride(0),
-            soft_cap or 1.0,
-            scale,
-            slices * K,
+            *row_args,
+            all_reduce(partial),
+            *rule_args,
+            *cap_args,
             K=K,
+            NUM_KEYS=slices * K,
             HAS_SOFT_CAP=soft_cap is not None,
             num_warps=REWEIGHT_WARPS,
         )

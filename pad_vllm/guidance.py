@@ -1,6 +1,6 @@
 """One step of PAD for a batch: the guided requests' contexts, through the reward engine, into the guidance kernel.
 
-Knows no runner: the adapters of ``processor`` say which rows are guided and where a request's tokens are.
+Knows no runner: :mod:`pad_vllm.adapters` says which rows are guided and where a request's tokens are.
 """
 
 from __future__ import annotations
@@ -29,14 +29,6 @@ logger = init_logger(f"vllm.{__name__}")
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 LOGITS_BYTES = 2**30
 """vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
-
-
-@dataclass(eq=False)
-class GuidedRequest:
-    """A request in the batch that PAD guides."""
-
-    slot: int
-    context: Context
 
 
 @dataclass
@@ -98,6 +90,7 @@ class Guidance:
 
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
+        self.head_names = self.heads.names if self.heads else ()
         scheduler = vllm_config.scheduler_config
         max_num_batched_tokens = config.max_num_batched_tokens or min(
             DEFAULT_MAX_NUM_BATCHED_TOKENS, scheduler.max_num_batched_tokens
@@ -116,7 +109,7 @@ class Guidance:
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self._check_logits(hidden_states)
         self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
-        self.no_slot = scheduler.max_num_seqs
+        self.no_slot = self.engine.no_context
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         self._init_slots(scheduler.max_num_seqs + 1)
         self._warm_up(hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
@@ -132,7 +125,7 @@ class Guidance:
         return Announcement(
             configured=True,
             personas=tuple(self.config.personas),
-            head_names=self.heads.names if self.heads else (),
+            head_names=self.head_names,
             max_top_k=self.config.max_top_k,
             max_preference_tokens=self.max_preference_tokens,
             tokenizer=self.tokenizer_args if self.template else None,
@@ -150,15 +143,15 @@ class Guidance:
         if params is None:
             return None
         if params.weights is not None:
-            check_weights(params.weights, self.heads.names if self.heads else ())
+            check_weights(params.weights, self.head_names)
         if params.preference is not None:
             if self.template is None:
                 raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
             check_preference(self.template, params.preference, self.max_preference_tokens)
         return params
 
-    def new_request(self, slot: int, params: GuidanceParams, prompt_ids: list[int]) -> GuidedRequest:
-        """Begin guiding a request whose base prompt is ``prompt_ids``, in a slot that is free.
+    def new_request(self, slot: int, params: GuidanceParams, prompt_ids: list[int]) -> Context:
+        """Begin guiding a request whose base prompt is ``prompt_ids``, in a slot that is free: its context's index.
 
         Raises:
             ValueError: the prompt has a token that the reward model has no row for.
@@ -172,11 +165,11 @@ class Guidance:
         if params.preference is not None:
             composed = self.template.compose(composed, params.preference)
         self._write_slot(slot, params, prompt_ids, composed)
-        return GuidedRequest(slot, self.engine.blocks.add(slot, composed))
+        return self.engine.blocks.add(slot, composed)
 
-    def free(self, request: GuidedRequest) -> None:
+    def free(self, context: Context) -> None:
         """A request left the batch."""
-        self.engine.blocks.remove(request.context)
+        self.engine.blocks.remove(context)
 
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
         """Guide the rows of ``batch`` in ``logits``, in place.
@@ -201,7 +194,9 @@ class Guidance:
                 history=batch.output_ids,
             )
         )
-        self._guide(logits, hidden_states, batch.rows, batch.row_slots, top_k, batch.slots)
+        max_top_k = int(self.host_top_k[batch.slots].max())
+        mix_heads = bool(self.host_uses_heads[batch.slots].any())
+        self._guide(logits, hidden_states, batch.rows, batch.row_slots, top_k, max_top_k, mix_heads)
 
     def _guide(
         self,
@@ -210,10 +205,10 @@ class Guidance:
         rows: torch.Tensor,
         row_slots: torch.Tensor,
         top_k: torch.Tensor,
-        slots: np.ndarray,
+        max_top_k: int,
+        mix_heads: bool,
     ) -> None:
         floats = self.slot_floats[row_slots]
-        mixes = self.heads is not None and self.host_uses_heads[slots].any()
         self.guide_(
             logits,
             hidden_states,
@@ -222,10 +217,10 @@ class Guidance:
             top_k=top_k,
             beta=floats[:, 0],
             reference=floats[:, 1],
-            max_top_k=int(self.host_top_k[slots].max()),
+            max_top_k=max_top_k,
             vocab_size=self.vocab_size,
             bias=self.lm_head.bias,
-            heads=(self.heads.weight, self.heads.bias, floats[:, 2:]) if mixes else None,
+            heads=(self.heads.weight, self.heads.bias, floats[:, 2:]) if mix_heads else None,
             soft_cap=self.lm_head.soft_cap,
             scale=self.lm_head.scale,
             vocab_start=self.lm_head.vocab_start,
@@ -234,11 +229,10 @@ class Guidance:
 
     def _init_slots(self, num_slots: int) -> None:
         """What the requests in the slots ask for, where the step needs it; the last slot stands for no request."""
-        num_heads = len(self.heads.names) if self.heads else 0
         self.slot_ints = torch.zeros(num_slots, 4, dtype=torch.int64, device=self.device)
         """[slots, 4]: tokens that the composed prompt has more than the base's, length of the base's, last token of
         the composed one, top_k (0: leave the row alone)"""
-        self.slot_floats = torch.zeros(num_slots, 3 + num_heads, device=self.device)
+        self.slot_floats = torch.zeros(num_slots, 3 + len(self.head_names), device=self.device)
         """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
         self.host_offset = np.zeros(num_slots, np.int64)
         self.host_top_k = np.zeros(num_slots, np.int64)
@@ -246,8 +240,7 @@ class Guidance:
 
     def _write_slot(self, slot: int, params: GuidanceParams, prompt_ids: list[int], composed: list[int]) -> None:
         weights = params.weights or (self.heads.default_weights if self.heads else None)
-        num_heads = len(self.heads.names) if self.heads else 0
-        mix = (0.0, *weights) if weights else (1.0, *[0.0] * num_heads)
+        mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.head_names))
         offset = len(composed) - len(prompt_ids)
         ints = [offset, len(prompt_ids), composed[-1], params.top_k]
         self.slot_ints[slot] = to_device(ints, self.device, torch.int64)
@@ -267,11 +260,11 @@ class Guidance:
         num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * self.base_vocab_size)))
         logits = torch.rand(num_rows, self.base_vocab_size, device=self.device)
         rows = torch.arange(num_rows, device=self.device)
-        self.host_top_k[self.no_slot] = self.config.max_top_k
-        self.host_uses_heads[self.no_slot] = self.heads is not None
         nowhere = torch.full_like(rows, self.no_slot)
-        top_k = torch.full_like(rows, self.config.max_top_k)
-        self._guide(logits, hidden_states.expand(num_rows, -1), rows, nowhere, top_k, np.array([self.no_slot]))
+        max_top_k = self.config.max_top_k
+        top_k = torch.full_like(rows, max_top_k)
+        hidden_states = hidden_states.expand(num_rows, -1)
+        self._guide(logits, hidden_states, rows, nowhere, top_k, max_top_k, mix_heads=self.heads is not None)
 
     @torch.inference_mode()
     def _check_logits(self, hidden_states: torch.Tensor) -> None:
@@ -304,7 +297,7 @@ class Guidance:
             self.config.top_k,
             self.config.max_top_k,
             len(self.config.personas),
-            ", ".join(self.heads.names) if self.heads else "none",
+            ", ".join(self.head_names) or "none",
             self.kernels,
             self.model.weight_bytes / 2**30,
             f"{num_tokens:,}",

@@ -143,6 +143,16 @@ def guidance_stats(guidance) -> dict[str, int]:
     }
 
 
+def metric(llm, name: str) -> float:
+    """One of vLLM's own counters; needs ``disable_log_stats=False``."""
+    return next(counter.value for counter in llm.get_metrics() if counter.name == name)
+
+
+def greedy(max_tokens: int, **pad: Any) -> dict[str, Any]:
+    """Sampling parameters of a request of exactly ``max_tokens``, guided if anything is asked."""
+    return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | (guided(**pad) if pad else {})
+
+
 def guided(**pad: Any) -> dict[str, Any]:
     """``extra_args`` of a guided request, from names without their prefix."""
     return {"extra_args": {f"pad_{key}": value for key, value in pad.items()}}

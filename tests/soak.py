@@ -185,7 +185,7 @@ def soak(models, expect, number: int, sample: int, seed: int = 0) -> Result:
     wrong = []
     for i in sampled:
         request = requests[i]
-        expected = ask_oracle(models, expect, request)
+        expected = ask_oracle(expect, request)
         if outputs[i] != expected:
             wrong.append({"request": asdict(request), "expected": expected, "got": outputs[i]})
     return Result(
@@ -198,12 +198,10 @@ def soak(models, expect, number: int, sample: int, seed: int = 0) -> Result:
     )
 
 
-def ask_oracle(models, expect, request: Request) -> list[int]:
-    if not request.pad:
-        return models.ask(tuple(request.prompt), None, None, max_tokens=request.max_tokens, guided=False)
+def ask_oracle(expect, request: Request) -> list[int]:
     pad = PERSONAS.get(request.pad.get("persona"), {}) | {k: v for k, v in request.pad.items() if k != "persona"}
     head = "mixed" if pad.pop("weights", None) else None
-    return expect(request.prompt, head=head, max_tokens=request.max_tokens, **pad)
+    return expect(request.prompt, guided=bool(request.pad), head=head, max_tokens=request.max_tokens, **pad)
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import oracle
-from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config
+from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
 MAX_MODEL_LEN = 448
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
@@ -40,14 +39,6 @@ def long_prompt(encode):
     return encode(LONG)[:300]
 
 
-def greedy(max_tokens: int, **pad) -> dict:
-    return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | (guided(**pad) if pad else {})
-
-
-def num_preemptions(llm) -> int:
-    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-
-
 def run_steps(llm, requests: dict[str, tuple], aborts: dict[int, list[str]]) -> dict[str, list[int]]:
     """Run the engine by hand: ``aborts`` at those steps; the output of each request that ran to its end."""
     from vllm import SamplingParams
@@ -68,10 +59,10 @@ def test_long_prompts_in_small_chunks_with_preemption_and_a_short_reward_pool(ex
     """Eight guided requests, 300 tokens the longest prompt; together more than either KV cache holds."""
     prompts = [long_prompt[i:][:length] for i, length in enumerate((300, 150, 290, 200, 180, 100, 220, 250))]
     asked = [{"preference": PREFERENCES[i % 2] + " more" * (50 + i), "beta": 0.5 + i % 3 / 2} for i in range(8)]
-    before = poor_engine.call(num_preemptions)
+    before = poor_engine.call(metric, "vllm:num_preemptions")
     out = poor_engine.generate(prompts, [greedy(100, **pad) for pad in asked])
     assert out == [expect(prompt, max_tokens=100, **pad) for prompt, pad in zip(prompts, asked, strict=True)]
-    assert poor_engine.call(num_preemptions) > before
+    assert poor_engine.call(metric, "vllm:num_preemptions") > before
     assert poor_engine.call(engine_stats)["evicted"] > 0
 
 
@@ -97,7 +88,7 @@ def test_aborted_requests_leave_the_others_alone(encode, expect, poor_engine):
         assert tokens == expect(prompts[i], max_tokens=24, preference=PREFERENCES[i % 2], beta=0.5 + i % 3 / 2)
 
 
-def test_slots_are_reused_by_requests_that_ask_for_something_else(models, encode, expect, poor_engine):
+def test_slots_are_reused_by_requests_that_ask_for_something_else(encode, expect, poor_engine):
     """Three times as many requests as there are slots, one after the other into those that come free."""
     prompts = [encode("answer " + "and " * (i % 5)) for i in range(24)]
     asked = [
@@ -105,7 +96,7 @@ def test_slots_are_reused_by_requests_that_ask_for_something_else(models, encode
     ]
     out = poor_engine.generate(prompts, [greedy(3 + i % 7, **pad) for i, pad in enumerate(asked)])
     assert out == [
-        expect(prompt, max_tokens=3 + i % 7, **pad) if pad else oracle.generate(models.base_model, prompt, 3 + i % 7)
+        expect(prompt, guided=bool(pad), max_tokens=3 + i % 7, **pad)
         for i, (prompt, pad) in enumerate(zip(prompts, asked, strict=True))
     ]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import oracle
-from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config
+from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
 PROMPTS = [
     "You are asked to be concise",
@@ -16,10 +15,6 @@ PROMPTS = [
     "[Instruction] say why",
 ]
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
-
-
-def num_accepted(llm) -> int:
-    return next(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
 
 
 @pytest.mark.parametrize(("num_speculative_tokens", "contexts"), [(3, 64), (5, 1.25)])
@@ -43,18 +38,15 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
     asked = [
         {"preference": f"{i} {PREFERENCES[i % 2]}{more}", "beta": 0.5} if i % 3 else {} for i in range(len(prompts))
     ]
-    params = [
-        {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | (guided(**pad) if pad else {}) for pad in asked
-    ]
+    params = [greedy(32, **pad) for pad in asked]
     try:
         out = engine.generate(prompts, params)
         alone = engine.generate(prompts[1:2], params[1:2])  # every row of the batch guided
-        accepted, stats = engine.call(num_accepted), engine.call(engine_stats)
+        accepted, stats = engine.call(metric, "vllm:spec_decode_num_accepted_tokens"), engine.call(engine_stats)
     finally:
         engine.close()
     assert out == [
-        expect(prompt, max_tokens=32, **pad) if pad else oracle.generate(models.base_model, prompt, 32)
-        for prompt, pad in zip(prompts, asked, strict=True)
+        expect(prompt, guided=bool(pad), max_tokens=32, **pad) for prompt, pad in zip(prompts, asked, strict=True)
     ]
     assert alone == out[1:2]
     assert accepted > 0

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from pad_vllm.guidance import Guidance, GuidedRequest
+from pad_vllm.guidance import Guidance
 from pad_vllm.params import PAD, GuidanceParams
+from pad_vllm.reward.block_manager import Context
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -31,7 +32,8 @@ class RequestState:
 
     params: GuidanceParams | None
     stop_token_id: int
-    guided: GuidedRequest | None = None
+    context: Context | None = None
+    """Its index is the request's slot; None until the request has begun."""
     failed: bool = False
 
 
@@ -55,7 +57,7 @@ class Adapter:
     def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
         """Give a request its context, once its prompt is known. Returns whether it is guided."""
         try:
-            state.guided = self.guidance.new_request(slot, state.params, prompt_ids)
+            state.context = self.guidance.new_request(slot, state.params, prompt_ids)
         except Exception:
             logger.exception("PAD cannot guide a request: ending it.")
             state.failed = True
@@ -63,9 +65,9 @@ class Adapter:
 
     def end(self, state: RequestState | None) -> None:
         """A request left the batch."""
-        if state is not None and state.guided is not None:
-            self.guidance.free(state.guided)
-            state.guided = None
+        if state is not None and state.context is not None:
+            self.guidance.free(state.context)
+            state.context = None
 
     def guide(self, states: list[RequestState], step: Callable[[], None]) -> None:
         """Run a guided step, or give up the requests that it was for."""

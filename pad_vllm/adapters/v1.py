@@ -48,8 +48,8 @@ class V1Adapter(Adapter):
         after = set(self.states.values())
         for state in before:  # in an order that is the same on all ranks, as everything here must be
             if state not in after:
-                if state.guided is not None:
-                    self.free_slots.append(state.guided.slot)
+                if state.context is not None:
+                    self.free_slots.append(state.context.index)
                 self.end(state)
 
     def _new_state(
@@ -85,7 +85,7 @@ class V1Adapter(Adapter):
             penalties.invert_(logits)
 
     def _ready(self, state: V1RequestState) -> bool:
-        if state.guided is None:
+        if state.context is None:
             slot = self.free_slots.pop()
             if not self.begin(slot, state, state.prompt_ids):
                 self.free_slots.append(slot)
@@ -96,7 +96,7 @@ class V1Adapter(Adapter):
 
     def _batch(self, rows: dict[int, V1RequestState]) -> GuidedBatch:
         device = self.guidance.device
-        by_slot = {state.guided.slot: state for state in rows.values()}
+        by_slot = {state.context.index: state for state in rows.values()}
         slots = np.array(list(by_slot), np.int64)
         num_tokens = np.array([len(s.prompt_ids) + len(s.output_ids) for s in rows.values()], np.int64)
         last = [(s.output_ids or s.prompt_ids)[-1] for s in rows.values()]

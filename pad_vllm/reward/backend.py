@@ -66,11 +66,10 @@ def base_memory(base: VllmConfig) -> BaseMemory:
     dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
     entries = model.get_num_kv_heads(base.parallel_config) * model.get_head_size() * (1 if model.use_mla else 2)
     bytes_per_token = entries * dtype.itemsize * model.get_num_layers(base.parallel_config)
-    num_tokens = None
     if cache.num_gpu_blocks_override is not None:
-        num_tokens = cache.num_gpu_blocks_override * cache.block_size
-    elif cache.kv_cache_memory_bytes is not None:
-        num_tokens = cache.kv_cache_memory_bytes // bytes_per_token
+        return BaseMemory(bytes_per_token, cache.num_gpu_blocks_override * cache.block_size, 0)
+    if cache.kv_cache_memory_bytes is not None:
+        return BaseMemory(bytes_per_token, cache.kv_cache_memory_bytes // bytes_per_token, 0)
     if current_platform.is_cpu():
         total = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
         used = psutil.Process().memory_info().rss
@@ -79,7 +78,7 @@ def base_memory(base: VllmConfig) -> BaseMemory:
         used = total - free
     if not base.compilation_config.static_forward_context:
         used += unloaded_weight_bytes(base)
-    return BaseMemory(bytes_per_token, num_tokens, int(total * cache.gpu_memory_utilization) - used)
+    return BaseMemory(bytes_per_token, None, int(total * cache.gpu_memory_utilization) - used)
 
 
 def least_of_ranks(number: int) -> int:
@@ -103,7 +102,7 @@ def unloaded_weight_bytes(base: VllmConfig) -> int:
 
 
 def to_device(data: list | np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of host data on the device, through pinned memory: neither side waits for the other."""
+    """Host data on the device, through pinned memory: neither side waits for the other. A CPU may share the array."""
     return async_tensor_h2d(data, device, dtype)
 
 
@@ -278,7 +277,6 @@ class PagedModel:
             self.model = load_model(self.vllm_config, not_backbone)
             self._init_kv_cache(kv_cache_memory_bytes, base)
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
-        self.hidden_size = model_config.get_hidden_size()
         self.max_model_len = model_config.max_model_len
 
     def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig) -> None:

@@ -152,10 +152,9 @@ class RewardEngine:
         """One forward; returns the hidden states of its rows."""
         device, num_rows = self.model.device, len(rows.index)
         query_start_loc = np.arange(num_rows + len(pieces) + 1, dtype=np.int32)
-        if pieces:
-            query_start_loc[num_rows + 1 :] = num_rows + np.cumsum([len(piece.token_ids) for piece in pieces])
         index, positions, token_ids = rows.index, rows.positions, rows.token_ids
         if pieces:
+            query_start_loc[num_rows + 1 :] = num_rows + np.cumsum([len(piece.token_ids) for piece in pieces])
             host = np.empty((3, query_start_loc[-1] - num_rows), np.int64)
             for piece, end in zip(pieces, query_start_loc[num_rows + 1 :] - num_rows, strict=True):
                 n = len(piece.token_ids)
