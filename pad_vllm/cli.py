@@ -19,16 +19,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument(
         "--cache-dir", help="where trained models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)"
     )
+    demo.add_argument("--serve", action="store_true", help="over HTTP: two users of one server, side by side")
     demo.set_defaults(run=_demo)
 
+    check = commands.add_parser("check", help="whether this installation, and a configuration, could guide")
+    check.add_argument("config", nargs="?", help="a configuration: the path of a JSON or YAML file, or JSON")
+    check.add_argument("--model", help="a base model to hold the configured reward model against")
+    check.add_argument("--max-model-len", type=int, help="that the engine would have")
+    check.set_defaults(run=_check)
+
     args = vars(parser.parse_args(argv))
-    args.pop("run")(**args)
+    raise SystemExit(args.pop("run")(**args))
 
 
-def _demo(**settings) -> None:
-    from pad_vllm.demo.show import show
+def _demo(serve: bool, **settings) -> None:
+    if serve:
+        from pad_vllm.demo.serve import serve as run
+    else:
+        from pad_vllm.demo.show import show as run
+    run(**settings)
 
-    show(**settings)
+
+def _check(**settings) -> int:
+    from pad_vllm.check import check
+
+    return check(**settings)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pad_vllm.params import (
     MAX_BETA,
@@ -38,7 +42,8 @@ class PADConfig:
         max_top_k: most candidates that a request may ask for.
         reference: ``base``, the implicit reward against the base model, or ``none``, the reward model's own log
             probability.
-        personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out).
+        personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out), or
+            the path of a JSON or YAML file of them.
         default_persona: persona of requests that ask for nothing.
         kv_cache_memory_bytes: size of the reward model's KV cache; derived when absent.
         max_num_batched_tokens: most tokens in one forward of the reward model; at most 2048 when absent.
@@ -92,16 +97,14 @@ class PADConfig:
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> PADConfig | None:
-        """Read vLLM's ``additional_config``; None when it does not configure PAD.
+        """Read vLLM's ``additional_config``, and the files it names; None when it does not configure PAD.
 
         Raises:
             ValueError: ``pad`` is malformed; the message names the key, the value and what is allowed.
         """
-        pad = additional_config.get("pad") if isinstance(additional_config, Mapping) else None
-        if pad is None or pad == {}:
+        pad = read_pad(additional_config)
+        if pad is None:
             return None
-        if not isinstance(pad, Mapping):
-            raise ValueError(f"additional_config: pad={pad!r} must be an object, not {type(pad).__name__}")
         known = {f.name for f in fields(cls)}
         for key in pad:
             if key not in known:
@@ -111,6 +114,8 @@ class PADConfig:
         return cls(**{key: value for key, value in pad.items() if value is not None})
 
     def _read_personas(self, personas: Any) -> dict[str, PAD]:
+        if isinstance(personas, str):
+            personas = read_file("pad.personas", personas)
         if not isinstance(personas, Mapping):
             raise ValueError(f"pad.personas={personas!r}: must be an object of name -> request arguments")
         read = {}
@@ -149,3 +154,60 @@ class PADConfig:
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
         beta = self.beta if merged.beta is None else merged.beta
         return GuidanceParams(merged.preference, merged.weights, beta, top_k)
+
+
+def read_pad(additional_config: Any) -> Mapping[str, Any] | None:
+    """``additional_config["pad"]``, from its file where it is the path of one; None when PAD is not configured.
+
+    Paths in the file are relative to the file's folder, if they are there.
+
+    Raises:
+        ValueError: it is neither an object nor the path of one.
+    """
+    pad = additional_config.get("pad") if isinstance(additional_config, Mapping) else None
+    if pad is None or pad == {}:
+        return None
+    if isinstance(pad, str):
+        folder = Path(pad).parent
+        pad = read_file("additional_config: pad", pad)
+        for key in ("reward_model", "heads", "personas"):
+            if isinstance(pad, Mapping) and isinstance(pad.get(key), str) and (folder / pad[key]).exists():
+                pad = {**pad, key: str(folder / pad[key])}
+    if not isinstance(pad, Mapping):
+        raise ValueError(f"additional_config: pad={pad!r} must be an object, not {type(pad).__name__}")
+    return pad
+
+
+def read_file(key: str, path: str) -> Any:
+    """What a JSON or YAML file says.
+
+    Raises:
+        ValueError: naming ``key``, the file and, where there is one, the line.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        return json.loads(text, object_pairs_hook=_unique) if path.endswith(".json") else yaml.load(text, _Loader)
+    except OSError as error:
+        raise ValueError(f"{key}={path!r}: cannot be read ({error.strerror})") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{key}={path!r}: {' '.join(str(error).split())}") from None
+
+
+def _unique(pairs: list[tuple[Hashable, Any]]) -> dict:
+    """A dict of ``pairs``; ValueError if one would be lost."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return read
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)

@@ -5,6 +5,7 @@ Knows no runner: :mod:`pad_vllm.adapters` says which rows are guided and where a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from pad_vllm import kernels
 from pad_vllm.admission import Announcement, check_preference, check_weights
 from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
 from pad_vllm.config import PADConfig
+from pad_vllm.metrics import Board, Stats
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.backend import PagedModel, to_device
 from pad_vllm.reward.block_manager import Context
@@ -74,6 +76,7 @@ class Guidance:
         self.config = config
         self.device = device
         base = vllm_config.model_config
+        self.labels = (str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index))
         model_config = load_model_config(config, base)
         self.tokenizer_args = {
             "pretrained_model_name_or_path": config.reward_model,
@@ -109,6 +112,7 @@ class Guidance:
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self._check_logits(hidden_states)
         self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
+        self.stats = Stats()
         self.no_slot = self.engine.no_context
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         self._init_slots(scheduler.max_num_seqs + 1)
@@ -131,6 +135,7 @@ class Guidance:
             tokenizer=self.tokenizer_args if self.template else None,
             prompt_template=self.config.prompt_template,
             guides_all=self.config.default_persona is not None,
+            labels=self.labels,
         )
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
@@ -165,6 +170,7 @@ class Guidance:
         if params.preference is not None:
             composed = self.template.compose(composed, params.preference)
         self._write_slot(slot, params, prompt_ids, composed)
+        self.stats.guided_requests += 1
         return self.engine.blocks.add(slot, composed)
 
     def free(self, context: Context) -> None:
@@ -178,6 +184,7 @@ class Guidance:
             logits: [N, V], base logits after bias, penalties and grammar mask.
             batch: which rows, and what they have seen.
         """
+        began = time.perf_counter()
         offset, prompt_len, last_prompt_id, top_k = self.slot_ints[batch.row_slots].unbind(1)
         num_tokens = batch.num_tokens + self.host_offset[batch.slots]
         # The composed prompt may end otherwise than the base prompt; the base samples its first token from the latter.
@@ -197,6 +204,19 @@ class Guidance:
         max_top_k = int(self.host_top_k[batch.slots].max())
         mix_heads = bool(self.host_uses_heads[batch.slots].any())
         self._guide(logits, hidden_states, batch.rows, batch.row_slots, top_k, max_top_k, mix_heads)
+        self.stats.guided_tokens += len(batch.rows)
+        self.stats.running_requests = len(batch.slots)
+        self.stats.steps += 1
+        self.stats.step_seconds += time.perf_counter() - began
+
+    def show_stats(self, board: Board) -> None:
+        """Bring a board up to date."""
+        stats, engine, blocks = self.stats, self.engine.stats, self.engine.blocks
+        stats.reward_tokens, stats.recomputed_tokens = engine.num_tokens, engine.num_recomputed_tokens
+        stats.prefix_hit_tokens = blocks.stats.num_prefix_hit_tokens
+        stats.evicted_contexts = blocks.stats.num_contexts_evicted
+        stats.kv_cache_usage_perc = blocks.usage
+        board.show(stats)
 
     def _guide(
         self,

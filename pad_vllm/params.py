@@ -68,6 +68,11 @@ def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> 
     return name
 
 
+def is_ours(key: Any) -> bool:
+    """Whether a request's argument was meant for PAD: with the prefix, in whatever case and with whatever dash."""
+    return str(key).lower().replace("-", "_").startswith(PREFIX)
+
+
 @dataclass(frozen=True)
 class PAD:
     """A request's guidance, as Python; ``extra_args`` and ``vllm_xargs`` say the same with the prefix ``pad_``.
@@ -120,11 +125,11 @@ class PAD:
         Raises:
             ValueError: an unknown ``pad_*`` key, or a value with the wrong type or out of range.
         """
-        given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(PREFIX)}
+        given = {key: value for key, value in (extra_args or {}).items() if is_ours(key)}
         known = {PREFIX + field.name for field in fields(cls)}
         for key, value in given.items():
             if key not in known:
-                raise ValueError(f"{key}: no such argument; {did_you_mean(key, known)}")
+                raise ValueError(f"{key}: no such argument; {did_you_mean(str(key).lower(), known)}")
             if value is None:
                 raise ValueError(f"{key}=None: leave it out instead")
         return cls(**{key.removeprefix(PREFIX): value for key, value in given.items()}) if given else None
@@ -170,7 +175,7 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
         raise ValueError(f"logits_processors={processors!r}: takes one PAD(...); combine preferences in its text")
     if processors:
         extra_args = dict(kwargs.get("extra_args") or {})
-        if clash := [key for key in extra_args if str(key).startswith(PREFIX)]:
+        if clash := [key for key in extra_args if is_ours(key)]:
             raise ValueError(f"extra_args has {clash}, and logits_processors a PAD(...): give guidance in one place")
         asked = processors[0].extra_args()
         if not asked:

@@ -11,16 +11,16 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from pad_vllm import admission
-from pad_vllm.adapters.v1 import V1Adapter
-from pad_vllm.adapters.v2 import V2Adapter
+from pad_vllm import admission, internals
 from pad_vllm.config import PADConfig
-from pad_vllm.guidance import Guidance
 from pad_vllm.params import PAD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+
+    from pad_vllm.adapters.v1 import V1Adapter
+    from pad_vllm.adapters.v2 import V2Adapter
 
 
 class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
@@ -57,15 +57,35 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._running[id(vllm_config)] = self
 
         config = PADConfig.from_additional_config(vllm_config.additional_config)
+        if config is not None:
+            internals.check_version()
+        try:
+            self._start(config, device_or_req_states)
+        except ImportError as error:
+            if config is not None:
+                raise ValueError(f"pad cannot run on this vLLM: {internals.one_line(error)}") from error
+            admission.announce(admission.Announcement(configured=False), self)  # and change nothing
+
+    def _start(self, config: PADConfig | None, device_or_req_states: Any) -> None:
+        # Here, so that what moved in a newer vLLM cannot stop an engine that has not asked for guidance.
+        from pad_vllm.adapters.v1 import V1Adapter
+        from pad_vllm.adapters.v2 import V2Adapter
+        from pad_vllm.guidance import Guidance
+        from pad_vllm.metrics import Board
+        from pad_vllm.reward.backend import is_first_rank
+
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
         guidance, resolve = None, refuse_unless_silent
         if config is not None:
-            check_engine(vllm_config, on_v2)
+            check_engine(self.vllm_config, on_v2)
             device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
-            guidance = Guidance(config, vllm_config, device)
+            guidance = Guidance(config, self.vllm_config, device)
             resolve = guidance.resolve
         self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
-        admission.announce(guidance.announcement() if guidance else admission.Announcement(configured=False), self)
+        announcement = guidance.announcement() if guidance else admission.Announcement(configured=False)
+        path = admission.announce(announcement, self)
+        if guidance is not None and is_first_rank():
+            self.adapter.board = Board(path, announcement.labels)
 
     def is_argmax_invariant(self) -> bool:
         return self.adapter is None
@@ -81,7 +101,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def apply_staged_writes(self) -> None:
         """V2: before the base model's forward."""
-        if isinstance(self.adapter, V2Adapter):
+        if self.adapter is not None:
             self.adapter.apply_staged_writes()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:

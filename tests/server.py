@@ -24,7 +24,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"]
         command += ["--dtype", "float32", "--enforce-eager", "--seed", "0", *args]
         self.log = log

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
+import random
 import subprocess
 import sys
 
@@ -13,6 +13,7 @@ import vllm
 
 from pad_vllm import PADLogitsProcessor, admission
 from pad_vllm.admission import ANNOUNCE_DIR, Announcement
+from tests.malformed import GOOD, malformed
 
 GUIDED = Announcement(True, personas=("alice",), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8)
 
@@ -34,22 +35,28 @@ def validate(**extra_args) -> None:
 def test_an_announcement_lives_as_long_as_its_engine():
     owner = Owner()
     admission.announce(GUIDED, owner)
-    assert admission.announcements() == [GUIDED]
+    assert list(admission.announced().values()) == [GUIDED]
     del owner
     gc.collect()
-    assert admission.announcements() == []
+    assert admission.announced() == {}
 
 
 def test_an_engine_that_was_killed_announces_nothing(folder):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    owner = Owner()
-    admission.announce(GUIDED, owner)
-    (path,) = folder.glob("*.json")
-    record = json.loads(path.read_text())
-    path.with_name("dead.json").write_text(json.dumps(record | {"pid": dead.pid, "personas": ["bob"]}))
-    path.with_name("remote.json").write_text(json.dumps(record | {"pid": dead.pid, "host": "elsewhere"}))
-    assert admission.announcements() == [GUIDED, GUIDED]
+    code = """if True:
+        import time
+        from pad_vllm.admission import Announcement, announce
+        owner = type("Owner", (), {})()
+        announce(Announcement(True, personas=("bob",)), owner)
+        print("announced", flush=True)
+        time.sleep(60)
+    """
+    engine = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout.readline() == "announced\n"
+    assert [a.personas for a in admission.announced().values()] == [("bob",)]
+    engine.kill()
+    engine.wait()
+    assert len(list(folder.glob("*.json"))) == 1
+    assert admission.announced() == {}
 
 
 def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
@@ -61,7 +68,7 @@ def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
     assert os.environ[ANNOUNCE_DIR] == folder
     owner = Owner()
     admission.announce(GUIDED, owner)
-    code = "from pad_vllm.admission import announcements; print(len(announcements()))"
+    code = "from pad_vllm.admission import announced; print(len(announced()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
@@ -113,3 +120,17 @@ def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():
     validate(pad_persona="alice")
     with pytest.raises(ValueError, match="pad_persona='carol'"):
         validate(pad_persona="carol")
+
+
+def test_ten_thousand_malformed_requests_are_refused(models):
+    owner, rng = Owner(), random.Random(0)
+    tokenizer = {"pretrained_model_name_or_path": str(models.reward)}
+    template = "a {preference} b {prompt}"
+    announcement = Announcement(True, ("terse",), ("a", "b", "c"), 20, 200, tokenizer, template)
+    admission.announce(announcement, owner)
+    validate(pad_persona="terse", pad_weights=[1, 2, 3.0], **GOOD)
+    for _ in range(10_000):
+        arguments = malformed(rng, num_heads=3, max_top_k=20)
+        with pytest.raises(ValueError, match=r"(?i)pad"):
+            validate(**arguments)
+    validate(pad_persona="terse", pad_weights=[1, 2, 3.0], **GOOD)

@@ -125,8 +125,39 @@ def test_configuration_refuses(pad, message):
 
 
 def test_pad_must_be_an_object():
-    with pytest.raises(ValueError, match="must be an object, not str"):
-        PADConfig.from_additional_config({"pad": "model"})
+    with pytest.raises(ValueError, match="must be an object, not list"):
+        PADConfig.from_additional_config({"pad": ["model"]})
+
+
+def test_configuration_from_files(tmp_path):
+    (tmp_path / "personas.yaml").write_text("terse:\n  preference: |\n    Be concise.\n    Be kind.\nb: {beta: 2}\n")
+    (tmp_path / "heads").touch()
+    (tmp_path / "pad.json").write_text('{"reward_model": "hub/rm", "heads": "heads", "personas": "personas.yaml"}')
+    read = PADConfig.from_additional_config({"pad": str(tmp_path / "pad.json")})
+    personas = {"terse": PAD(preference="Be concise.\nBe kind.\n"), "b": PAD(beta=2)}
+    assert (read.reward_model, read.heads, read.personas) == ("hub/rm", str(tmp_path / "heads"), personas)
+    assert config(personas=str(tmp_path / "personas.yaml")).personas == personas
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.json", None, "none.json': cannot be read .No such file"),
+        ("a.json", '{"reward_model": }', "a.json': Expecting value: line 1 column 18"),
+        ("a.json", '{"beta": 1, "beta": 2}', "a.json': 'beta' is given twice"),
+        ("a.yaml", "personas:\n  a: {beta: 1}\n  a: {beta: 2}", "a.yaml': 'a' is given twice"),
+        ("a.yaml", "a: [", "a.yaml': while parsing .* line 1"),
+        ("a.yaml", "!!python/object:os.system {}", "could not determine a constructor"),
+        ("a.yaml", "{1: 2, [1]: 3}", "unhashable key"),
+        ("a.yaml", "- 1", "must be an object, not list"),
+        ("a.yaml", "reward_model: x\nbeat: 1", "did you mean 'beta'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PADConfig.from_additional_config({"pad": str(tmp_path / name)})
 
 
 def test_unknown_persona_names_the_closest():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
@@ -52,3 +53,21 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
     assert accepted > 0
     assert (stats["evicted"] > 0) == (contexts < 2)
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
+
+
+@pytest.mark.parametrize("default_persona", [None, "house"])
+def test_v1_never_drops_guidance_in_silence(models, encode, default_persona):
+    """V1 with drafts builds no logits processor that is only registered: guidance is refused at admission."""
+    pad = {"personas": {"house": {"preference": "concise"}}, "default_persona": default_persona}
+    draft = {"model": str(models.base), "num_speculative_tokens": 3, "method": "draft_model"}
+    engine = Engine("v1", models.base, speculative_config=draft, **pad_config(models.reward, **pad))
+    try:
+        with pytest.raises(VLLMValidationError, match="no engine has announced PAD guidance"):
+            engine.generate([encode("a")], greedy(4, preference="formal"))
+        if default_persona:
+            with pytest.raises(VLLMValidationError, match=r"this server is to guide every request .* V1 runner drops"):
+                engine.generate([encode("a")], greedy(4))
+        else:
+            assert len(engine.generate([encode("a")], greedy(4))[0]) == 4
+    finally:
+        engine.close()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from pad_vllm.guidance import Guidance
+from pad_vllm.metrics import Board
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 
@@ -43,6 +44,7 @@ class Adapter:
     def __init__(self, guidance: Guidance | None, resolve: Resolve) -> None:
         self.guidance = guidance
         self.resolve = resolve
+        self.board: Board | None = None
 
     def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
         """None for a request that is not guided."""
@@ -52,7 +54,9 @@ class Adapter:
             return None if params is None else RequestState(params, stop[0])
         except Exception:
             logger.exception("A request for PAD guidance got past admission and cannot be guided: ending it.")
-            return RequestState(None, stop[0], failed=True)
+            state = RequestState(None, stop[0])
+            self.fail([state])
+            return state
 
     def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
         """Give a request its context, once its prompt is known. Returns whether it is guided."""
@@ -60,7 +64,7 @@ class Adapter:
             state.context = self.guidance.new_request(slot, state.params, prompt_ids)
         except Exception:
             logger.exception("PAD cannot guide a request: ending it.")
-            state.failed = True
+            self.fail([state])
         return not state.failed
 
     def end(self, state: RequestState | None) -> None:
@@ -75,5 +79,13 @@ class Adapter:
             step()
         except Exception:
             logger.exception("A step of PAD guidance failed: ending its %d requests.", len(states))
-            for state in states:
-                state.failed = True
+            self.fail(states)
+        if self.board is not None:
+            self.guidance.show_stats(self.board)
+
+    def fail(self, states: list[RequestState]) -> None:
+        """Give requests up: from now on they get end tokens."""
+        if self.guidance is not None:
+            self.guidance.stats.failed_requests += sum(not state.failed for state in states)
+        for state in states:
+            state.failed = True

@@ -91,7 +91,7 @@ class V1Adapter(Adapter):
                 self.free_slots.append(slot)
         elif state.output_ids and state.output_ids[-1] < 0:
             logger.error("PAD cannot guide a request whose last token the runner does not show: ending it.")
-            state.failed = True
+            self.fail([state])
         return not state.failed
 
     def _batch(self, rows: dict[int, V1RequestState]) -> GuidedBatch:

@@ -81,6 +81,11 @@ def base_memory(base: VllmConfig) -> BaseMemory:
     return BaseMemory(bytes_per_token, None, int(total * cache.gpu_memory_utilization) - used)
 
 
+def is_first_rank() -> bool:
+    """Whether this is the tensor-parallel rank that speaks for its engine."""
+    return get_tp_group().rank_in_group == 0
+
+
 def least_of_ranks(number: int) -> int:
     """The smallest of the tensor-parallel ranks' numbers. Pools of one size make all ranks take the same decisions."""
     group = get_tp_group()

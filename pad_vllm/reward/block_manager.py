@@ -29,6 +29,8 @@ class Context:
     block_hashes: list[BlockHash]
     """Of the prompt's full blocks, without the prompt's last token: what ``BlockPool.cache_full_blocks`` reads."""
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    was_computed: bool = False
+    """Whether it ever held blocks: what it then lacks is computed again."""
 
 
 @dataclass
@@ -71,6 +73,11 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         return self.pool.get_num_free_blocks()
+
+    @property
+    def usage(self) -> float:
+        """Part of the blocks that contexts hold, from 0 to 1."""
+        return self.pool.get_usage()
 
     def add(self, index: int, prompt_ids: list[int]) -> Context:
         """Begin a context at ``index``, which must be free."""

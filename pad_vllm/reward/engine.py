@@ -66,6 +66,8 @@ class EngineStats:
     num_forwards: int = 0
     num_tokens: int = 0
     """computed, rows and pieces"""
+    num_recomputed_tokens: int = 0
+    """of these, tokens of contexts that had them computed before"""
 
 
 class RewardEngine:
@@ -130,8 +132,11 @@ class RewardEngine:
         prompt_ids, generated = context.prompt_ids, rows.history(context.index)
         num_before = len(prompt_ids) + len(generated) - 1
         token_ids = prompt_ids[num_computed:num_before]
+        num_new = 0 if context.was_computed else len(token_ids)
+        context.was_computed = True
         if generated:
             token_ids = [*token_ids, *generated[max(num_computed - len(prompt_ids), 0) : -1]]
+        self.stats.num_recomputed_tokens += len(token_ids) - num_new
         return Piece(context.index, num_computed, token_ids)
 
     def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""What pad-vllm binds to inside vLLM, and whether the installed one still has it.
+
+Logits processors are a public interface of vLLM; a second model with a paged KV cache of its own is not. The names that
+are imported are read from our own sources; what is used of them stands here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+TESTED = ("0.32", "0.33")
+ALLOW_UNTESTED = "PAD_VLLM_ALLOW_UNTESTED_VLLM"
+"""Environment: 1 starts guidance on a vLLM that is not among the tested."""
+
+PARAMETERS = {
+    "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends": ("vllm_config",),
+    "vllm.forward_context:set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+    "vllm.model_executor.layers.utils:apply_penalties": (
+        *("logits", "prompt_tokens_tensor", "output_tokens_tensor"),
+        *("presence_penalties", "frequency_penalties", "repetition_penalties"),
+    ),
+    "vllm.model_executor.layers.utils:get_token_bin_counts_and_mask": ("tokens", "vocab_size", "num_seqs"),
+    "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device", "dtype"),
+    "vllm.utils.torch_utils:make_tensor_with_pad": ("x", "pad", "dtype", "device"),
+    "vllm.v1.attention.backends.utils:resolve_kv_cache_layout": (),
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs": ("vllm_config", "kv_cache_specs", "available_memory"),
+    "vllm.v1.core.kv_cache_utils:hash_block_tokens": (*("hash_function", "parent_block_hash", "curr_block_token_ids"),),
+    "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
+    "vllm.v1.worker.gpu.attn_utils:build_attn_metadata": (
+        *("attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu", "query_start_loc_cpu", "max_query_len"),
+        *("seq_lens", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config"),
+        *("seq_lens_cpu_upper_bound", "positions"),
+    ),
+    "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer": ("slot_mappings", "kv_cache_config"),
+    "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": ("vllm_config",),
+    "vllm.v1.worker.gpu.attn_utils:init_attn_backend": ("kv_cache_config", "vllm_config", "device"),
+    "vllm.v1.worker.gpu.attn_utils:init_kv_cache": ("kv_cache_config", "device", "attn_groups"),
+}
+"""Function -> the parameters that we give it."""
+
+MEMBERS = {
+    "vllm.v1.core.block_pool:BlockPool": (
+        *("get_new_blocks", "free_blocks", "touch", "get_cached_block", "cache_full_blocks", "reset_prefix_cache"),
+        *("get_num_free_blocks", "get_usage"),
+    ),
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock": ("block_id",),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("num_blocks", "kv_cache_groups"),
+    "vllm.v1.sample.logits_processor:LogitsProcessor": (
+        *("validate_params", "update_state", "apply", "is_argmax_invariant"),
+    ),
+    "vllm.v1.sample.logits_processor:BatchUpdate": ("batch_size", "removed", "added", "moved"),
+    "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor": (
+        *("validate_params", "add_request", "apply_staged_writes", "apply"),
+    ),
+    "vllm.v1.worker.gpu.sample.logits_processor:LogitsContext": (
+        *("idx_mapping_np", "expanded_idx_mapping", "pos", "input_ids", "seq_lens_upper_bound_np"),
+    ),
+    "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcRequestState": (
+        *("device", "max_num_reqs", "prefill_len", "prompt_len", "total_len", "all_token_ids"),
+    ),
+    "vllm.config:VllmConfig": ("additional_config", "use_v2_model_runner", "num_speculative_tokens"),
+    "vllm.model_executor.model_loader:DefaultModelLoader": ("_prepare_weights", "_get_weights_iterator"),
+    "vllm.v1.engine.input_processor:InputProcessor": ("_validate_params", "vllm_config"),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": (
+        *("to_sampling_params", "to_beam_search_params", "vllm_xargs"),
+    ),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": (
+        *("to_sampling_params", "to_beam_search_params", "vllm_xargs"),
+    ),
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": ("to_sampling_params", "vllm_xargs"),
+}
+"""Class -> the methods and fields that we use."""
+
+
+def imported() -> set[str]:
+    """``module:name`` of all that our sources import from vLLM."""
+    root = Path(__file__).parent
+    trees = (ast.parse(path.read_text("utf-8")) for path in sorted(root.rglob("*.py")))
+    return {
+        f"{node.module}:{alias.name}"
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "vllm" and not node.level
+        for alias in node.names
+    }
+
+
+def names() -> list[str]:
+    """``module:name`` of everything that is checked."""
+    return sorted(imported() | PARAMETERS.keys() | MEMBERS.keys())
+
+
+def moved() -> Iterator[str]:
+    """What the installed vLLM has no more, one line each."""
+    for name in names():
+        try:
+            found = _find(name)
+        except Exception as error:
+            yield f"{name}: {one_line(error)}"
+            continue
+        if missing := [parameter for parameter in PARAMETERS.get(name, ()) if not _takes(found, parameter)]:
+            yield f"{name}: takes no {', '.join(missing)}"
+        if missing := [member for member in MEMBERS.get(name, ()) if not _has(found, member)]:
+            yield f"{name}: has no {', '.join(missing)}"
+
+
+def version() -> str:
+    """Of the installed vLLM."""
+    import vllm
+
+    return vllm.__version__
+
+
+def is_tested(number: str) -> bool:
+    """Whether a version of vLLM is among the tested."""
+    return ".".join(number.split(".")[:2]) in TESTED
+
+
+def check_version() -> None:
+    """Refuse to guide on an untested vLLM.
+
+    Raises:
+        ValueError: what is tested, what moved, and how to start all the same.
+    """
+    number = version()
+    if is_tested(number):
+        return
+    lost = "; ".join(moved())
+    words = f"pad-vllm is tested with vLLM {' and '.join(TESTED)}, and this is {number}. " + (
+        f"Of the internals that it binds to, these have moved: {lost}."
+        if lost
+        else "No internal that it binds to moved."
+    )
+    if os.environ.get(ALLOW_UNTESTED) != "1":
+        raise ValueError(f"{words} {ALLOW_UNTESTED}=1 starts it all the same")
+    logger.warning(words)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's words without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except AttributeError:
+        return import_module(f"{module}.{attribute}")  # a module, as `from vllm import envs`
+
+
+def _takes(function: Any, parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
+
+
+def _has(cls: type, member: str) -> bool:
+    if hasattr(cls, member) or any(member in vars(base).get("__annotations__", {}) for base in cls.__mro__):
+        return True
+    return f"self.{member} " in inspect.getsource(cls)  # assigned when an object is made

@@ -1,0 +1,201 @@
+"""Seeing guidance work: a log line in vLLM's manner, and ``pad_*`` metrics under the server's own ``/metrics``.
+
+The numbers arise in the engine's workers, and ``/metrics`` is answered by the frontend, to which vLLM carries only its
+own. So the first rank of an engine writes them to a memory-mapped file beside its announcement, and a collector in the
+frontend reads them when it is asked. A server of several API processes collects in another way, from
+``PROMETHEUS_MULTIPROC_DIR``: there the engine writes what prometheus_client itself would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from vllm import envs
+from vllm.logger import init_logger
+
+from pad_vllm.admission import announced
+
+logger = init_logger(f"vllm.{__name__}")
+
+LABELS = ("model_name", "engine")
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+MULTIPROCESS_INTERVAL = 1.0
+"""Seconds between two writes for a server of several API processes."""
+KEEP_INTERVAL = 3600.0
+"""Seconds between two signs of life for those who tidy folders of temporary files by age."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """An engine's guidance: counters since its start, then gauges."""
+
+    guided_requests: float = 0
+    guided_tokens: float = 0
+    failed_requests: float = 0
+    steps: float = 0
+    step_seconds: float = 0
+    reward_tokens: float = 0
+    recomputed_tokens: float = 0
+    prefix_hit_tokens: float = 0
+    evicted_contexts: float = 0
+    running_requests: float = 0
+    kv_cache_usage_perc: float = 0
+
+
+GAUGES = ("running_requests", "kv_cache_usage_perc")
+HELP = {
+    "guided_requests": "Requests that began to be guided.",
+    "guided_tokens": "Rows of logits that were guided: generated tokens, and drafts that were verified.",
+    "failed_requests": "Requests that were ended because guidance failed.",
+    "steps": "Engine steps with guided rows.",
+    "step_seconds": "Host seconds in guidance; on a GPU these are spent giving it work, not waiting for it.",
+    "reward_tokens": "Tokens that the reward model computed.",
+    "recomputed_tokens": "Of these, tokens computed again for requests that had lost their reward KV blocks.",
+    "prefix_hit_tokens": "Prompt tokens found in the reward model's prefix cache.",
+    "evicted_contexts": "Requests whose reward KV blocks were given to others.",
+    "running_requests": "Guided requests in the last step that guided any.",
+    "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "
+    "until their slots are reused.",
+}
+
+
+class Board:
+    """Where an engine's first rank shows its :class:`Stats`, and what logs them.
+
+    Args:
+        announcement: file of the engine's announcement.
+        labels: as vLLM's own metrics have them.
+    """
+
+    def __init__(self, announcement: Path, labels: tuple[str, str]) -> None:
+        path = stats_path(announcement)
+        np.zeros(len(fields(Stats))).tofile(path)  # a mapped file without room on the disk would end the process
+        self.values = np.memmap(path, np.float64, "r+")
+        weakref.finalize(self, path.unlink, missing_ok=True)
+        interval = float(envs.VLLM_LOG_STATS_INTERVAL)
+        closed = threading.Event()
+        weakref.finalize(self, closed.set)
+        if interval > 0:
+            _every(interval, closed, _Logger(self.values, labels[1]).log)
+        _every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
+        if os.environ.get(MULTIPROCESS_DIR):
+            _every(MULTIPROCESS_INTERVAL, closed, _Multiprocess(self.values, labels).write)
+
+    def show(self, stats: Stats) -> None:
+        self.values[:] = astuple(stats)
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _every(seconds: float, closed: threading.Event, run: Any) -> None:
+    def loop() -> None:
+        while not closed.wait(seconds):
+            run()
+
+    threading.Thread(target=loop, name="pad-metrics", daemon=True).start()
+
+
+class _Logger:
+    """What guidance did since the last line, and nothing where it did nothing."""
+
+    def __init__(self, values: np.ndarray, engine: str) -> None:
+        self.values, self.engine = values, engine
+        self.last, self.last_time = Stats(), time.monotonic()
+
+    def log(self) -> None:
+        now, stats, last = time.monotonic(), Stats(*self.values.tolist()), self.last
+        steps = stats.steps - last.steps
+        if steps > 0 or stats.failed_requests > last.failed_requests:
+            logger.info(
+                "Engine %s PAD: Guided: %d reqs running, %d new, %d failed, Guided throughput: %.1f tokens/s, "
+                "Guidance: %.2f ms/step, Reward KV cache usage: %.1f%%, Reward tokens computed: %d (%d of them again), "
+                "Reward prefix cache hits: %d tokens",
+                self.engine,
+                stats.running_requests,
+                stats.guided_requests - last.guided_requests,
+                stats.failed_requests - last.failed_requests,
+                (stats.guided_tokens - last.guided_tokens) / (now - self.last_time),
+                1000 * (stats.step_seconds - last.step_seconds) / max(steps, 1),
+                100 * stats.kv_cache_usage_perc,
+                stats.reward_tokens - last.reward_tokens,
+                stats.recomputed_tokens - last.recomputed_tokens,
+                stats.prefix_hit_tokens - last.prefix_hit_tokens,
+            )
+        self.last, self.last_time = stats, now
+
+
+class _Multiprocess:
+    """prometheus_client's own metrics, which its files carry to all API processes."""
+
+    def __init__(self, values: np.ndarray, labels: tuple[str, str]) -> None:
+        self.values, self.last = values, Stats()
+        registry = CollectorRegistry()
+        self.metrics: dict[str, Any] = {}
+        for name, text in HELP.items():
+            if name in GAUGES:
+                metric = Gauge(f"pad_{name}", text, LABELS, registry=registry, multiprocess_mode="mostrecent")
+            else:
+                metric = Counter(f"pad_{name}", text, LABELS, registry=registry)
+            self.metrics[name] = metric.labels(*labels)
+
+    def write(self) -> None:
+        stats = Stats(*self.values.tolist())
+        for name, metric in self.metrics.items():
+            value = getattr(stats, name)
+            if name in GAUGES:
+                metric.set(value)
+            else:
+                metric.inc(value - getattr(self.last, name))
+        self.last = stats
+
+
+class Collector:
+    """The engines' numbers, for the frontend's Prometheus registry."""
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        shown: dict[tuple[str, str], np.ndarray] = {}
+        for path, announcement in announced().items():
+            try:
+                values = np.fromfile(stats_path(path), np.float64)
+            except OSError:
+                continue  # not the first rank, or just withdrawn
+            if len(values) == len(fields(Stats)):
+                shown[announcement.labels] = shown.get(announcement.labels, 0) + values
+        if not shown:
+            return
+        for name, text in HELP.items():
+            family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+            metric = family(f"pad_{name}", text, labels=LABELS)
+            for labels, values in shown.items():
+                metric.add_metric(labels, getattr(Stats(*values.tolist()), name))
+            yield metric
+
+
+def stats_path(announcement: Path) -> Path:
+    """The file of an engine's numbers, beside its announcement."""
+    return announcement.with_suffix(".stats")
+
+
+@functools.cache
+def register_collector() -> None:
+    """Put the metrics under this process's ``/metrics``."""
+    REGISTRY.register(Collector())

@@ -1,0 +1,91 @@
+"""``pad-vllm check``, and the refusal of a vLLM that it names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pad_vllm import internals
+from pad_vllm.check import check
+
+
+@pytest.fixture(scope="module")
+def config(models, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("check") / "pad.yaml"
+    path.write_text(
+        f"reward_model: {models.named}\npersonas:\n  terse: {{preference: concise}}\n  mixed: {{weights: [1, 0, 2]}}\n"
+    )
+    return path
+
+
+def test_the_command(models, config):
+    """As a user types it; everything is there, and so the exit status is 0."""
+    command = [Path(sys.executable).with_name("pad-vllm"), "check", config, "--model", models.base]
+    run = subprocess.run([*command, "--max-model-len", "256"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "FAILED" not in run.stdout
+    for words in (
+        "vLLM: 0.32.0",
+        "names that pad-vllm binds to, all there",
+        "guidance kernels: reference",
+        "runner: V1",
+        "persona 'mixed': pad_weights=[1.0, 0.0, 2.0]",
+        "heads: concise, formal, playful",
+        "base model: base: same tokens; runner V1; 256 tokens of context",
+    ):
+        assert words in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"beat": 1}, "pad.beat: no such key; did you mean 'beta'?"),
+        ({"reward_model": "/nowhere"}, "pad.reward_model='/nowhere' cannot be read"),
+        ({"personas": {"a": {"weights": [1]}}}, "pad.personas['a']: pad_weights: 1 weights for 3 value heads"),
+        ({"personas": {"a": {"preference": "word " * 2000}}}, "pad.personas['a']: pad_preference: "),
+        ({"personas": "gone.yaml"}, "pad.personas='gone.yaml': cannot be read"),
+    ],
+)
+def test_a_bad_configuration_is_named(models, capsys, change, words):
+    assert check(json.dumps({"reward_model": str(models.named)} | change), None, None) == 1
+    assert f": {words}" in capsys.readouterr().out
+
+
+def test_a_base_model_that_does_not_fit_is_named(models, config, capsys):
+    assert check(str(config), str(models.base), 1024) == 1
+    assert "its 1024 positions do not hold the engine's max_model_len of 1024" in capsys.readouterr().out
+
+
+def test_what_moved_is_named(monkeypatch, capsys):
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.worker.gpu import attn_utils
+
+    monkeypatch.delattr(BlockPool, "touch")
+    monkeypatch.delattr(attn_utils, "init_kv_cache")
+    monkeypatch.setattr(attn_utils, "get_kv_cache_spec", lambda config: {})
+    assert check(None, None, None) == 1
+    out = capsys.readouterr().out
+    assert "vllm.v1.core.block_pool:BlockPool: has no touch" in out
+    assert "vllm.v1.worker.gpu.attn_utils:init_kv_cache: " in out
+    assert "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec: takes no vllm_config" in out
+    assert out.count("\n          vllm.") == 3
+
+
+def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
+    monkeypatch.setattr(internals, "version", lambda: "0.41.2")
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, and this is 0\.41\.2\. No internal"):
+        internals.check_version()
+    assert check(None, None, None) == 1
+    assert "FAILED  vLLM: 0.41.2, and pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
+    monkeypatch.setenv(internals.ALLOW_UNTESTED, "1")
+    internals.check_version()
+    assert check(None, None, None) == 0
+
+
+def test_every_import_from_vllm_is_checked():
+    assert {"vllm.v1.core.block_pool:BlockPool", "vllm:envs"} <= internals.imported()
+    assert internals.imported() <= set(internals.names())
