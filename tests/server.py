@@ -17,6 +17,18 @@ from typing import Any
 from tests.engine import OFFLINE
 
 
+def wait_until_healthy(process: subprocess.Popen, port: int, log: Path, timeout: float) -> None:
+    """Wait for a server's answer; RuntimeError with the end of its log if it ends, or takes longer than ``timeout``."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.3)
+    raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
+
+
 class Server:
     """``vllm serve`` with ``args``. ``environment`` is added to this process's."""
 
@@ -37,22 +49,10 @@ class Server:
                 env=os.environ | OFFLINE | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment,
             )
         try:
-            self._wait(timeout)
+            wait_until_healthy(self._process, self.port, log, timeout)
         except BaseException:
             self.close()
             raise
-
-    def _wait(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            try:
-                if self.get("/health")[0] == 200:
-                    return
-            except OSError:
-                time.sleep(0.3)
-        raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-4000:]}")
 
     def get(self, path: str) -> tuple[int, str]:
         """HTTP status and body."""
