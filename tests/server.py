@@ -16,6 +16,9 @@ from typing import Any
 
 from tests.engine import OFFLINE
 
+FORK = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
+"""An engine's process need not import vLLM again."""
+
 
 def wait_until_healthy(process: subprocess.Popen, port: int, log: Path, timeout: float) -> None:
     """Wait for a server's answer; RuntimeError with the end of its log if it ends, or takes longer than ``timeout``."""
@@ -46,7 +49,11 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | OFFLINE | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment,
+                env=os.environ
+                | OFFLINE
+                | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+                | FORK
+                | environment,
             )
         try:
             wait_until_healthy(self._process, self.port, log, timeout)

@@ -175,7 +175,7 @@ def soak(models, expect, number: int, sample: int, seed: int = 0) -> Result:
     """Run it. ``models`` and ``expect`` are the tests' own."""
     rng = random.Random(seed)
     requests = make_requests(number, range(5, 500), rng)
-    worker = Worker()
+    worker = Worker(preloaded=True)
     try:
         outputs, seen = worker.run(serve, str(models.base), str(models.named), requests)
     finally:

@@ -21,7 +21,7 @@ def measure_demo() -> dict[str, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def satisfied():
-    worker = Worker()
+    worker = Worker(preloaded=True)
     yield worker.run(measure_demo)
     worker.close()
 

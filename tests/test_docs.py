@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import HEADS
 from tests.engine import OFFLINE
 from tests.models import make_heads, make_model
-from tests.server import wait_until_healthy
+from tests.server import FORK, wait_until_healthy
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -46,9 +46,11 @@ def folder(models, tmp_path_factory) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
+def environment(multiprocess: bool = True) -> dict[str, str]:
     path = f"{BIN}:{os.environ['PATH']}"
-    return os.environ | OFFLINE | {"PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+    settings["VLLM_CPU_CI_ENV"] = "1"  # the documents leave compilation on, which takes a minute here
+    return os.environ | OFFLINE | FORK | {"PATH": path} | settings
 
 
 def run(folder: Path, language: str, body: str) -> str:
@@ -59,7 +61,7 @@ def run(folder: Path, language: str, body: str) -> str:
         body = 'if __name__ == "__main__":\n' + textwrap.indent(body, "    ")
     name.write_text(body if language == "python" else f"set -euo pipefail\n{PIP}{body}")
     command = [sys.executable if language == "python" else "bash", str(name)]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment(multiprocess=False), capture_output=True, text=True)
     assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

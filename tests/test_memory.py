@@ -70,7 +70,7 @@ def start_without_sizes(base: str, reward: str) -> dict:
 
 def test_without_a_base_size_both_take_from_one_budget(models):
     """A CPU's: gpu_memory_utilization of the memory, less what the process has and what the base's weights will."""
-    worker = Worker()
+    worker = Worker(preloaded=True)
     try:
         stats = worker.run(start_without_sizes, str(models.base), str(models.reward))
     finally:

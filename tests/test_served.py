@@ -30,6 +30,7 @@ MAX_TOP_K = 20
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     "PYTHONPATH": str(Path(__file__).parent / "interpreter"),
 }
 MODES = [  # vllm_xargs, and what the oracle is asked

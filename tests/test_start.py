@@ -76,7 +76,7 @@ def test_bad_configuration_stops_the_start(models, broken, runner):
         ),
         "pool": ({"reward_model": reward, "kv_cache_memory_bytes": 4096}, ["pad.kv_cache_memory_bytes=4096", "least"]),
     }
-    worker = Worker()
+    worker = Worker(preloaded=runner == "v1")
     try:
         errors = worker.run(start_and_fail, [pad for pad, _ in cases.values()], str(models.base), runner)
     finally:
@@ -141,7 +141,7 @@ def test_engines_that_could_not_be_guided_do_not_start(models):
         ],
     }
     for runner, engines in cases.items():
-        worker = Worker()
+        worker = Worker(preloaded=runner == "v1")
         try:
             started = worker.run(
                 start_engines, [kwargs for kwargs, _ in engines], str(models.base), str(models.reward), runner
