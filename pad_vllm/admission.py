@@ -215,9 +215,15 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
         file.close()
         if os.getpid() == owner:
             path.unlink(missing_ok=True)
+            stats_path(path).unlink(missing_ok=True)
 
     weakref.finalize(engine, withdraw)
     return path
+
+
+def stats_path(announcement: Path) -> Path:
+    """Where an engine's first rank shows its numbers, beside its announcement."""
+    return announcement.with_suffix(".stats")
 
 
 def _is_abandoned(file: TextIO) -> bool:

@@ -25,7 +25,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from vllm import envs
 from vllm.logger import init_logger
 
-from pad_vllm.admission import announced
+from pad_vllm.admission import announced, stats_path
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -83,7 +83,6 @@ class Board:
         path = stats_path(announcement)
         np.zeros(len(fields(Stats))).tofile(path)  # a mapped file without room on the disk would end the process
         self.values = np.memmap(path, np.float64, "r+")
-        weakref.finalize(self, path.unlink, missing_ok=True)
         interval = float(envs.VLLM_LOG_STATS_INTERVAL)
         closed = threading.Event()
         weakref.finalize(self, closed.set)
@@ -188,11 +187,6 @@ class Collector:
             for labels, values in shown.items():
                 metric.add_metric(labels, getattr(Stats(*values.tolist()), name))
             yield metric
-
-
-def stats_path(announcement: Path) -> Path:
-    """The file of an engine's numbers, beside its announcement."""
-    return announcement.with_suffix(".stats")
 
 
 @functools.cache

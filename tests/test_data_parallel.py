@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 
 import pytest
 
+from pad_vllm.metrics import MULTIPROCESS_INTERVAL
 from tests import oracle
 from tests.engine import A_CORE_EACH
 from tests.server import Server
@@ -23,6 +27,7 @@ def server(models, tmp_path_factory):
         *("--data-parallel-size", "2", "--max-model-len", "256", "--return-tokens-as-token-ids"),
         *("--logits-processors", "pad_vllm:PADLogitsProcessor", "--additional-config", json.dumps({"pad": pad})),
         VLLM_CPU_OMP_THREADS_BIND=A_CORE_EACH,
+        VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
     )
     yield server
     server.close()
@@ -53,6 +58,20 @@ def test_each_engine_answers_as_the_oracle(models, encode, expect, server):
     assert log.count("PAD guidance by") == 2
     for rank in (0, 1):
         assert f"EngineCore_DP{rank}" in log
+
+
+def test_both_engines_show_in_the_metrics_of_both_api_servers(encode, server):
+    """Data parallelism has an API server for each engine, which collect from files."""
+    assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
+    for rank in (0, 1):
+        complete(server, encode("a"), rank, vllm_xargs={"pad_persona": "terse"})
+    time.sleep(2 * MULTIPROCESS_INTERVAL)
+    for _ in range(4):  # whichever answers
+        text = server.get("/metrics")[1]
+        shown = dict(re.findall(r'^pad_guided_requests_total\{engine="(\d)",model_name="base"\} (\S+)$', text, re.M))
+        assert set(shown) == {"0", "1"}
+        assert all(float(number) >= 1 for number in shown.values())
+        assert len(re.findall(r"^pad_kv_cache_usage_perc\{", text, re.M)) == 2
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
