@@ -13,6 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from pad_vllm.admission import ANNOUNCE_DIR
 from tests import oracle
 from tests.conftest import HEADS, MIX
 from tests.engine import PLUGIN
@@ -319,7 +320,8 @@ def short_path():
         yield Path(folder)
 
 
-def test_nothing_is_left_of_a_closed_server(models, short_path, tmp_path):
+def test_nothing_is_left_of_a_closed_server(models, short_path, tmp_path, monkeypatch):
+    monkeypatch.delenv(ANNOUNCE_DIR, raising=False)  # of an engine of another test in this process
     server = Server(models.base, tmp_path / "log", "--max-model-len", "256", TMPDIR=str(short_path))
     (folder,) = short_path.glob("pad-vllm-*")
     assert len(list(folder.iterdir())) == 1  # an announcement that there is no guidance
