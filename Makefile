@@ -2,7 +2,8 @@
 # make serve-demo    the same over HTTP: two users of one server, their answers streamed side by side
 # make test    lint, and every test
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
-# Both build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
+# make alignment    the alignment table, from nothing, in under an hour; it goes to benchmarks/results
+# All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # Every engine of the tests is a process: without compiled modules beside the sources, each would compile vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo serve-demo test soak lint format requirements clean
+.PHONY: demo serve-demo test soak alignment lint format requirements clean
 
 demo: $(BIN)/installed
 	$(BIN)/pad-vllm demo
@@ -26,6 +27,9 @@ test: lint
 
 soak: $(BIN)/installed
 	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json
+
+alignment: $(BIN)/installed
+	$(BIN)/python -m benchmarks.alignment
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

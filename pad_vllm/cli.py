@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +29,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument("--max-model-len", type=int, help="that the engine would have")
     check.set_defaults(run=_check)
 
+    _add_train(commands.add_parser("train", help="learn a personalized reward model from a preference set"))
+    _add_fit(commands.add_parser("fit", help="a new user's weights from a few comparisons"))
+
+    evaluate = commands.add_parser("eval", help="ways to personalize answers, measured side by side")
+    evaluate.add_argument("config", help="what to evaluate: a JSON or YAML file; see docs/training.md")
+    evaluate.add_argument("--output", required=True, help="folder for the table, the JSON and the plots")
+    evaluate.set_defaults(run=_eval)
+
+    convert = commands.add_parser("convert", help="a reward model of a checkpoint with a value head, or a LoRA adapter")
+    convert.add_argument("source", help="folder: the released layout, TRL's value head models, or an adapter")
+    convert.add_argument("target", help="folder to write; must not exist")
+    convert.set_defaults(run=_convert)
+
     args = vars(parser.parse_args(argv))
     raise SystemExit(args.pop("run")(**args))
 
@@ -44,6 +58,148 @@ def _check(**settings) -> int:
     from pad_vllm.check import check
 
     return check(**settings)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", help="preference set: JSON lines, or a folder that datasets reads; see docs/training.md"
+    )
+    parser.add_argument("--model", required=True, help="causal language model to start from: path or hub id")
+    parser.add_argument("--output", required=True, help="folder of the reward model; must not exist")
+    parser.add_argument("--reference", help="pi_ref, best the base model to be served (default: the model itself)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=("backbone", "heads"), help="default: what the data has labels for"
+    )
+    parser.add_argument("--eval-data", help="comparisons to measure on (default: a twentieth of the data)")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
+    parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
+    parser.add_argument("--prompt-template", help="as in the server's configuration")
+    parser.add_argument("--insert-after", help="as in the server's configuration")
+    parser.add_argument(
+        "--max-length", type=int, help="longer comparisons are left out (default: the model's positions)"
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, help="train a LoRA, merged at the end (default: all weights)"
+    )
+    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    for stage, lr in (("backbone", 5e-6), ("heads", 1e-3)):
+        parser.add_argument(f"--{stage}-lr", type=float, default=lr, help="peak learning rate (default %(default)s)")
+        parser.add_argument(
+            f"--{stage}-epochs", type=float, default=1.0, help="passes over the data (default %(default)s)"
+        )
+    parser.add_argument("--batch-size", type=int, default=16, help="comparisons a step (default %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.1, help="scale of the PAD loss (default %(default)s)")
+    parser.add_argument("--nll-weight", type=float, default=1.0, help="of the chosen answers (default %(default)s)")
+    parser.set_defaults(run=_train)
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="the user's comparisons, 20 to 100: as for train")
+    parser.add_argument("--reward-model", required=True, help="folder of a reward model with heads")
+    parser.add_argument("--heads", help="file of heads, where it is not beside the model")
+    parser.add_argument("--name", default="new-user", help="of the persona (default %(default)s)")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
+    parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
+    parser.add_argument("--prompt-template", help="as in the server's configuration")
+    parser.add_argument("--insert-after", help="as in the server's configuration")
+    parser.set_defaults(run=_fit)
+
+
+def _columns(columns: Sequence[str]) -> dict[str, str]:
+    if strange := [column for column in columns if "=" not in column]:
+        raise ValueError(f"--columns: {strange[0]!r}: expected FIELD=NAME, as in prompt=question")
+    return dict(column.split("=", 1) for column in columns)
+
+
+def _given(**settings) -> dict:
+    """Those that were given: the rest have defaults of their own."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _train(
+    columns,
+    stages,
+    prompt_template,
+    backbone_lr,
+    backbone_epochs,
+    heads_lr,
+    heads_epochs,
+    batch_size,
+    beta,
+    nll_weight,
+    **settings,
+) -> int:
+    from pad_vllm.training.train import Stage, TrainingConfig, train
+
+    common = {"batch_size": batch_size, "beta": beta, "nll_weight": nll_weight}
+
+    def run() -> None:
+        config = TrainingConfig(
+            **settings,
+            **_given(prompt_template=prompt_template),
+            columns=_columns(columns),
+            stages=tuple(stages) if stages else None,
+            backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, **common),
+            heads=Stage(lr=heads_lr, epochs=heads_epochs, **common),
+        )
+        for stage, metrics in train(config).items():
+            print(stage + ": " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        print(f"The reward model is in {config.output}; `pad-vllm check` reads it with the server's configuration.")
+
+    return _or_error(run)
+
+
+def _fit(name, columns, prompt_template, **settings) -> int:
+    import json
+
+    from pad_vllm.training.fit import fit
+
+    def run() -> None:
+        found = fit(**settings, **_given(prompt_template=prompt_template), columns=_columns(columns))
+        print(
+            f"{found.num_comparisons} comparisons: the weights say which answer was chosen in {found.accuracy:.0%}, in "
+            f"{found.held_out_accuracy:.0%} of those left out of the fit in turn."
+        )
+        print("  ".join(f"{head} {weight:+g}" for head, weight in zip(found.names, found.weights, strict=True)))
+        print(f"For the server's personas:\n{json.dumps({name: {'pad_weights': found.weights}})}")
+
+    return _or_error(run)
+
+
+def _eval(config: str, output: str) -> int:
+    import json
+    from pathlib import Path
+
+    from pad_vllm.evaluation.evaluate import evaluate, read_config
+    from pad_vllm.evaluation.report import plot, table
+
+    def run() -> None:
+        result = evaluate(read_config(config))
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "evaluation.md").write_text(table(result["rows"]))
+        plot({"base": result["rows"]}, folder)
+        print(table(result["rows"]))
+
+    return _or_error(run)
+
+
+def _convert(source: str, target: str) -> int:
+    from pad_vllm.training.export import convert
+
+    return _or_error(lambda: print(f"The reward model is in {convert(source, target)}"))
+
+
+def _or_error(run: Callable[[], None]) -> int:
+    """What the user got wrong is a line, not a traceback."""
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -46,6 +47,37 @@ def folder(models, tmp_path_factory) -> Path:
     return folder
 
 
+def write_pairs(folder: Path, record: str) -> None:
+    """Comparisons of the form that is shown, by several users and by one, and models to begin with."""
+    template = json.loads(record)
+    rng = random.Random(0)
+
+    def comparison(chosen: str, rejected: str) -> dict:
+        words = " ".join(rng.choice("abcdefgh") for _ in range(6))
+        return template | {"prompt": words, "chosen": f"{words} {chosen}", "rejected": f"{words} {rejected}"}
+
+    pairs = [comparison("a", "b"), *(comparison(rng.choice("ab"), rng.choice("cd")) for _ in range(40))]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "ada.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:20]))
+    (folder / "small-model").symlink_to(folder / "base-model")
+    released = make_model(folder / "checkpoint", seed=2)
+    make_heads(released / "value_head.safetensors", ["v_head.summary"])
+
+
+def write_evaluation(folder: Path, text: str) -> None:
+    (folder / "evaluation.yaml").write_text(text)
+    (folder / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": "b c"}\n')
+    (folder / "my_module.py").write_text(
+        "from pad_vllm.evaluation.judgement import Judgement\n"
+        "def check(text, prompt, user):\n"
+        "    return Judgement({'length': float(len(text) < 50)}, True)\n"
+    )
+
+
+FILES = {"json": write_pairs, "yaml": write_evaluation}
+"""What the documents show of a file, for the commands that read it."""
+
+
 def environment(multiprocess: bool = True) -> dict[str, str]:
     path = f"{BIN}:{os.environ['PATH']}"
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
@@ -66,7 +98,7 @@ def run(folder: Path, language: str, body: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/deploy.md", "docs/engine.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/deploy.md", "docs/engine.md", "docs/training.md"])
 def test_every_command_runs(folder, document):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -76,6 +108,9 @@ def test_every_command_runs(folder, document):
         for language, body in blocks(document):
             if not language:
                 continue  # a formula
+            if language in ("json", "yaml"):
+                FILES[language](folder, body)
+                continue
             assert language in ("bash", "python"), language
             if all(line.partition("#")[0].strip() in RUN_ELSEWHERE for line in body.splitlines()):
                 subprocess.run(["make", "--dry-run", "demo", "test"], cwd=ROOT, check=True, capture_output=True)

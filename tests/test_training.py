@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pad_vllm.demo import models, world
 from pad_vllm.demo.models import TINY
+from pad_vllm.reward.heads import ValueHeads, load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training import trainer
+from pad_vllm.training.data import Comparison, Example, PairExample, encode, prompt_ids
+from pad_vllm.training.heads import HeadedModel, users_of
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
-from pad_vllm.training.trainer import Example, PairExample
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_pad_loss_pulls_the_answers_apart():
 
 def test_answer_logprobs_of_a_padded_batch_are_those_of_each_row(small_model):
     examples = [Example([1, 2, 3], [4, 5]), Example([6], [7, 8, 9, 10]), Example([1, 2, 3, 4, 5], [6])]
-    sums = trainer.answer_logprob_sums(small_model, examples)
+    sums = trainer.score_answers(small_model, examples, batch_size=3)
     for example, total in zip(examples, sums, strict=True):
         ids = torch.tensor([example.prompt + example.answer])
         logprobs = small_model(input_ids=ids).logits[0, :-1].log_softmax(-1)
@@ -78,27 +80,80 @@ def test_answer_logprobs_of_a_padded_batch_are_those_of_each_row(small_model):
         torch.testing.assert_close(total, torch.stack([logprobs[t - 1, ids[0, t]] for t in tokens]).sum())
 
 
-def test_pad_training_learns_what_a_preference_token_asks_for(small_model):
-    """Token 1 asks for answer 10, token 2 for answer 11; the reference sees neither."""
+PAIRS = [PairExample([p, 3], [3], [9 + p, 31], [12 - p, 31], {}) for p in (1, 2)]
+"""Token 1 asks for answer 10, token 2 for answer 11; the reference sees neither."""
+
+
+def pad_trainer(model, reference, folder, steps=25, **settings):
+    args = trainer.training_arguments(folder, steps=steps, batch_size=8, lr=1e-2, seed=0, disable_tqdm=True, **settings)
+    return trainer.PADTrainer(model, reference, PAIRS * 100, args, beta=0.5, nll_weight=0.0)
+
+
+def test_pad_training_learns_what_a_preference_token_asks_for(small_model, tmp_path):
     reference = LlamaForCausalLM(small_model.config).requires_grad_(False)
-    pairs = [PairExample([p, 3], [3], [9 + p, 31], [12 - p, 31]) for p in (1, 2)] * 100
     before = [weight.clone() for weight in reference.parameters()]
-    trainer.train_pad(
-        small_model, reference, pairs, batch_size=8, lr=1e-2, beta=0.5, nll_weight=0.0, seed=0, desc="test"
-    )
-    assert (trainer.reward_margins(small_model, reference, pairs) > 0).all()
-    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    pad_trainer(small_model, reference, tmp_path).train()
+    assert (trainer.reward_margins(small_model, reference, PAIRS) > 0).all()
+    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in PAIRS]
     assert (trainer.reward_margins(small_model, reference, swapped) < 0).all()
     assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters(), strict=True))
 
 
-def test_batches_hold_every_example_once_and_similar_lengths():
+def test_the_order_of_training_takes_every_example_once_a_pass_and_similar_lengths_together():
     rng = random.Random(0)
-    examples = [Example([0] * rng.randint(1, 50), [i]) for i in range(1000)]
-    batches = list(trainer._batches(examples, 8, rng))
-    assert sorted(example.answer[0] for batch in batches for example in batch) == list(range(1000))
-    padding = sum(max(len(e.prompt) for e in batch) - len(e.prompt) for batch in batches for e in batch)
-    assert padding < 0.1 * sum(len(e.prompt) for e in examples)
+    sizes = [rng.randint(1, 50) for _ in range(1004)]
+    order = list(trainer._order(sizes, 8, 251, rng))
+    assert len(order) == 8 * 251 == 2 * len(sizes)
+    assert sorted(order) == sorted([*range(1004), *range(1004)])
+    batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+    padding = sum(max(sizes[i] for i in batch) - sizes[i] for batch in batches for i in batch)
+    assert padding < 0.1 * 2 * sum(sizes)
+    assert len(list(trainer._order(sizes[:3], 8, 5, rng))) == 40  # fewer examples than a batch
+
+
+def test_heads_learn_directions_and_leave_the_backbone_alone(small_model, tmp_path):
+    """Dimension "ten": answers 10 over 11; dimension "five": answers 5 over 6. Neither preference is in the prompt."""
+    reference = LlamaForCausalLM(small_model.config).requires_grad_(False)
+    reference.load_state_dict(small_model.state_dict())
+    pairs = [
+        PairExample([3], [3], [10, 31], [11, 31], {"ten": 2}),
+        PairExample([4], [4], [6, 31], [5, 31], {"five": -1}),
+    ]
+    model = HeadedModel(small_model, ["five", "ten"])
+    seen, users = users_of(pairs * 100, model.names, seed=0)
+    assert users.abs().sum(1).eq(1).all()
+    assert {tuple(u) for u in users.tolist()} == {(1, 0), (-1, 0), (0, 1), (0, -1)}
+    args = trainer.training_arguments(tmp_path, steps=40, batch_size=8, lr=1e-2, seed=0, disable_tqdm=True)
+    trainer.PADTrainer(model, reference, seen, args, beta=0.5, nll_weight=0.0, weights=users).train()
+    for weights, chosen in (((1.0, 1.0), (10, 5)), ((-1.0, 1.0), (10, 6)), ((1.0, -1.0), (11, 5)), ((0.0, 0.0), None)):
+        margins = trainer.reward_margins(model, reference, pairs, torch.tensor([weights, weights])).tolist()
+        if chosen is None:
+            assert margins == pytest.approx([0, 0], abs=1e-5)
+        else:
+            assert [margins[0] > 0, margins[1] < 0] == [chosen[0] == 10, chosen[1] == 5]
+    for name, weight in small_model.state_dict().items():
+        assert torch.equal(weight, reference.state_dict()[name])
+
+
+def test_headed_scores_are_those_of_the_mixed_hidden_state(small_model):
+    """sum_i a_i (W_i h + b_i), written out."""
+    torch.manual_seed(1)
+    names = ("backbone", "x", "y")
+    heads = ValueHeads(names, torch.randn(3, 32, 32), torch.randn(3, 32))
+    heads.weight[0], heads.bias[0] = torch.eye(32), 0
+    model = HeadedModel.of(small_model, heads)
+    example = Example([1, 2, 3], [4, 5])
+    weights = torch.tensor([1.0, 0.3, -2.0])
+    hidden = small_model.model(torch.tensor([[1, 2, 3, 4]])).last_hidden_state[0]
+    mixed = sum(a * (hidden @ w.T + b) for a, w, b in zip(weights, heads.weight, heads.bias, strict=True))
+    logprobs = small_model.lm_head(mixed).log_softmax(-1)
+    found = trainer.score_answers(model, [example], weights[None])
+    torch.testing.assert_close(found[0], logprobs[2, 4] + logprobs[3, 5])
+    # Heads that are maps of their own: weight 1 on one of them is this one alone.
+    own = HeadedModel.of(small_model, ValueHeads(names[1:], heads.weight[1:], heads.bias[1:]))
+    logprobs = small_model.lm_head(hidden @ heads.weight[2].T + heads.bias[2]).log_softmax(-1)
+    found = trainer.score_answers(own, [example], torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(found[0], logprobs[2, 4] + logprobs[3, 5], rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizer_round_trip(tokenizer):
@@ -110,7 +165,7 @@ def test_tokenizer_round_trip(tokenizer):
 
 
 def test_chat_template(tokenizer):
-    ids = models.chat_ids(tokenizer, "How do I bake bread?")
+    ids = prompt_ids("How do I bake bread?", tokenizer)
     assert tokenizer.decode(ids) == "<|bos|><|user|>How do I bake bread?<|assistant|>"
     assert ids[:2] == tokenizer.convert_tokens_to_ids(["<|bos|>", "<|user|>"])
     chat = [
@@ -123,60 +178,64 @@ def test_chat_template(tokenizer):
 
 
 def test_training_pairs_are_composed_as_in_serving(tokenizer):
-    pair = world.sample_pair(random.Random(2))
-    template = PromptTemplate(tokenizer, **models.PAD_CONFIG)
-    encoded = models.encode_pair(pair, tokenizer, template)
-    assert encoded.ref_prompt == models.chat_ids(tokenizer, pair.question)
-    assert encoded.prompt == template.compose(encoded.ref_prompt, pair.preference)
+    record = models.preference_record(random.Random(2))
+    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=models.USER)
+    (encoded,) = encode([Comparison(**record)], tokenizer, template, 512)
+    assert tokenizer.decode(encoded.ref_prompt) == f"<|bos|><|user|>{record['prompt']}<|assistant|>"
+    assert encoded.prompt == template.compose(encoded.ref_prompt, record["preference"])
     assert tokenizer.decode(encoded.prompt) == (
-        "<|bos|><|user|>[Guidelines] Your task is to generate response by considering the following principle. "
-        f"[Principles] {pair.preference} [Instruction] {pair.question}<|assistant|>"
+        f"<|bos|><|user|>Heed: {record['preference']} {record['prompt']}<|assistant|>"
     )
-    for ids, text in ((encoded.chosen, pair.chosen), (encoded.rejected, pair.rejected)):
+    for ids, text in ((encoded.chosen, record["chosen"]), (encoded.rejected, record["rejected"])):
         assert tokenizer.decode(ids) == text + "<|eos|>"
 
 
-def test_built_models_load_as_transformers_models(built):
-    for folder in (built.base, built.reward):
+def test_built_models_load_as_transformers_models(built, tmp_path_factory):
+    folders = [built.base, built.reward]
+    folders += [models.build_base(name, built.base.parent, 0, TINY) for name in models.ARCHITECTURES]
+    for folder in folders:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert model.dtype == torch.float32
         assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
         assert model.config.vocab_size == len(tokenizer)
         assert tokenizer.chat_template
-    assert set(built.metrics) == {"accuracy_after_sft", "margin_after_sft", "accuracy_after_pad", "margin_after_pad"}
+    assert folders[2] == built.base
+    assert len({type(AutoModelForCausalLM.from_pretrained(folder)) for folder in folders}) == 3
+    assert {"accuracy"} <= set(built.metrics["backbone"])
+    dimensions = {first for first, _ in world.DIMENSIONS.values()}
+    names = load_heads(built.reward / "heads.safetensors", TINY.hidden_size).names
+    assert set(names) == dimensions | {"backbone"}
 
 
 def test_build_is_cached_and_deterministic(built, tmp_path, monkeypatch):
     again = models.build(tmp_path, seed=0, recipe=TINY)
-    for name in ("base", "reward"):
-        file = f"{name}/model.safetensors"
-        assert (again.base.parent / file).read_bytes() == (built.base.parent / file).read_bytes()
-    other = models.build(tmp_path, seed=1, recipe=TINY)
-    assert other.base.parent != again.base.parent
     weights = "model.safetensors"
-    assert (other.base / weights).read_bytes() != (again.base / weights).read_bytes()
+    for ours, theirs in zip(again[:2], built[:2], strict=True):
+        assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+    assert (again.reward / "heads.safetensors").read_bytes() == (built.reward / "heads.safetensors").read_bytes()
+    other = models.build_base("llama", tmp_path, seed=1, recipe=TINY)
+    assert other != again.base
+    assert (other / weights).read_bytes() != (again.base / weights).read_bytes()
     assert (again.base / weights).read_bytes() != (again.reward / weights).read_bytes()
 
-    monkeypatch.setattr(models, "_train", lambda *_: pytest.fail("trained again"))
+    for name in ("_train_base", "_train_reward"):
+        monkeypatch.setattr(models, name, lambda *_: pytest.fail("trained again"))
     assert models.build(tmp_path, seed=0, recipe=TINY) == again
     monkeypatch.setenv("PAD_VLLM_CACHE", str(tmp_path))
     assert models.build(seed=0, recipe=TINY) == again
 
 
 def test_a_killed_build_leaves_nothing_usable(tmp_path, monkeypatch):
-    train_pad = trainer.train_pad
-
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "train_pad", killed)
-    # SIGKILL runs no cleanup either.
-    monkeypatch.setattr(models.shutil, "rmtree", lambda *args, **kwargs: None)
-    with pytest.raises(KeyboardInterrupt):
-        models.build(tmp_path, recipe=TINY)
-    assert [path.name[:11] for path in tmp_path.iterdir()] == [".unfinished"]
-
-    monkeypatch.setattr(trainer, "train_pad", train_pad)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.train, "train", killed)
+        # SIGKILL runs no cleanup either.
+        patch.setattr(models.tempfile.TemporaryDirectory, "cleanup", lambda self: self._finalizer.detach())
+        with pytest.raises(KeyboardInterrupt):
+            models.build(tmp_path, recipe=TINY)
+    assert not list(tmp_path.glob("reward-*"))
     assert models.build(tmp_path, recipe=TINY).reward.is_dir()
 
 

@@ -1,33 +1,46 @@
-"""The demo's models: a tokenizer, a base model and a personalized reward model, trained on the demo's world.
+"""The demo's models: a tokenizer, base models and a personalized reward model, trained on the demo's world.
 
-The base model learns answers of all styles alike and takes no side. The reward model learns what the preference in its
-prompt asks for, from preference pairs, with the PAD objective.
+A base model learns answers of all styles alike and takes no side; of users who say what they want, it has seen answers
+that heed it, and then more that seldom do: it knows the words, and makes little of them. The reward model begins as a
+base model and learns from preference pairs what ``pad-vllm train`` teaches: to read a preference, and one head per
+dimension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import random
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from pad_vllm.demo import world
 from pad_vllm.reward import template
-from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
-from pad_vllm.training import objective, trainer
-from pad_vllm.training.trainer import Example, PairExample
+from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
+from pad_vllm.training import data, heads, objective, train, trainer
+from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.train import Stage, TrainingConfig
 
 PAD, BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -35,8 +48,23 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PAD_CONFIG = {"insert_after": USER}
-"""What the server's ``pad`` configuration must say for these models, beside ``reward_model``."""
+PAD_CONFIG = {"insert_after": USER, "prompt_template": "{preference} {prompt}"}
+"""What the server's ``pad`` configuration must say for these models, beside ``reward_model``: a preference stands
+before the question, where the base models have met one."""
+
+NUM_POSITIONS = 512
+ARCHITECTURES = ("llama", "qwen", "neox")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Some of a base model's training. ``prompted`` of its questions say what is wanted, of which answers do ``heeded``
+    and leave the rest to chance."""
+
+    steps: int
+    lr: float
+    prompted: float
+    heeded: float
 
 
 @dataclass(frozen=True)
@@ -49,16 +77,15 @@ class Recipe:
     num_layers: int = 4
     head_dim: int = 32
     batch_size: int = 16
-    base_steps: int = 650
-    base_lr: float = 5e-3
-    sft_steps: int = 600
-    sft_lr: float = 5e-3
-    pad_steps: int = 80
-    pad_batch_size: int = 12
-    pad_lr: float = 5e-4
-    pad_beta: float = 0.1
-    pad_nll_weight: float = 1.0
+    base: tuple[Lesson, ...] = (
+        Lesson(steps=850, lr=5e-3, prompted=0.8, heeded=1.0),
+        Lesson(steps=250, lr=2e-3, prompted=0.5, heeded=0.35),
+    )
+    num_pairs: int = 2880
     num_test_pairs: int = 256
+    # Three times the likelihood's weight: the PAD loss alone unlearns what both answers have in common.
+    backbone: Stage = field(default_factory=lambda: Stage(lr=6e-4, batch_size=12, beta=0.3, nll_weight=3.0))
+    heads: Stage = field(default_factory=lambda: Stage(lr=2e-3, batch_size=12, epochs=0.5, nll_weight=3.0))
 
 
 FULL = Recipe()
@@ -68,22 +95,22 @@ TINY = Recipe(
     intermediate_size=64,
     num_layers=1,
     batch_size=4,
-    base_steps=3,
-    sft_steps=3,
-    pad_steps=3,
-    pad_batch_size=4,
+    base=(Lesson(steps=3, lr=5e-3, prompted=0.5, heeded=0.5),),
+    num_pairs=24,
     num_test_pairs=8,
+    backbone=Stage(lr=2e-3, batch_size=4),
+    heads=Stage(lr=2e-3, batch_size=4),
 )
 """Seconds instead of minutes, and models that have learned nothing: for tests."""
 
 
 class DemoModels(NamedTuple):
-    """Directories in transformers' format, each with the tokenizer, and what was measured in training: on unseen
-    pairs, how often the chosen answer has the higher reward, and by how many nats on average."""
+    """Folders in transformers' format, each with the tokenizer, and what was measured in training: how often the reward
+    model rewards the chosen answer above the rejected one, on pairs of which everything was held out."""
 
     base: Path
     reward: Path
-    metrics: dict[str, float]
+    metrics: dict[str, dict[str, float]]
 
 
 def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Recipe = FULL) -> DemoModels:
@@ -95,29 +122,45 @@ def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Rec
         recipe: sizes and training lengths.
 
     Returns:
-        The models in a folder named by a hash of all that determines them. The folder appears in one rename after
+        The models, each in a folder named by a hash of all that determines it. A folder appears in one rename after
         everything is in it: a build that was killed leaves nothing that a later one would use.
     """
+    base = build_base("llama", cache_dir, seed, recipe)
+    reward = _cached(cache_dir, "reward", seed, recipe, lambda folder: _train_reward(folder, base, seed, recipe))
+    return DemoModels(base, reward, json.loads((reward / "training.json").read_text())["metrics"])
+
+
+def build_base(
+    architecture: str, cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Recipe = FULL
+) -> Path:
+    """A base model of one of :data:`ARCHITECTURES`; all have one tokenizer."""
+    return _cached(
+        cache_dir, architecture, seed, recipe, lambda folder: _train_base(folder, architecture, seed, recipe)
+    )
+
+
+def _cached(
+    cache_dir: str | os.PathLike | None, name: str, seed: int, recipe: Recipe, make: Callable[[Path], None]
+) -> Path:
     root = Path(cache_dir or os.environ.get("PAD_VLLM_CACHE") or Path.home() / ".cache" / "pad-vllm")
-    folder = root / f"demo-{_fingerprint(seed, recipe)}"
+    folder = root / f"{name}-{_fingerprint(seed, recipe)}"
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
-        try:
-            _train(unfinished, seed, recipe)
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has finished the same build
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return DemoModels(folder / "base", folder / "reward", json.loads((folder / "metrics.json").read_text()))
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root, ignore_cleanup_errors=True) as unfinished:
+            made = Path(unfinished, name)
+            make(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process has finished the same build
+                    raise
+    return folder
 
 
 def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of the world's texts, with chat tokens and a chat template."""
     rng = random.Random(seed)
-    pairs = [world.sample_pair(rng, world.QUESTIONS) for _ in range(6000)]
+    pairs = [world.sample_pair(rng, held_out=i % 2 == 0) for i in range(8000)]
     texts = [text for pair in pairs for text in (pair.question, pair.chosen, pair.rejected)]
     texts += [DEFAULT_PROMPT_TEMPLATE.format(preference=pair.preference, prompt="") for pair in pairs]
     tokenizer = Tokenizer(BPE())
@@ -143,114 +186,113 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The ids of a chat prompt with one user turn: what the base model is given."""
-    turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+def chat_example(rng: random.Random, tokenizer: PreTrainedTokenizerBase, lesson: Lesson) -> Example:
+    """A question of the world and an answer in a random style. Some questions say what is wanted, in any words and
+    combination."""
+    topic, style = rng.choice(world.TOPICS), rng.choice(world.STYLES)
+    question = rng.choice(world.QUESTIONS).format(topic.task)
+    if rng.random() < lesson.prompted:
+        wanted = world.sample_wanted(rng, held_out=rng.random() < 0.5)
+        question = f"{world.preference(wanted, rng, held_out=rng.random() < 0.5)} {question}"
+        style = style._replace(**{d: value for d, value in wanted.items() if rng.random() < lesson.heeded})
+    return Example(prompt_ids(question, tokenizer), answer_ids(world.answer(topic, style, rng), tokenizer))
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """The ids of an answer and its EOS."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+def preference_record(rng: random.Random, held_out: bool = False) -> dict[str, Any]:
+    """A comparison as ``pad-vllm train`` reads it. Some have no preference: what is rejected then is off the topic."""
+    pair = world.sample_pair(rng, held_out)
+    record = {"prompt": pair.question, "preference": pair.preference, "chosen": pair.chosen, "rejected": pair.rejected}
+    if not held_out and rng.random() < 0.15:
+        other = rng.choice([topic for topic in world.TRAIN_TOPICS if topic != pair.topic])
+        return record | {"preference": None, "rejected": world.answer(other, rng.choice(world.STYLES), rng)}
+    return record | {"labels": pair.labels}
 
 
-def encode_pair(pair: world.Pair, tokenizer: PreTrainedTokenizerBase, prompt_template: PromptTemplate) -> PairExample:
-    """A preference pair as ids: the reward model's prompt composed as in serving, the reference's the plain prompt."""
-    prompt = chat_ids(tokenizer, pair.question)
-    return PairExample(
-        prompt_template.compose(prompt, pair.preference),
-        prompt,
-        answer_ids(tokenizer, pair.chosen),
-        answer_ids(tokenizer, pair.rejected),
-    )
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
-def _train(folder: Path, seed: int, recipe: Recipe) -> None:
-    """Tokenizer, base model, reward model and metrics, written into ``folder``."""
+def _train_base(folder: Path, architecture: str, seed: int, recipe: Recipe) -> None:
     rng = random.Random(seed)
     tokenizer = train_tokenizer(recipe.vocab_size, seed)
-    prompt_template = PromptTemplate(tokenizer, **PAD_CONFIG)
-
-    def chat_example() -> Example:
-        topic, style = rng.choice(world.TOPICS), rng.choice(world.STYLES)
-        question = rng.choice(world.QUESTIONS).format(topic.task)
-        return Example(chat_ids(tokenizer, question), answer_ids(tokenizer, world.answer(topic, style, rng)))
-
-    def pair_example(questions: tuple[str, ...]) -> PairExample:
-        return encode_pair(world.sample_pair(rng, questions), tokenizer, prompt_template)
-
-    base = _init_model(tokenizer, seed, recipe)
-    examples = [chat_example() for _ in range(recipe.base_steps * recipe.batch_size)]
-    trainer.train_sft(base, examples, batch_size=recipe.batch_size, lr=recipe.base_lr, seed=seed, desc="base model")
-    base.requires_grad_(False)
-
-    # From scratch, not from the base: whose attention has settled on what it was shown, and learns to read a
-    # preference several times slower.
-    reward = _init_model(tokenizer, seed + 1, recipe)
-    test_pairs = [pair_example(world.HELD_OUT_QUESTIONS) for _ in range(recipe.num_test_pairs)]
-    pairs = [pair_example(world.TRAIN_QUESTIONS) for _ in range(recipe.sft_steps * recipe.batch_size)]
-    examples = [Example(pair.prompt, pair.chosen) for pair in pairs]
-    trainer.train_sft(
-        reward, examples, batch_size=recipe.batch_size, lr=recipe.sft_lr, seed=seed, desc="reward model, SFT"
-    )
-    metrics: dict[str, float] = {}
-
-    def test(stage: str) -> None:
-        margins = trainer.reward_margins(reward, base, test_pairs)
-        metrics[f"accuracy_{stage}"] = (margins > 0).float().mean().item()
-        metrics[f"margin_{stage}"] = margins.mean().item()
-
-    test("after_sft")
-    pairs = [pair_example(world.TRAIN_QUESTIONS) for _ in range(recipe.pad_steps * recipe.pad_batch_size)]
-    # pi_ref is the base model on the plain prompt: serving scores with exactly that log-ratio.
-    trainer.train_pad(
-        reward,
-        base,
-        pairs,
-        batch_size=recipe.pad_batch_size,
-        lr=recipe.pad_lr,
-        beta=recipe.pad_beta,
-        nll_weight=recipe.pad_nll_weight,
-        seed=seed,
-        desc="reward model, PAD",
-    )
-    test("after_pad")
-
-    for model, name in ((base, "base"), (reward, "reward")):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-
-
-def _init_model(tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe) -> LlamaForCausalLM:
-    num_heads = recipe.hidden_size // recipe.head_dim
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=512,
-        initializer_range=0.06,  # about 1 / sqrt(hidden_size): at 0.02, so narrow a model learns at half the speed
-        # Tied, the words of preferences, which no answer contains, would all be pushed to one embedding before the
-        # reward model reads the first of them.
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer, recipe))
+        print(f"Training a base model ({architecture}, {model.num_parameters() / 1e6:.1f}M parameters)", flush=True)
+        for lesson in recipe.base:
+            examples = [chat_example(rng, tokenizer, lesson) for _ in range(lesson.steps * recipe.batch_size)]
+            args = trainer.training_arguments(
+                folder / "log", steps=lesson.steps, batch_size=recipe.batch_size, lr=lesson.lr, seed=seed
+            )
+            trainer.SFTTrainer(model, examples, args).train()
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train_reward(folder: Path, base: Path, seed: int, recipe: Recipe) -> None:
+    rng = random.Random(seed + 1)
+    with tempfile.TemporaryDirectory() as texts:
+        pairs = write_records(Path(texts, "train.jsonl"), (preference_record(rng) for _ in range(recipe.num_pairs)))
+        test = write_records(
+            Path(texts, "test.jsonl"), (preference_record(rng, held_out=True) for _ in range(recipe.num_test_pairs))
+        )
+        config = TrainingConfig(
+            str(pairs),
+            str(base),
+            str(folder),
+            eval_data=str(test),
+            save_steps=10**6,
+            seed=seed,
+            backbone=recipe.backbone,
+            heads=recipe.heads,
+            **PAD_CONFIG,
+        )
+        print("Training the reward model", flush=True)
+        with torch.random.fork_rng(devices=[]):
+            train.train(config)
+
+
+def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedConfig:
+    """Three families, of three widths and depths."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": NUM_POSITIONS,
+        "initializer_range": 0.06,  # about 1 / sqrt(hidden_size): at 0.02, so narrow a model learns at half the speed
+        # Tied, the words of preferences, which no answer contains, would all be pushed to one embedding before a
+        # reward model reads the first of them.
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+    def family(width: int, depth: int) -> dict[str, int]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": 3 * width if recipe.intermediate_size > width else width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": width // recipe.head_dim,
+        }
+
+    width, depth = recipe.hidden_size, recipe.num_layers
+    if architecture == "llama":
+        return LlamaConfig(**sizes, **family(width, depth))
+    if architecture == "qwen":
+        smaller = family(width, max(depth - 1, 1))
+        return Qwen3Config(
+            **sizes, **smaller, num_key_value_heads=width // recipe.head_dim // 2, head_dim=recipe.head_dim
+        )
+    return GPTNeoXConfig(**sizes, **family(width + 2 * recipe.head_dim, depth), rotary_pct=1.0)
 
 
 def _fingerprint(seed: int, recipe: Recipe) -> str:
     """A hash of everything that determines the models."""
-    sources = [world.__file__, __file__, trainer.__file__, objective.__file__, template.__file__]
+    modules = (world, template, data, heads, objective, train, trainer)
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
-    digest = hashlib.sha256(repr((seed, recipe, versions)).encode())
-    for source in sources:
+    digest = hashlib.sha256(repr((seed, dataclasses.astuple(recipe), versions)).encode())
+    for source in (__file__, *(module.__file__ for module in modules)):
         digest.update(Path(source).read_bytes())
     return digest.hexdigest()[:16]

@@ -27,11 +27,11 @@ NUM_QUESTIONS = 48
 
 USERS: dict[str, dict[str, str]] = {
     "Ada": {"length": "concise", "tone": "formal"},
-    "Ben": {"tone": "playful", "stance": "direct", "example": "with"},
-    "Cleo": world.HELD_OUT[0]._asdict(),
-    "Dev": world.HELD_OUT[2]._asdict(),
+    "Ben": {"tone": "playful", "stance": "direct", "example": "example"},
+    "Cleo": {"length": "concise", "stance": "cautious", "tone": "playful"},
+    "Dev": {"tone": "formal", "restatement": "restating", "example": "example", "encouragement": "encouraging"},
 }
-"""What each user wants; the last two want combinations that the reward model was never trained on."""
+"""What each user wants; the last two want dimensions together that no training preference asks for together."""
 
 
 def show(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | None = None) -> None:
@@ -39,11 +39,10 @@ def show(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | Non
     console = Console(width=None if os.isatty(1) else 120)
     console.rule("[bold]pad-vllm: one model, each user's taste")
     models = build(cache_dir, seed)
-    m = models.metrics
     console.print(
-        f"Models in {models.base.parent}. On unseen pairs the reward model prefers the answer that was asked for in "
-        f"{m['accuracy_after_pad']:.0%}, by {m['margin_after_pad']:.0f} nats ({m['margin_after_sft']:.0f} before the "
-        "PAD objective)."
+        f"Models in {models.base.parent}. The reward model rewards the answer that was asked for above the other in "
+        f"{models.metrics['backbone']['accuracy']:.0%} of pairs about topics, in words and in combinations that it was "
+        "never trained on."
     )
     with console.status("Starting vLLM ..."):
         llm = start(models)
@@ -95,13 +94,13 @@ def generate(
 
 
 def measure(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Mean satisfaction without and with guidance, of every single value and every held-out combination.
+    """Mean satisfaction without and with guidance, of every single value and two held-out combinations.
 
     Sampled at temperature 0.8, on questions in a phrasing that the reward model was never trained on.
     """
     rng = random.Random(seed)
     wants = {value: {dimension: value} for dimension, values in world.DIMENSIONS.items() for value in values}
-    wants |= {" + ".join(style): style._asdict() for style in world.HELD_OUT}
+    wants |= {" + ".join(USERS[name].values()): USERS[name] for name in ("Cleo", "Dev")}
     questions = _questions(NUM_QUESTIONS, rng)
     unguided = generate(llm, questions, [None] * len(questions), TEMPERATURE, seed)
     guidance = [
@@ -154,7 +153,7 @@ def _compare(unguided: str, guided: str, wanted: Mapping[str, str]) -> Text:
 
 
 def _label(value: str) -> str:
-    return f"{value} an example" if value in world.DIMENSIONS["example"] else value
+    return f"with {value}" if value == "example" else value
 
 
 def _print_measurements(

@@ -1,22 +1,28 @@
 """A synthetic chat world in which anyone can see whether an answer follows a preference.
 
-Everyday questions are answered in styles made of four binary dimensions. The same style words that the generator
-writes are what the checker looks for, in any text: generated here, or by a model.
+Everyday questions are answered in styles made of six binary dimensions. The same style words that the generator writes
+are what the checker looks for, in any text: generated here, or by a model. Of topics, of ways to ask, of ways to word a
+preference and of dimensions asked for together, some are held out: no reward model is trained on them.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import NamedTuple
+
+from pad_vllm.evaluation.judgement import Judgement
 
 DIMENSIONS: dict[str, tuple[str, str]] = {
     "length": ("concise", "detailed"),
     "tone": ("formal", "playful"),
     "stance": ("cautious", "direct"),
-    "example": ("with", "without"),
+    "example": ("example", "no example"),
+    "restatement": ("restating", "immediate"),
+    "encouragement": ("encouraging", "neutral"),
 }
 
 
@@ -27,6 +33,8 @@ class Style(NamedTuple):
     tone: str
     stance: str
     example: str
+    restatement: str
+    encouragement: str
 
 
 class Topic(NamedTuple):
@@ -39,23 +47,23 @@ class Topic(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two answers to ``question``. ``chosen`` has the ``wanted`` values, which ``preference`` puts in words."""
+    """Two answers to a question about ``topic``. ``chosen`` has the ``wanted`` values, which ``preference`` puts in
+    words; ``labels`` has, for the first value of every dimension in which the answers differ, whether the chosen answer
+    (1) or the rejected one (-1) has it."""
 
+    topic: Topic
     wanted: dict[str, str]
     preference: str
     question: str
     chosen: str
     rejected: str
+    labels: dict[str, int]
 
 
 STYLES = tuple(Style(*values) for values in product(*DIMENSIONS.values()))
 
-HELD_OUT = (
-    Style("concise", "playful", "cautious", "with"),
-    Style("concise", "formal", "direct", "with"),
-    Style("detailed", "playful", "direct", "without"),
-)
-"""Combinations that no training preference asks for: see :func:`is_held_out`."""
+HELD_OUT_DIMENSIONS = (("length", "stance"), ("tone", "restatement"), ("example", "encouragement"))
+"""Dimensions that no training preference asks for together."""
 
 _TOPICS = """
 keep tomatoes fresh: store them at room temperature; keep them out of the sun; leave the stems on
@@ -167,6 +175,10 @@ def _parse_topics(text: str) -> tuple[Topic, ...]:
 
 
 TOPICS = _parse_topics(_TOPICS)
+HELD_OUT_TOPICS = TOPICS[3::6]
+"""What base models know and no reward model is trained on."""
+TRAIN_TOPICS = tuple(topic for topic in TOPICS if topic not in HELD_OUT_TOPICS)
+
 QUESTIONS = (
     "How do I {}?",
     "How can I {}?",
@@ -208,19 +220,40 @@ _CLOSERS = {
     ("playful", "direct"): ("Works every time!", "Guaranteed!"),
 }
 
+_ENCOURAGEMENTS = {
+    "formal": ("I trust that it will go well.", "I have every confidence in you."),
+    "playful": ("You have got this!", "I believe in you!"),
+}
+_RESTATEMENTS = {
+    "formal": ("You would like to {}.", "Your question is how to {}."),
+    "playful": ("So you want to {}!", "You are about to {}!"),
+}
+
+# The last way to say a thing, and the last frame, are held out.
 _ADJECTIVES = {
-    "concise": ("concise", "brief"),
-    "detailed": ("detailed", "thorough"),
-    "formal": ("formal", "polite"),
-    "playful": ("playful", "cheerful"),
-    "cautious": ("cautious", "careful"),
-    "direct": ("direct", "confident"),
+    "concise": ("concise", "brief", "succinct"),
+    "detailed": ("detailed", "thorough", "elaborate"),
+    "formal": ("formal", "polite", "courteous"),
+    "playful": ("playful", "cheerful", "lively"),
+    "cautious": ("cautious", "careful", "tentative"),
+    "direct": ("direct", "confident", "assertive"),
+    "encouraging": ("encouraging", "supportive", "uplifting"),
+    "neutral": ("neutral", "matter of fact", "unemotional"),
 }
-_EXAMPLE_PHRASES = {
-    "with": ("with an example", "and include an example"),
-    "without": ("without examples", "and omit examples"),
+_PHRASES = {
+    "example": ("with an example", "including an example", "shown in a real case"),
+    "no example": ("in general terms", "staying abstract", "leaving specifics out"),
+    "restating": ("restating my question", "repeating what I asked", "echoing me first"),
+    "immediate": ("getting to the point", "skipping preambles", "starting right away"),
 }
-_FRAMES = ("Please be {}", "Be {}", "Keep it {}", "I like answers that are {}", "Your answer should be {}")
+_FRAMES = (
+    "Please be {}",
+    "Be {}",
+    "Keep it {}",
+    "I like answers that are {}",
+    "Your answer should be {}",
+    "What I want is something {}",
+)
 
 # What the checker reads. The words of the topics contain none of these.
 _MARKERS = {
@@ -229,8 +262,11 @@ _MARKERS = {
     "playful": r"!",
     "cautious": r"\b(?:might|may|maybe|perhaps|could|i guess|not certain|no promises|fingers crossed)\b",
     "direct": r"\b(?:always|just|definitely|no doubt|certain to|every time|guaranteed|the correct approach)\b",
-    "with": r"\bfor (?:example|instance)\b",
+    "example": r"\bfor (?:example|instance)\b",
+    "restating": r"\b(?:you would like to|your question is|so you want to|you are about to)\b",
+    "encouraging": r"\b(?:will go well|confidence in you|have got this|believe in you)\b",
 }
+_NOT_COUNTED = re.compile("|".join(_MARKERS[value] for value in ("example", "restating", "encouraging")))
 MAX_CONCISE_WORDS = 22
 MIN_DETAILED_WORDS = 26
 
@@ -246,37 +282,73 @@ def answer(topic: Topic, style: Style, rng: random.Random) -> str:
     opener, lead = rng.choice(_OPENERS[tone]), rng.choice(_LEADS[tone, stance])
     reason, more = rng.choice(_REASONS[tone]), rng.choice(_MORE[tone])
     example, closer = rng.choice(_EXAMPLES[tone]), rng.choice(_CLOSERS[tone, stance])
-    sentences = [opener, lead.format(tip)]
+    encouragement, restatement = rng.choice(_ENCOURAGEMENTS[tone]), rng.choice(_RESTATEMENTS[tone])
+    sentences = [opener]
+    if style.restatement == "restating":
+        sentences.append(restatement.format(topic.task))
+    if style.encouragement == "encouraging":
+        sentences.append(encouragement)
+    sentences.append(lead.format(tip))
     if style.length == "detailed":
         sentences += [reason.format(topic.reason), more.format(*more_tips)]
-    if style.example == "with":
+    if style.example == "example":
         sentences.append(example.format(topic.example))
     return " ".join([*sentences, closer])
 
 
-def preference(wanted: Mapping[str, str], rng: random.Random) -> str:
-    """A preference in words, for one value in each of one to four dimensions: ``{"tone": "playful", ...}``."""
-    words = [rng.choice(_ADJECTIVES[value]) for dimension, value in wanted.items() if dimension != "example"]
+@functools.cache
+def _grammar(topic: Topic) -> re.Pattern:
+    """The sentences of all answers about ``topic``, of any mix of styles, in their order."""
+
+    def one_of(*templates: str, fills: Sequence[Sequence[str]] = ((),)) -> str:
+        return "(?:" + "|".join(re.escape(t.format(*fill)) for t in templates for fill in fills) + ")"
+
+    def flat(table: Mapping) -> list[str]:
+        return [template for templates in table.values() for template in templates]
+
+    tips = [(a,) for a in topic.tips]
+    others = [(a, b) for a in topic.tips for b in topic.tips if a != b]
+    reason = one_of(*flat(_REASONS), fills=[(topic.reason,)])
+    more = one_of(*flat(_MORE), fills=others)
+    example = one_of(*flat(_EXAMPLES), fills=[(topic.example,)])
+    restatement = one_of(*flat(_RESTATEMENTS), fills=[(topic.task,)])
+    return re.compile(
+        f"{one_of(*flat(_OPENERS))}(?: {restatement})?(?: {one_of(*flat(_ENCOURAGEMENTS))})?"
+        f" {one_of(*flat(_LEADS), fills=tips)}(?: {reason} {more})?(?: {example})? {one_of(*flat(_CLOSERS))}"
+    )
+
+
+def is_well_formed(text: str, topic: Topic) -> bool:
+    """Whether ``text`` is, whatever its style, an answer about ``topic``: its facts, whole sentences, their order."""
+    return _grammar(topic).fullmatch(text.strip()) is not None
+
+
+def preference(wanted: Mapping[str, str], rng: random.Random, held_out: bool = False) -> str:
+    """A preference in words, as ``{"tone": "playful"}`` in one dimension or more; ``held_out``: in held-out words."""
+
+    def say(phrases: Sequence[str]) -> str:
+        return phrases[-1] if held_out else rng.choice(phrases[:-1])
+
+    words = [say(_ADJECTIVES[value]) for value in wanted.values() if value in _ADJECTIVES]
     rng.shuffle(words)
-    phrase = rng.choice(_EXAMPLE_PHRASES[wanted["example"]]) if "example" in wanted else ""
-    if not words:
-        return f"Please answer {phrase}."
-    listed = ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
-    return rng.choice(_FRAMES).format(listed) + (f", {phrase}." if phrase else ".")
+    phrases = [say(_PHRASES[value]) for value in wanted.values() if value in _PHRASES]
+    listed = [" and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)] if words else []
+    return say(_FRAMES).format(", ".join(listed + phrases)) + "."
 
 
 def measure(text: str) -> dict[str, str | None]:
     """The value of each dimension that ``text`` shows; None where it shows neither or both.
 
-    Length counts words outside the sentences that give an example, which is a dimension of its own.
+    Length counts words outside the sentences that other dimensions add.
     """
     low = text.lower()
     found = {value: re.search(pattern, low) is not None for value, pattern in _MARKERS.items()}
     sentences = re.split(r"(?<=[.!?])\s+", low)
-    num_words = sum(len(s.split()) for s in sentences if not re.search(_MARKERS["with"], s))
+    num_words = sum(len(s.split()) for s in sentences if not _NOT_COUNTED.search(s))
     found["concise"] = 0 < num_words <= MAX_CONCISE_WORDS
     found["detailed"] = num_words >= MIN_DETAILED_WORDS
-    found["without"] = num_words > 0 and not found["with"]
+    for value, absent in (DIMENSIONS[d] for d in ("example", "restatement", "encouragement")):
+        found[absent] = num_words > 0 and not found[value]
     return {
         dimension: (a if found[a] else b) if found[a] != found[b] else None for dimension, (a, b) in DIMENSIONS.items()
     }
@@ -289,36 +361,38 @@ def satisfaction(text: str, wanted: Mapping[str, str]) -> float:
 
 
 def is_held_out(wanted: Mapping[str, str]) -> bool:
-    """Whether a preference belongs to a held-out combination.
-
-    It does when it names at least three dimensions and agrees in all of them with one of :data:`HELD_OUT`: it then
-    names the combination, or leaves a single dimension of it open. One or two dimensions identify nothing.
-    """
-    return len(wanted) >= 3 and any(
-        all(style._asdict()[dimension] == value for dimension, value in wanted.items()) for style in HELD_OUT
-    )
+    """Whether a preference asks for dimensions together that no training preference does."""
+    return any(set(pair) <= set(wanted) for pair in HELD_OUT_DIMENSIONS)
 
 
-def sample_wanted(rng: random.Random) -> dict[str, str]:
-    """Values for one to four random dimensions, of no held-out combination."""
-    while True:
-        dimensions = rng.sample(list(DIMENSIONS), rng.choice((1, 2, 3, 3, 4, 4, 4, 4)))
-        wanted = {dimension: rng.choice(DIMENSIONS[dimension]) for dimension in dimensions}
-        if not is_held_out(wanted):
-            return wanted
+def sample_wanted(rng: random.Random, held_out: bool = False) -> dict[str, str]:
+    """Values for one to three random dimensions, none held out together; or for two to four, some held out together."""
+    sizes = (2, 3, 3, 4) if held_out else (1, 2, 3, 3)
+    choices = [d for d in combinations(DIMENSIONS, rng.choice(sizes)) if is_held_out(dict.fromkeys(d, "")) == held_out]
+    return {dimension: rng.choice(DIMENSIONS[dimension]) for dimension in rng.choice(choices)}
 
 
-def sample_pair(rng: random.Random, questions: Sequence[str] = TRAIN_QUESTIONS) -> Pair:
-    """A preference pair for training the reward model.
+def sample_pair(rng: random.Random, held_out: bool = False) -> Pair:
+    """A preference pair: for training, or of what is ``held_out`` (topic, question, wording and combination).
 
     The rejected answer differs from the chosen one in a random non-empty subset of the wanted dimensions, often a
     single one. All else is random, and the same in both: what the pair teaches is the preference.
     """
-    wanted = sample_wanted(rng)
+    wanted = sample_wanted(rng, held_out)
     flipped = rng.sample(list(wanted), rng.randint(1, len(wanted)))
     chosen = rng.choice(STYLES)._replace(**wanted)
     rejected = chosen._replace(**{d: DIMENSIONS[d][wanted[d] == DIMENSIONS[d][0]] for d in flipped})
-    topic, question = rng.choice(TOPICS), rng.choice(questions)
+    topic = rng.choice(HELD_OUT_TOPICS if held_out else TRAIN_TOPICS)
+    question = rng.choice(HELD_OUT_QUESTIONS if held_out else TRAIN_QUESTIONS)
     seed = rng.getrandbits(32)
     answers = (answer(topic, style, random.Random(seed)) for style in (chosen, rejected))
-    return Pair(wanted, preference(wanted, rng), question.format(topic.task), *answers)
+    labels = {DIMENSIONS[d][0]: 1 if wanted[d] == DIMENSIONS[d][0] else -1 for d in flipped}
+    return Pair(topic, wanted, preference(wanted, rng, held_out), question.format(topic.task), *answers, labels)
+
+
+def check(text: str, prompt: Mapping[str, str], user: Mapping[str, Mapping[str, str]]) -> Judgement:
+    """The checker of ``pad-vllm eval`` for this world: prompts have a ``topic`` (its task), users what is
+    ``wanted``."""
+    measured = measure(text)
+    satisfied = {dimension: float(measured[dimension] == value) for dimension, value in user["wanted"].items()}
+    return Judgement(satisfied, is_well_formed(text, next(t for t in TOPICS if t.task == prompt["topic"])))

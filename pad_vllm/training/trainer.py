@@ -1,4 +1,4 @@
-"""Plain PyTorch loops for learning a personalized reward model: supervised fine-tuning, then PAD.
+"""The trainers: transformers' Trainer on answers (supervised), and on comparisons (PAD).
 
 Everything here works on token ids. A preference is already in them, put there by
 :class:`~pad_vllm.reward.template.PromptTemplate` as in serving.
@@ -7,170 +7,254 @@ Everything here works on token ids. A preference is already in them, put there b
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pad_vllm.training.data import Example, PairExample
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
 
 NUM_BATCHES_SORTED = 16
+COMPLETE = "complete"
+"""A file written last into a checkpoint: one without it was being written when training was killed."""
 
 
-class Example(NamedTuple):
-    """A prompt and the answer to learn, token ids; the answer ends with EOS."""
+def pad_examples(examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """Prompts and answers as one batch.
 
-    prompt: list[int]
-    answer: list[int]
-
-
-class PairExample(NamedTuple):
-    """A preference pair as token ids; the answers end with EOS.
-
-    ``prompt`` has the preference in it and is what the reward model reads. ``ref_prompt`` is the plain prompt, what
-    the reference reads.
-    """
-
-    prompt: list[int]
-    ref_prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def answer_logprobs(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the answers' tokens under ``model``.
-
-    Rows are padded on the right, where causal attention never looks, so no mask is needed; the lm_head runs on the
-    positions that predict an answer token only.
+    Rows are padded on the right, where causal attention never looks, so no mask is needed.
 
     Returns:
-        log-probabilities (num_answer_tokens,) float32, and the index of the example of each (num_answer_tokens,) int64.
+        ids: (num_examples, max_length) int64.
+        is_answer: (num_examples, max_length) bool, the tokens of the answers.
     """
     lengths = [len(prompt) + len(answer) for prompt, answer in examples]
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
     is_answer = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        ids[row, :length] = torch.tensor(example.prompt + example.answer)
-        is_answer[row, len(example.prompt) : length] = True
-    ids, is_answer = ids.to(model.device), is_answer.to(model.device)
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[is_answer[:, 1:]])
-    return token_logprobs(logits, ids[is_answer]), is_answer.nonzero()[:, 0]
+    for row, ((prompt, answer), length) in enumerate(zip(examples, lengths, strict=True)):
+        ids[row, :length] = torch.tensor([*prompt, *answer])
+        is_answer[row, len(prompt) : length] = True
+    return {"ids": ids, "is_answer": is_answer}
 
 
-def answer_logprob_sums(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
-    """Log-probability of each answer, summed over its tokens: (num_examples,) float32."""
-    logprobs, rows = answer_logprobs(model, examples)
-    return sequence_sums(logprobs, rows, len(examples))
-
-
-def train_sft(
-    model: PreTrainedModel, examples: Sequence[Example], *, batch_size: int, lr: float, seed: int, desc: str
-) -> None:
-    """Maximum likelihood of the answers, one pass over ``examples``; trains ``model`` in place."""
-
-    mean_length = sum(len(example.answer) for example in examples) / len(examples)
-
-    def loss(batch: list[Example]) -> tuple[torch.Tensor, dict[str, float]]:
-        # Not the mean over the batch's tokens: batches are of one length, and it would favor short answers.
-        loss = -answer_logprobs(model, batch)[0].sum() / (len(batch) * mean_length)
-        return loss, {"loss": loss.item()}
-
-    _train(model, loss, examples, batch_size, lr, seed, desc)
-
-
-def train_pad(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    pairs: Sequence[PairExample],
-    *,
-    batch_size: int,
-    lr: float,
-    beta: float,
-    nll_weight: float,
-    seed: int,
-    desc: str,
-) -> None:
-    """The PAD objective, one pass over ``pairs``; trains ``model`` in place.
-
-    Args:
-        model: pi_theta, reads the preference.
-        reference: pi_ref, frozen, reads the plain prompt. It should be the model that will be served as the base:
-            serving scores a token by its log-ratio to the base's logits, the very quantity that is learned here.
-        beta: scale of the reward in :func:`~pad_vllm.training.objective.pad_loss`.
-        nll_weight: weight of the chosen answers' negative log-likelihood per token. The PAD loss sees differences
-            only, and is as content when both answers become unlikely; their text then falls apart.
-    """
-    mean_length = sum(len(pair.chosen) for pair in pairs) / len(pairs)
-
-    def loss(batch: list[PairExample]) -> tuple[torch.Tensor, dict[str, float]]:
-        logprobs = _pair_logprobs(model, reference, batch)
-        loss, margins = pad_loss(*logprobs, beta)
-        nll = -logprobs[0].mean() / mean_length
-        stats = {"pad": loss.item(), "nll": nll.item(), "accuracy": (margins > 0).float().mean().item()}
-        return loss + nll_weight * nll, stats
-
-    _train(model, loss, pairs, batch_size, lr, seed, desc)
+def answer_logprob_sums(
+    model: nn.Module, ids: torch.Tensor, is_answer: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of each answer of a padded batch, summed over its tokens: (num_examples,) float32."""
+    first = int(is_answer.any(0).nonzero()[0])
+    # The lm_head runs from the first token that predicts one of an answer, in whichever row.
+    kept = ids.shape[1] - first
+    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=kept, **inputs).logits
+    ids, is_answer = ids[:, first:], is_answer[:, first:]
+    return sequence_sums(token_logprobs(logits[is_answer], ids[is_answer]), is_answer.nonzero()[:, 0], len(ids))
 
 
 @torch.no_grad()
+def score_answers(
+    model: nn.Module, examples: Sequence[Example], weights: torch.Tensor | None = None, batch_size: int = 32
+) -> torch.Tensor:
+    """Log-probability of each answer, summed over its tokens: (num_examples,) float32, on the CPU.
+
+    Args:
+        weights: for a model with heads, those of each example: (num_examples, num_heads) float32.
+    """
+    by_length = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
+    scores = torch.empty(len(examples))
+    device = next(model.parameters()).device
+    for start in range(0, len(examples), batch_size):
+        rows = by_length[start : start + batch_size]
+        batch = pad_examples([examples[i] for i in rows])
+        if weights is not None:
+            batch["weights"] = weights[rows]
+        scores[rows] = answer_logprob_sums(model, **{name: t.to(device) for name, t in batch.items()}).float().cpu()
+    return scores
+
+
 def reward_margins(
-    model: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[PairExample], batch_size: int = 32
+    model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample], weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """By how much each pair's chosen answer is rewarded above its rejected one: (num_pairs,) float32, in nats."""
-    margins = []
-    for start in range(0, len(pairs), batch_size):
-        margins.append(pad_loss(*_pair_logprobs(model, reference, pairs[start : start + batch_size]), beta=1.0)[1])
-    return torch.cat(margins)
+    both = None if weights is None else weights.repeat(2, 1)
+    sums = score_answers(model, answers_of(pairs), both).chunk(2)
+    return pad_loss(*sums, *score_answers(reference, answers_of(pairs, ref=True)).chunk(2), beta=1.0)[1]
 
 
-def _pair_logprobs(
-    model: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[PairExample]
-) -> tuple[torch.Tensor, ...]:
-    """The arguments of ``pad_loss``: chosen, rejected, ref_chosen, ref_rejected, each (num_pairs,) float32."""
-    chosen = [(pair.prompt, pair.ref_prompt, pair.chosen) for pair in pairs]
-    rejected = [(pair.prompt, pair.ref_prompt, pair.rejected) for pair in pairs]
-    both = chosen + rejected
-    sums = answer_logprob_sums(model, [Example(prompt, answer) for prompt, _, answer in both])
-    with torch.no_grad():
-        ref_sums = answer_logprob_sums(reference, [Example(ref_prompt, answer) for _, ref_prompt, answer in both])
-    return *sums.split(len(pairs)), *ref_sums.split(len(pairs))
+def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]:
+    """Chosen answers, then rejected ones, each with what the model, or the reference, reads before it."""
+    prompts = [pair.ref_prompt if ref else pair.prompt for pair in pairs]
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return [Example(prompt, answer) for prompt, answer in zip(prompts * 2, answers, strict=True)]
 
 
-def _train(
-    model: PreTrainedModel,
-    loss_of: Callable[[list[Any]], tuple[torch.Tensor, dict[str, float]]],
-    examples: Sequence[Any],
-    batch_size: int,
-    lr: float,
-    seed: int,
-    desc: str,
-) -> None:
-    """One pass of AdamW over length-bucketed batches, linear warmup over a twentieth of it, then cosine to zero."""
-    batches = list(_batches(examples, batch_size, random.Random(seed)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.05)
-    model.train()
-    for batch in (progress := tqdm(batches, desc=desc)):
-        loss, stats = loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix({name: f"{value:.3f}" for name, value in stats.items()}, refresh=False)
-    model.eval()
+class _Trainer(Trainer):
+    """transformers' Trainer over ``examples`` in an order fixed beforehand, so that resuming needs only to count."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Any],
+        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+        args: TrainingArguments,
+        sizes: Sequence[int],
+    ) -> None:
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        order = list(_order(sizes, batch_size, args.max_steps, random.Random(args.seed)))
+        super().__init__(
+            model,
+            args,
+            collate,
+            train_dataset=[examples[i] for i in order],
+            eval_dataset=examples,  # read by nobody: asked for by the Trainer
+            callbacks=[_MarkComplete()],
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
+        self._stats: dict[str, list[float]] = defaultdict(list)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def note(self, **stats: torch.Tensor) -> None:
+        """Means of these since the last line go into the next line of the log."""
+        for name, value in stats.items():
+            self._stats[name].append(float(value.detach()))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        means = {name: round(sum(values) / len(values), 4) for name, values in self._stats.items() if values}
+        self._stats.clear()
+        super().log(logs | means, *args, **kwargs)
 
 
-def _batches(examples: Sequence[Any], batch_size: int, rng: random.Random) -> Iterator[list[Any]]:
-    """Shuffled batches of examples of similar length, so that little is padding."""
-    chunk = batch_size * NUM_BATCHES_SORTED
-    examples = list(examples)
-    rng.shuffle(examples)
-    for start in range(0, len(examples), chunk):
-        bucket = sorted(examples[start : start + chunk], key=lambda example: sum(map(len, example)))
-        batches = [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-        rng.shuffle(batches)
-        yield from batches
+class SFTTrainer(_Trainer):
+    """Maximum likelihood of the answers of ``examples``."""
+
+    def __init__(self, model: nn.Module, examples: Sequence[Example], args: TrainingArguments) -> None:
+        # Not the mean over a batch's tokens: batches are of one length, and it would favor short answers.
+        self._mean_length = sum(len(example.answer) for example in examples) / len(examples)
+        super().__init__(model, examples, pad_examples, args, [sum(map(len, e)) for e in examples])
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
+        return -answer_logprob_sums(model, **inputs).mean() / self._mean_length
+
+
+class PADTrainer(_Trainer):
+    """The PAD objective over ``pairs``.
+
+    Args:
+        model: pi_theta, reads the preference.
+        reference: pi_ref, reads the plain prompt; its log-probabilities are computed once, here. It should be the model
+            that will be served as the base: serving scores a token by its log-ratio to the base's logits, the very
+            quantity that is learned here.
+        beta: scale of the reward in :func:`~pad_vllm.training.objective.pad_loss`.
+        nll_weight: weight of the chosen answers' negative log-likelihood per token. The PAD loss sees differences
+            only, and is as content when both answers become unlikely; their text then falls apart.
+        weights: for a model with heads, the user of each pair: (num_pairs, num_heads) float32.
+        measure: what :meth:`evaluate` reports.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: PreTrainedModel,
+        pairs: Sequence[PairExample],
+        args: TrainingArguments,
+        *,
+        beta: float,
+        nll_weight: float,
+        weights: torch.Tensor | None = None,
+        measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    ) -> None:
+        self._measure = measure
+        self._beta, self._nll_weight = beta, nll_weight
+        self._mean_length = sum(len(pair.chosen) for pair in pairs) / len(pairs)
+        ref = score_answers(reference.to(args.device).eval(), answers_of(pairs, ref=True)).view(2, -1).T
+        items = [(pair, ref[i], None if weights is None else weights[i]) for i, pair in enumerate(pairs)]
+        sizes = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+        super().__init__(model, items, _collate_pairs, args, sizes)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self._measure(self.model).items()} if self._measure else {}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train()
+        return metrics
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
+        inputs = dict(inputs)
+        ref_chosen, ref_rejected = inputs.pop("ref").T
+        chosen, rejected = answer_logprob_sums(model, **inputs).chunk(2)
+        loss, margins = pad_loss(chosen, rejected, ref_chosen, ref_rejected, self._beta)
+        nll = -chosen.mean() / self._mean_length
+        self.note(pad=loss, nll=nll, accuracy=(margins > 0).float().mean())
+        return loss + self._nll_weight * nll
+
+
+def _collate_pairs(items: Sequence[tuple[PairExample, torch.Tensor, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    """A batch of twice as many rows as pairs, and (num_pairs, 2) log-probabilities under the reference."""
+    pairs, ref, weights = zip(*items, strict=True)
+    batch = pad_examples(answers_of(pairs)) | {"ref": torch.stack(ref)}
+    if weights[0] is not None:
+        batch["weights"] = torch.stack(weights).repeat(2, 1)
+    return batch
+
+
+def training_arguments(
+    folder: str | Path, *, steps: int, batch_size: int, lr: float, seed: int, **settings: Any
+) -> TrainingArguments:
+    """AdamW with a linear warmup over a twentieth of ``steps``, then a cosine to zero; any other setting of
+    transformers' ``TrainingArguments`` by its name. No checkpoints unless ``save_strategy`` is given."""
+    defaults = {
+        "adam_beta2": 0.95,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        seed=seed,
+        **(defaults | settings),
+    )
+
+
+class _MarkComplete(TrainerCallback):
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", COMPLETE).touch()
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in ``folder`` that was written to its end."""
+    complete = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if complete else None
+
+
+def _order(sizes: Sequence[int], batch_size: int, num_batches: int, rng: random.Random) -> Iterator[int]:
+    """Indices of ``num_batches`` batches of examples of similar size, so that little is padding: in passes over all,
+    each shuffled anew. The last batch of a pass takes from the next one what it lacks."""
+    rest: list[int] = []
+    while num_batches > 0:
+        shuffled = list(range(len(sizes)))
+        rng.shuffle(shuffled)
+        rest += shuffled
+        while len(rest) >= batch_size and num_batches > 0:
+            window = min(len(rest) // batch_size, NUM_BATCHES_SORTED) * batch_size
+            bucket, rest = sorted(rest[:window], key=sizes.__getitem__), rest[window:]
+            batches = [bucket[i : i + batch_size] for i in range(0, window, batch_size)]
+            rng.shuffle(batches)
+            for batch in batches[:num_batches]:
+                yield from batch
+            num_batches -= len(batches)

@@ -1,0 +1,219 @@
+"""The alignment table: what guidance does for users whose tastes are known, beside the other ways to personalize.
+
+    python -m benchmarks.alignment [--small] [--output benchmarks/results]
+
+From nothing: trains, where the cache lacks them, three base models of different families, one reward model for all, and
+a model tuned for each user of the first base. Then every method answers for users of two groups:
+
+- seen: combinations, wordings, topics and questions that the reward model was trained on;
+- unseen: dimensions never asked for together in training, in words never used there, about topics never met there.
+
+Writes alignment.md, alignment.json and two plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
+
+from benchmarks.throughput import hardware
+from pad_vllm.demo import models, world
+from pad_vllm.demo.models import ARCHITECTURES, PAD_CONFIG, Recipe
+from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
+from pad_vllm.evaluation.report import plot, table
+from pad_vllm.reward.heads import load_heads
+from pad_vllm.training.export import HEADS_FILE
+from pad_vllm.training.fit import fit
+from pad_vllm.training.heads import head_weights
+from pad_vllm.training.train import Stage, TrainingConfig, train
+
+BETAS = (0.5, 0.8, 1.0, 1.5)
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_seqs": 64,
+}
+
+
+def users(num_users: int, num_prompts: int, names: tuple[str, ...], seed: int) -> dict[str, dict[str, Any]]:
+    """As many users of either group, each with a taste, its wording for each prompt, and prompts."""
+    rng = random.Random(seed)
+    found: dict[str, dict[str, Any]] = {}
+    for group in ("seen", "unseen"):
+        held_out = group == "unseen"
+        for i in range(num_users):
+            wanted = world.sample_wanted(rng, held_out)
+            topics = list(world.HELD_OUT_TOPICS if held_out else world.TRAIN_TOPICS)
+            rng.shuffle(topics)
+            questions = world.HELD_OUT_QUESTIONS if held_out else world.TRAIN_QUESTIONS
+            prompts = []
+            for j in range(num_prompts):
+                topic = topics[j % len(topics)]
+                prompts.append({"prompt": rng.choice(questions).format(topic.task), "topic": topic.task})
+            signs = {world.DIMENSIONS[d][0]: 1 if v == world.DIMENSIONS[d][0] else -1 for d, v in wanted.items()}
+            found[f"{group}-{i}"] = {
+                "group": group,
+                "wanted": wanted,
+                "preference": [world.preference(wanted, rng, held_out) for _ in prompts],
+                "weights": head_weights(names, signs),
+                "prompts": prompts,
+            }
+    return found
+
+
+def tune_for(user: Mapping[str, Any], base: Path, target: Path, num_pairs: int, recipe: Recipe, seed: int) -> float:
+    """A model for one user, by DPO on comparisons that this user made; returns the seconds that it took.
+
+    DPO (arXiv 2305.18290) is the PAD objective without a preference to read, against the model that it starts from.
+    """
+    rng = random.Random(seed)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        records = (own_record(user["wanted"], rng) for _ in range(num_pairs))
+        data = models.write_records(Path(folder, "own.jsonl"), records)
+        stage = Stage(lr=5e-4, batch_size=recipe.backbone.batch_size)
+        config = TrainingConfig(
+            str(data), str(base), str(target), stages=("backbone",), save_steps=10**6, backbone=stage, seed=seed
+        )
+        train(config, quiet=True)
+    return time.perf_counter() - start
+
+
+def own_record(wanted: Mapping[str, str], rng: random.Random) -> dict[str, Any]:
+    """A comparison that a user who wants this has made, unspoken, of two answers of random styles."""
+    while True:
+        topic, question = rng.choice(world.TRAIN_TOPICS), rng.choice(world.TRAIN_QUESTIONS)
+        answers = [world.answer(topic, rng.choice(world.STYLES), rng) for _ in range(2)]
+        a, b = (world.satisfaction(answer, wanted) for answer in answers)
+        if a != b:
+            chosen, rejected = answers if a > b else answers[::-1]
+            return {"prompt": question.format(topic.task), "chosen": chosen, "rejected": rejected}
+
+
+def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Weights fitted to 30 comparisons of each user, who says nothing else."""
+    rng = random.Random(seed)
+    fits = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, user in some_users.items():
+            records = (own_record(user["wanted"], rng) for _ in range(30))
+            data = models.write_records(Path(folder, f"{name}.jsonl"), records)
+            fits[name] = fit(str(reward), data, **PAD_CONFIG)
+    return {name: found._asdict() for name, found in fits.items()}
+
+
+def run(
+    output: Path,
+    *,
+    recipe: Recipe,
+    architectures: tuple[str, ...],
+    num_users: int,
+    num_prompts: int,
+    num_dpo_pairs: int,
+    best_of: int,
+    cache_dir: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The evaluation on every base; writes the results and returns them."""
+    start = time.perf_counter()
+    bases = {name: models.build_base(name, cache_dir, seed, recipe) for name in architectures}
+    reward = models.build(cache_dir, seed, recipe)
+    names = load_heads(reward.reward / HEADS_FILE, recipe.hidden_size).names
+    people = users(num_users, num_prompts, names, seed)
+    fits = measure_fit(reward.reward, people, seed)
+    rows, answers, tuning = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for base, path in bases.items():
+            first = base == architectures[0]
+            if first and num_dpo_pairs:
+                for name, user in people.items():
+                    user["dpo"] = str(Path(folder, name))
+                    tuning[name] = tune_for(user, path, Path(folder, name), num_dpo_pairs, recipe, seed)
+            own = people if first else {n: {k: v for k, v in u.items() if k != "dpo"} for n, u in people.items()}
+            fitted = {
+                f"{n}, fit": u | {"weights": fits[n]["weights"], "group": f"{u['group']}, fit"} for n, u in own.items()
+            }
+            config = EvaluationConfig(
+                base=str(path),
+                pad={"reward_model": str(reward.reward), **PAD_CONFIG},
+                users=own,
+                checker="pad_vllm.demo.world:check",
+                betas=BETAS,
+                best_of=best_of,
+                prompting="{preference} {prompt}",
+                reference=str(bases[architectures[0]]),
+                max_tokens=128,
+                seed=seed,
+                engine=ENGINE,
+            )
+            result = evaluate(config)
+            weighed = evaluate(replace(config, users=fitted, methods=("base", "pad_weights")))
+            rows[base] = result["rows"] + weighed["rows"]
+            answers[base] = result["answers"]
+            print(f"\n## {base}\n\n{table(rows[base])}", flush=True)
+    results = {
+        "hardware": hardware(),
+        "date": date.today().isoformat(),
+        "seconds": round(time.perf_counter() - start),
+        "reward_model": reward.metrics,
+        "fit": fits,
+        "dpo_seconds": tuning,
+        "rows": rows,
+    }
+    write(output, results)
+    return results | {"answers": answers}
+
+
+def write(output: Path, results: Mapping[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "alignment.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = [
+        "# Alignment",
+        __doc__.partition("\n\n")[2].partition("\n\n")[2].partition("Writes")[0].strip(),
+        f"`make alignment` on {results['hardware']}, {results['date']}, in {results['seconds'] / 60:.0f} minutes.",
+    ]
+    for base, rows in results["rows"].items():
+        text += [f"## {base}", table(rows).strip()]
+    (output / "alignment.md").write_text("\n\n".join(text) + "\n")
+    plot({base: [r for r in rows if "fit" not in r["group"]] for base, rows in results["rows"].items()}, output)
+
+
+FULL = {
+    "recipe": models.FULL,
+    "architectures": ARCHITECTURES,
+    "num_users": 8,
+    "num_prompts": 16,
+    "num_dpo_pairs": 480,
+    "best_of": 8,
+}
+SMALL = FULL | {"architectures": ("llama",), "num_users": 2, "num_prompts": 8, "num_dpo_pairs": 0, "best_of": 4}
+"""One base, the demo's, and nobody tuned for: two minutes where the demo's models are there."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--small", action="store_true", help="one base model, fewer users and prompts")
+    parser.add_argument(
+        "--cache-dir", help="where trained models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    run(args.output, **(SMALL if args.small else FULL), cache_dir=args.cache_dir, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

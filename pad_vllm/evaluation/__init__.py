@@ -1,0 +1,1 @@
+"""Measuring what guidance does to answers, beside the other ways to personalize them."""

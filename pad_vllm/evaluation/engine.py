@@ -1,0 +1,87 @@
+"""Answers from real vLLM engines, each in a process of its own, which gives everything back when it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the process is the engine's already
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to ask for: prompt ids, and guidance arguments (none: unguided)."""
+
+    prompt: Sequence[int]
+    guidance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Texts and token ids in the order of the requests, and how long the engine took for all of them."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    seconds: float
+
+
+def generate(
+    model: str,
+    batches: Mapping[str, Sequence[Request]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    **engine: Any,
+) -> dict[str, Answers]:
+    """Answers to each batch of requests by one engine of ``model``; request i of every batch draws with ``seed`` + i.
+
+    Args:
+        engine: arguments of ``vllm.LLM``.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pad_vllm.evaluation.preload"])  # vLLM's modules, once for all engines
+    with ProcessPoolExecutor(1, context) as process:
+        sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        return process.submit(_generate, model, dict(batches), sampling, seed, engine).result()
+
+
+def _generate(
+    model: str, batches: dict[str, Sequence[Request]], sampling: dict[str, Any], seed: int, engine: dict[str, Any]
+) -> dict[str, Answers]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, **engine)
+    answers: dict[str, Answers] = {}
+
+    def run(requests: Sequence[Request]) -> Answers:
+        params = [
+            SamplingParams(**sampling, seed=seed + i, extra_args=dict(request.guidance) or None)
+            for i, request in enumerate(requests)
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return Answers(
+            [output.outputs[0].text for output in outputs],
+            [list(output.outputs[0].token_ids) for output in outputs],
+            seconds,
+        )
+
+    for name, requests in batches.items():
+        run(requests[:2])  # what is done once is not the method's
+        answers[name] = run(requests)
+    return answers

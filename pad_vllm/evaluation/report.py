@@ -1,0 +1,96 @@
+"""An evaluation as a Markdown table, and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = ("method", "satisfaction", "win rate", "well formed", "NLL / token", "distinct-2", "time / base")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of an evaluation in Markdown, a table for each group of users. Intervals are 95%."""
+
+    def share(estimate: Sequence[float]) -> str:
+        mean, low, high = (100 * value for value in estimate)
+        return f"{mean:.0f}% ({low:.0f} to {high:.0f})"
+
+    parts = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        lines = [f"### {group} ({own[0]['num_users']} users, {own[0]['num_answers']} answers a method)", ""]
+        lines += [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+        for row in own:
+            values = [share(row[name]) for name in ("satisfaction", "win_rate", "well_formed")]
+            values += [f"{row['nll'][0]:.2f}", f"{row['distinct_2']:.2f}", f"{row['seconds_over_base']:.1f}"]
+            lines.append(f"| {' | '.join([row['method'], *values])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path) -> list[Path]:
+    """Write two PNG files: satisfaction against well-formedness over beta, and satisfaction by dimension.
+
+    Args:
+        results: rows by base model.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plots take `pip install 'pad-vllm[plot]'`") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder = Path(folder)
+    groups = list(dict.fromkeys(row["group"] for rows in results.values() for row in rows))
+    figure, axes = pyplot.subplots(
+        len(groups),
+        len(results),
+        figsize=(4.5 * len(results), 4 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for (base, rows), column in zip(results.items(), axes.T, strict=True):
+        for group, axis in zip(groups, column, strict=True):
+            own = {row["method"]: row for row in rows if row["group"] == group}
+            points = {name: (100 * row["well_formed"][0], 100 * row["satisfaction"][0]) for name, row in own.items()}
+            path = [point for name, point in points.items() if name.startswith("pad, beta")]
+            axis.plot(*zip(*[points["base"], *path], strict=True), "-", color="tab:green", linewidth=1)
+            for name, point in points.items():
+                axis.plot(*point, "o", color="tab:green" if name.startswith("pad") else "tab:gray")
+                axis.annotate(name.removeprefix("pad, "), point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.set_title(f"{base}, {group}", fontsize=9)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("well formed answers (%)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("preference satisfaction (%)")
+    paths = [folder / "alignment-beta.png", folder / "alignment-dimensions.png"]
+    figure.savefig(paths[0], dpi=110, bbox_inches="tight")
+
+    figure, axes = pyplot.subplots(
+        len(groups), len(results), figsize=(4.5 * len(results), 3 * len(groups)), squeeze=False, sharey=True
+    )
+    shown = ("base", "prompting", "pad, beta 1")
+    for (_, rows), column in zip(results.items(), axes.T, strict=True):
+        for group, axis in zip(groups, column, strict=True):
+            own = {row["method"]: row for row in rows if row["group"] == group and row["method"] in shown}
+            names = list(own["base"]["dimensions"])
+            for i, (method, row) in enumerate(own.items()):
+                positions = [x + (i - 1) * 0.27 for x in range(len(names))]
+                axis.bar(positions, [100 * row["dimensions"][n] for n in names], 0.25, label=method)
+            axis.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right")
+            axis.set_title(group, fontsize=9)
+    for (base, _), axis in zip(results.items(), axes[0], strict=True):
+        axis.set_title(f"{base}, {groups[0]}", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("preference satisfaction (%)")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(paths[1], dpi=110, bbox_inches="tight")
+    pyplot.close("all")
+    return paths

@@ -1,0 +1,142 @@
+"""Reward model directories: a plain transformers model, its tokenizer, and ``heads.safetensors`` beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pad_vllm.reward.heads import RELEASED_HEAD
+
+HEADS_FILE = "heads.safetensors"
+_HEAD_PREFIX = "v_head."
+_BACKBONE_PREFIX = "pretrained_model."
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` in one rename when all is written, and vanishes otherwise.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's own is 0o700
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export(
+    target: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: Mapping[str, torch.Tensor] | None = None,
+    record: Mapping | None = None,
+) -> Path:
+    """Write a reward model that the plugin loads.
+
+    Args:
+        heads: ``<name>.weight`` and ``<name>.bias``, in the order in which users give their weights.
+        record: how it was made, for ``training.json``.
+    """
+    with whole_folder(Path(target)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if heads is not None:
+            save_heads(folder / HEADS_FILE, heads)
+        if record is not None:
+            (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return Path(target)
+
+
+def save_heads(path: Path, heads: Mapping[str, torch.Tensor]) -> None:
+    # Read back in the order of the data, which safetensors lays out by dtype and name.
+    save_file(dict(heads), path, metadata={"format": "pt"})
+
+
+def convert(source: str | Path, target: str | Path) -> Path:
+    """Make a reward model directory of a checkpoint in another layout.
+
+    A model tuned by DPO, or any causal language model, needs nothing: name it as ``reward_model``. This merges a LoRA
+    adapter into its base model, and splits a checkpoint with a value head (the layout of the authors' release, and of
+    TRL's value head models: ``v_head.summary.*`` beside or among the backbone's weights) into backbone and heads.
+
+    Raises:
+        ValueError: there is nothing that this can convert.
+    """
+    source = Path(source)
+    if Path(target).exists():
+        raise FileExistsError(f"{target} exists")
+    tensors = _read_tensors(source)
+    heads = {name: tensor.float() for name, tensor in tensors.items() if name.startswith(_HEAD_PREFIX)}
+    if unknown := set(heads) - {f"{RELEASED_HEAD}.weight", f"{RELEASED_HEAD}.bias"}:
+        raise ValueError(f"{source}: unknown head tensors {', '.join(sorted(unknown))}")
+    if (source / "adapter_config.json").exists():
+        try:
+            from peft import AutoPeftModelForCausalLM
+        except ImportError:
+            raise ValueError("merging an adapter takes `pip install 'pad-vllm[train]'`") from None
+        model = AutoPeftModelForCausalLM.from_pretrained(source).merge_and_unload()
+        tokenizer = _tokenizer(source, model.config.name_or_path)
+    elif not (source / "config.json").exists():
+        raise ValueError(f"{source}: neither config.json nor adapter_config.json")
+    else:
+        model = _backbone(
+            source,
+            {
+                name.removeprefix(_BACKBONE_PREFIX): tensor
+                for name, tensor in tensors.items()
+                if not name.startswith(_HEAD_PREFIX)
+            },
+        )
+        tokenizer = _tokenizer(source)
+    return export(target, model, tokenizer, heads or None)
+
+
+def _backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    dtype = next(iter(tensors.values())).dtype if tensors else None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    # A tied lm_head is not in the file.
+    loaded = {p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name in tensors}
+    missing = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in missing and p.data_ptr() not in loaded
+    ]
+    if missing or unexpected:
+        raise ValueError(
+            f"{source}: the weights do not fit config.json: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return model
+
+
+def _tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
+    for source in sources[:-1]:
+        with contextlib.suppress(OSError, ValueError):
+            return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(sources[-1])
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for path in sorted(folder.glob("*.bin")):
+        tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    return tensors

@@ -1,0 +1,225 @@
+"""The evaluation: its statistics, its report, and a small run of the alignment table through real engines."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import alignment
+from pad_vllm.demo import models, world
+from pad_vllm.evaluation import evaluate as evaluation
+from pad_vllm.evaluation.engine import Answers
+from pad_vllm.evaluation.evaluate import EvaluationConfig, load_checker, read_config
+from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
+from pad_vllm.evaluation.report import plot, table
+
+
+def test_bootstrap_intervals_hold_what_they_say():
+    """Of 200 samples of 6 users with tastes of their own, about 95% of the intervals hold the true mean; an interval
+    that took answers for independent would hold it far less often."""
+    rng = np.random.default_rng(0)
+    groups = [user for user in "abcdef" for _ in range(20)]
+    held = naive_held = 0
+    for seed in range(200):
+        values = (rng.normal(0.5, 0.2, 6)[:, None] + rng.normal(0, 0.3, (6, 20))).ravel()
+        estimate = bootstrap(values, groups, seed)
+        assert estimate.low <= estimate.mean <= estimate.high
+        assert estimate.mean == pytest.approx(values.mean())
+        held += estimate.low <= 0.5 <= estimate.high
+        half = 1.96 * values.std() / len(values) ** 0.5
+        naive_held += abs(values.mean() - 0.5) <= half
+    assert held >= 170
+    assert naive_held < 150
+
+
+def test_estimates_apart():
+    assert Estimate(0.5, 0.4, 0.6).apart_from(Estimate(0.8, 0.7, 0.9))
+    assert not Estimate(0.5, 0.4, 0.6).apart_from(Estimate(0.7, 0.6, 0.8))
+
+
+def test_win_shares_and_distinct():
+    assert win_shares([1, 0.5, 0], [0.5, 0.5, 0.5]) == [1, 0.5, 0]
+    assert distinct(["a b a b", "c"], 2) == 2 / 3
+    assert distinct(["a b", "a b"], 1) == 0.5
+    assert distinct([""], 2) == 0
+
+
+def test_best_of_n_takes_the_answer_of_the_highest_reward(models):
+    """log pi_theta(y | x, p) - log pi_ref(y | x), by forwards written out."""
+    rng = random.Random(0)
+    samples = [[rng.randrange(5, 60) for _ in range(4)] for _ in range(6)]
+    contexts = [([7, 8, 9], [9]), ([10, 11], [11])]
+
+    def logprob(model, context, answer):
+        logits = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+        return sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer))
+
+    expected = []
+    for i, (theta, ref) in enumerate(contexts):
+        own = samples[3 * i : 3 * i + 3]
+        rewards = [
+            logprob(models.reward_model, theta, answer) - logprob(models.base_model, ref, answer) for answer in own
+        ]
+        expected.append(own[rewards.index(max(rewards))])
+    config = EvaluationConfig(
+        str(models.base), {"reward_model": str(models.reward)}, {"u": {}}, "c", prompts=[{"prompt": "p"}], best_of=3
+    )
+    texts = [str(sample) for sample in samples]
+    found = evaluation._pick_best(config, contexts, Answers(texts, samples, seconds=1.0))
+    assert found.tokens == expected
+    assert found.texts == list(map(str, expected))
+    assert found.seconds > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"methods": ("base", "magic")}, "methods: magic: there are base, prompting"),
+        ({"methods": ("pad",)}, "base is what the others are held against"),
+        ({"users": {}}, "users: none"),
+        ({"prompts": []}, "users.ada: no prompts"),
+        ({"users": {"ada": {"preference": ["a", "b"]}}}, "users.ada: 2 preferences for 1 prompts"),
+    ],
+)
+def test_configurations_that_cannot_be(settings, says):
+    good = {
+        "base": "b",
+        "pad": {"reward_model": "r"},
+        "users": {"ada": {}},
+        "checker": "c",
+        "prompts": [{"prompt": "p"}],
+    }
+    with pytest.raises(ValueError, match=re.escape(says)):
+        EvaluationConfig(**good | settings)
+
+
+def test_a_configuration_of_files(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "p", "topic": "t"}\n\n{"prompt": "q"}\n')
+    (tmp_path / "users.yaml").write_text("ada: {preference: brief}\n")
+    text = "base: b\npad: {reward_model: r}\nchecker: m:f\nprompts: prompts.jsonl\nusers: users.yaml\nbetas: [1]\n"
+    (tmp_path / "eval.yaml").write_text(text)
+    config = read_config(tmp_path / "eval.yaml")
+    assert config.prompts == [{"prompt": "p", "topic": "t"}, {"prompt": "q"}]
+    assert config.users == {"ada": {"preference": "brief"}}
+    assert config.betas == (1,)
+    for bad, says in (
+        (text + "beta: 3\n", "unknown settings beta; there are base, pad, users"),
+        (text.replace("base: b\n", ""), "'base'"),
+        (text.replace("prompts.jsonl", "none.jsonl"), "prompts: .*none.jsonl"),
+        ("- 1\n", "expected the settings of an evaluation"),
+    ):
+        (tmp_path / "eval.yaml").write_text(bad)
+        with pytest.raises(ValueError, match=says):
+            read_config(tmp_path / "eval.yaml")
+    assert load_checker("pad_vllm.demo.world:check") is world.check
+    with pytest.raises(ValueError, match="'nothing' is not the 'module:name'"):
+        load_checker("nothing")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The alignment table on the demo's models, small."""
+    output = tmp_path_factory.mktemp("alignment")
+    results = alignment.run(output, **alignment.SMALL)
+    return output, results
+
+
+def test_the_alignment_table(small):
+    output, results = small
+    (rows,) = results["rows"].values()
+    for group in ("seen", "unseen"):
+        found = {row["method"]: row for row in rows if row["group"] == group}
+        assert set(found) == {"base", "prompting", "best_of_n", *(f"pad, beta {b:g}" for b in alignment.BETAS)} | {
+            "pad_weights",
+            "reward_model",
+        }
+        base, pad = found["base"], found["pad, beta 1"]
+        assert base["win_rate"].mean == 0.5
+        assert pad["satisfaction"].mean >= base["satisfaction"].mean + 0.2
+        assert pad["win_rate"].mean > 0.7
+        assert found["best_of_n"]["satisfaction"].mean > base["satisfaction"].mean
+        assert base["well_formed"].mean > 0.8
+        assert pad["well_formed"].mean > base["well_formed"].mean - 0.25
+        weights = found["pad_weights"]
+        assert weights["satisfaction"].mean >= base["satisfaction"].mean + 0.2
+        assert {row["num_answers"] for row in found.values()} == {16}
+    fitted = [row for row in rows if row["group"] in ("seen, fit", "unseen, fit")]
+    assert {row["method"] for row in fitted} == {"base", "pad_weights"}
+    text = (output / "alignment.md").read_text()
+    assert text.count("| pad, beta 1 |") == 2
+    assert json.loads((output / "alignment.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
+    for name in ("alignment-beta.png", "alignment-dimensions.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_answer_is_kept_and_judged_by_the_checker(small):
+    _, results = small
+    (answers,) = results["answers"].values()
+    for method, records in answers.items():
+        assert len(records) == 32, method
+        for record in records:
+            assert record["satisfaction"] == sum(record["satisfied"].values()) / len(record["satisfied"])
+            assert record["nll"] > 0
+    assert any(a["text"] != b["text"] for a, b in zip(answers["base"], answers["pad, beta 1"], strict=True))
+
+
+def test_mixing_two_heads_moves_both_dimensions(small):
+    """Weights alone, two dimensions at a time, each way: through the real engine."""
+    built = models.build()
+    from pad_vllm.reward.heads import load_heads
+    from pad_vllm.training.heads import head_weights
+
+    names = load_heads(built.reward / "heads.safetensors", models.FULL.hidden_size).names
+    wants = [
+        {"tone": tone, "encouragement": encouragement}
+        for tone in world.DIMENSIONS["tone"]
+        for encouragement in world.DIMENSIONS["encouragement"]
+    ]
+    topics = world.HELD_OUT_TOPICS
+    people = {
+        str(i): {
+            "wanted": wanted,
+            "weights": head_weights(
+                names, {world.DIMENSIONS[d][0]: 1 if v == world.DIMENSIONS[d][0] else -1 for d, v in wanted.items()}
+            ),
+            "prompts": [{"prompt": f"How do I {t.task}?", "topic": t.task} for t in topics],
+        }
+        for i, wanted in enumerate(wants)
+    }
+    config = EvaluationConfig(
+        base=str(built.base),
+        pad={"reward_model": str(built.reward), **models.PAD_CONFIG},
+        users=people,
+        checker="pad_vllm.demo.world:check",
+        methods=("base", "pad_weights"),
+        max_tokens=128,
+        engine=alignment.ENGINE,
+    )
+    rows = {row["method"]: row for row in evaluation.evaluate(config)["rows"]}
+    for dimension in ("tone", "encouragement"):
+        assert rows["base"]["dimensions"][dimension] < 0.7
+        assert rows["pad_weights"]["dimensions"][dimension] > 0.85
+
+
+def test_table_and_plot_of_one_group(tmp_path):
+    estimate = Estimate(0.5, 0.25, 0.75)
+    row = {
+        "group": "all",
+        "method": "base",
+        "num_users": 1,
+        "num_answers": 4,
+        "satisfaction": estimate,
+        "win_rate": estimate,
+        "well_formed": estimate,
+        "nll": Estimate(1.234, 1, 2),
+        "distinct_2": 0.5,
+        "seconds_over_base": 1.0,
+        "dimensions": {"tone": 0.5},
+    }
+    assert "| base | 50% (25 to 75) | 50% (25 to 75) | 50% (25 to 75) | 1.23 | 0.50 | 1.0 |" in table([row])
+    assert len(plot({"base": [row, row | {"method": "pad, beta 1"}]}, tmp_path)) == 2

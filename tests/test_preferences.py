@@ -1,0 +1,138 @@
+"""Preference sets: what is read, and what is said of what cannot be."""
+
+import json
+
+import pytest
+
+from pad_vllm.training.data import Comparison, DataError, encode, read_comparisons
+
+GOOD = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+CHAT = [{"role": "user", "content": "Why?"}]
+
+
+def answer(text):
+    return [*CHAT, {"role": "assistant", "content": text}]
+
+
+def write(folder, *lines):
+    path = folder / "set.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (GOOD, Comparison("Why?", "So.", "No.")),
+        (
+            GOOD | {"preference": " brief ", "labels": {"a": 1, "b": -2.5, "c": 0, "d": None}, "score": 3},
+            Comparison("Why?", "So.", "No.", "brief", {"a": 1.0, "b": -2.5}),
+        ),
+        (GOOD | {"preference": None, "labels": None}, Comparison("Why?", "So.", "No.")),
+        (GOOD | {"preference": ""}, Comparison("Why?", "So.", "No.")),
+        ({"question": "Why?", "chosen": "So.", "rejected": "No."}, Comparison("Why?", "So.", "No.")),
+        (GOOD | {"prompt": CHAT}, Comparison(tuple(CHAT), "So.", "No.")),
+        ({"chosen": answer("So."), "rejected": answer("No.")}, Comparison(tuple(CHAT), "So.", "No.")),
+        # The prompt is said twice, as in sets of conversations with their last turn beside them.
+        (
+            {"prompt": "Why?", "chosen": answer("So."), "rejected": answer("No.")},
+            Comparison(tuple(CHAT), "So.", "No."),
+        ),
+        (
+            {"prompt": CHAT, "chosen": answer("So.")[1:], "rejected": answer("No.")[1:]},
+            Comparison(tuple(CHAT), "So.", "No."),
+        ),
+    ],
+)
+def test_layouts(record, expected, tmp_path):
+    path = write(tmp_path, "", record, "  ")
+    (found,) = read_comparisons(path)
+    assert found == Comparison(**{**expected.__dict__, "where": f"{path}, line 2"})
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{", "not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("[1]", "expected an object with fields, found [1]"),
+        ({"chosen": "a", "rejected": "b"}, "field 'prompt': missing"),
+        ({"prompt": "p", "rejected": "b"}, "field 'chosen': missing"),
+        (GOOD | {"rejected": None}, "field 'rejected': missing"),
+        (GOOD | {"prompt": " "}, "field 'prompt': empty"),
+        (GOOD | {"prompt": 3}, "field 'prompt': expected text or a list of messages, found 3"),
+        (GOOD | {"prompt": []}, "field 'prompt': expected text or a list of messages, found []"),
+        (GOOD | {"prompt": [{"role": "user"}]}, "field 'prompt', message 1: expected texts under 'role' and 'content'"),
+        (GOOD | {"chosen": ""}, "field 'chosen': empty"),
+        (GOOD | {"chosen": 1.5}, "field 'chosen': expected text or a list of messages, found 1.5"),
+        (GOOD | {"chosen": CHAT}, "field 'chosen': the last message is of role 'user', not 'assistant'"),
+        (GOOD | {"rejected": "So."}, "chosen and rejected are the same text"),
+        (GOOD | {"preference": ["x"]}, "field 'preference': expected text, found ['x']"),
+        (GOOD | {"labels": [1]}, "field 'labels': expected an object of numbers, found [1]"),
+        (GOOD | {"labels": {"a": "1"}}, "field 'labels', 'a': expected a finite number, found '1'"),
+        (GOOD | {"labels": {"a": True}}, "field 'labels', 'a': expected a finite number, found True"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "labels": {"a": NaN}}', "'a': expected a finite number"),
+        ({"chosen": answer("a"), "rejected": [CHAT[0] | {"content": "?"}, *answer("b")[1:]]}, "one conversation"),
+    ],
+)
+def test_what_is_malformed_is_named_with_its_line_and_field(bad, says, tmp_path):
+    path = write(tmp_path, GOOD, bad, GOOD)
+    with pytest.raises(DataError) as error:
+        read_comparisons(path)
+    assert f"{path}, line 2" in str(error.value)
+    assert says in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_comparisons(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="empty"):
+        read_comparisons(write(tmp_path, ""))
+    (tmp_path / "latin.jsonl").write_bytes(b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"line 2: not UTF-8 .* at byte 15"):
+        read_comparisons(tmp_path / "latin.jsonl")
+
+
+def test_columns_of_other_names(tmp_path):
+    path = write(tmp_path, {"q": "Why?", "better": "So.", "rejected": "No."})
+    (found,) = read_comparisons(path, {"prompt": "q", "chosen": "better"})
+    assert (found.prompt, found.chosen) == ("Why?", "So.")
+    with pytest.raises(DataError, match="columns: answer: the fields are prompt, preference"):
+        read_comparisons(path, {"answer": "x"})
+
+
+def test_folders_of_datasets(tmp_path):
+    import datasets
+
+    rows = [GOOD | {"labels": {"a": 1.0}}, GOOD | {"prompt": "How?", "labels": {"b": -1.0}}]
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
+    )
+    saved.save_to_disk(tmp_path / "splits")
+    saved["train"].save_to_disk(tmp_path / "one")
+    for folder in ("splits", "one"):
+        found = read_comparisons(tmp_path / folder)
+        assert [(c.prompt, c.labels) for c in found] == [("Why?", {"a": 1.0}), ("How?", {"b": -1.0})]
+        assert found[1].where == f"{tmp_path / folder}, row 2"
+    assert len(read_comparisons(tmp_path / "splits", split="test")) == 1
+    with pytest.raises(DataError, match="no split 'dev'; there are train, test"):
+        read_comparisons(tmp_path / "splits", split="dev")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files", GOOD, GOOD)
+    assert len(read_comparisons(tmp_path / "files")) == 2
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="not a folder that datasets reads"):
+        read_comparisons(tmp_path / "nothing")
+    bad = datasets.Dataset.from_list([GOOD, GOOD | {"chosen": ""}])
+    bad.save_to_disk(tmp_path / "bad")
+    with pytest.raises(DataError, match="row 2, field 'chosen': empty"):
+        read_comparisons(tmp_path / "bad")
+
+
+def test_long_comparisons_are_left_out(models):
+    from pad_vllm.reward.template import PromptTemplate
+
+    template = PromptTemplate(models.tokenizer)
+    pairs = [Comparison("a", "b", "c"), Comparison("a b " * 50, "b", "c")]
+    assert len(encode(pairs, models.tokenizer, template, 20)) == 1
+    with pytest.raises(DataError, match="all 1 comparisons are longer than 20 tokens"):
+        encode(pairs[1:], models.tokenizer, template, 20)

@@ -1,0 +1,302 @@
+"""Training as its users run it: killed and resumed, refused, exported, converted, and weights fitted to a user."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pad_vllm.cli import main
+from pad_vllm.demo import models, world
+from pad_vllm.demo.models import PAD_CONFIG, TINY
+from pad_vllm.reward.heads import load_heads
+from pad_vllm.training import trainer
+from pad_vllm.training.export import convert
+from pad_vllm.training.fit import fit_weights
+from pad_vllm.training.train import Stage, TrainingConfig, train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return models.build_base("llama", tmp_path_factory.mktemp("cache"), 0, TINY)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    return models.write_records(path, [models.preference_record(rng) for _ in range(40)])
+
+
+def config_of(base, pairs, output, **settings):
+    stage = Stage(lr=1e-3, batch_size=8)
+    settings = {"save_steps": 2, "backbone": stage, "heads": stage} | settings
+    return TrainingConfig(str(pairs), str(base), str(output), **PAD_CONFIG, **settings)
+
+
+def weights_of(folder):
+    return {name: Path(folder, name).read_bytes() for name in ("model.safetensors", "heads.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, pairs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "reward"
+    train(config_of(base, pairs, output), quiet=True)
+    return weights_of(output)
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_killed_at_any_step_and_resumed_ends_in_the_same_weights(step, base, pairs, undisturbed, tmp_path, monkeypatch):
+    """Five steps of the backbone and four of the heads, a checkpoint after every second."""
+    steps = 0
+    compute_loss = trainer.PADTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps > step:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    config = config_of(base, pairs, tmp_path / "reward")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.PADTrainer, "compute_loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["reward.unfinished"]
+    started = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.PADTrainer, "compute_loss", lambda *a, **k: started.append(1) or compute_loss(*a, **k))
+        train(config, quiet=True)
+    assert len(started) <= 9 - step + 1  # goes on, and does not begin anew
+    assert weights_of(tmp_path / "reward") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["reward"]
+
+
+def test_killed_while_a_checkpoint_is_written(base, pairs, undisturbed, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    config = config_of(base, pairs, tmp_path / "reward")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.PADTrainer, "_save_optimizer_and_scheduler", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, quiet=True)
+    assert (tmp_path / "reward.unfinished" / "backbone" / "checkpoint-2" / "model.safetensors").exists()
+    train(config, quiet=True)
+    assert weights_of(tmp_path / "reward") == undisturbed
+
+
+def test_the_command_killed_by_the_system(base, pairs, undisturbed, tmp_path):
+    command = [sys.executable, "-m", "pad_vllm.cli", "train", str(pairs), "--model", str(base)]
+    command += ["--output", str(tmp_path / "reward"), "--save-steps", "2", "--batch-size", "8"]
+    command += ["--backbone-lr", "1e-3", "--insert-after", PAD_CONFIG["insert_after"]]
+    command += ["--prompt-template", PAD_CONFIG["prompt_template"]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "reward.unfinished" / "backbone"
+    while process.poll() is None and not list(checkpoints.glob("checkpoint-*/complete")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "accuracy" in again.stdout
+    assert weights_of(tmp_path / "reward") == undisturbed
+
+
+def test_another_run_is_not_continued(base, pairs, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.PADTrainer, "compute_loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(base, pairs, tmp_path / "reward"), quiet=True)
+    with pytest.raises(ValueError, match="unfinished run of other settings"):
+        train(config_of(base, pairs, tmp_path / "reward", seed=1), quiet=True)
+
+
+def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
+    settings = {"lora_rank": 4, "stages": ("backbone",)}
+    train(config_of(base, pairs, tmp_path / "whole", **settings), quiet=True)
+    compute_loss, steps = trainer.PADTrainer.compute_loss, []
+
+    def killed(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.PADTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(base, pairs, tmp_path / "halves", **settings), quiet=True)
+    train(config_of(base, pairs, tmp_path / "halves", **settings), quiet=True)
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    theirs = load_file(base / "model.safetensors")
+    assert set(whole) == set(theirs)
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    changed = {name for name in whole if not torch.equal(whole[name], theirs[name])}
+    assert changed
+    assert not any("embed" in name or "norm" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"stages": ("head",)}, "stages: head: there are backbone, heads"),
+        ({"prompt_template": "no hole"}, "exactly once"),
+        ({"max_length": 3}, "all 38 comparisons are longer than 3 tokens|longer than 3 tokens"),
+        ({"data": "/nowhere"}, "/nowhere: no such file"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(settings, says, base, pairs, tmp_path):
+    fields = config_of(base, pairs, tmp_path / "reward").__dict__ | settings
+    with pytest.raises(ValueError, match=says):
+        train(TrainingConfig(**fields), quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data_is_one_line_and_leaves_nothing(base, pairs, tmp_path, capsys):
+    data = tmp_path / "bad.jsonl"
+    data.write_text(pairs.read_text() + '{"prompt": "p", "chosen": "a"}\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(data), "--model", str(base), "--output", str(tmp_path / "reward")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {data}, line 41, field 'rejected': missing\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_an_output_that_exists_is_kept(base, pairs, tmp_path):
+    (tmp_path / "reward").mkdir()
+    with pytest.raises(FileExistsError):
+        train(config_of(base, pairs, tmp_path / "reward"), quiet=True)
+    assert not list((tmp_path / "reward").iterdir())
+
+
+def test_heads_need_labels(base, tmp_path):
+    rng = random.Random(0)
+    records = [{k: v for k, v in models.preference_record(rng).items() if k != "labels"} for _ in range(20)]
+    data = models.write_records(tmp_path / "plain.jsonl", records)
+    with pytest.raises(ValueError, match="no comparison has labels"):
+        train(config_of(base, data, tmp_path / "reward", stages=("heads",)), quiet=True)
+    assert set(train(config_of(base, data, tmp_path / "reward"), quiet=True)) == {"backbone"}
+    assert not (tmp_path / "reward" / "heads.safetensors").exists()
+
+
+def test_heads_alone_leave_the_backbone_as_it_was(base, pairs, tmp_path):
+    train(config_of(base, pairs, tmp_path / "reward", stages=("heads",)), quiet=True)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "reward", base))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    heads = load_heads(tmp_path / "reward" / "heads.safetensors", TINY.hidden_size)
+    backbone = heads.names.index("backbone")
+    assert torch.equal(heads.weight[backbone], torch.eye(TINY.hidden_size))
+    assert all(heads.weight[i].abs().max() > 0 for i in range(len(heads.names)))
+
+
+@pytest.mark.parametrize("among", [False, True], ids=["beside", "among"])
+def test_conversion_of_the_released_layout(among, base, tmp_path, capsys):
+    """A value head's tensors beside the backbone's, or among them under TRL's names."""
+    source = tmp_path / "released"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    head = {"v_head.summary.weight": torch.randn(64, 64), "v_head.summary.bias": torch.randn(64)}
+    if among:
+        tensors = load_file(source / "model.safetensors")
+        both = {f"pretrained_model.{name}": tensor for name, tensor in tensors.items()} | head
+        save_file(both, source / "model.safetensors", {"format": "pt"})
+    else:
+        save_file(head, source / "value_head.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(tmp_path / "reward")])
+    assert ended.value.code == 0
+    assert "The reward model is in" in capsys.readouterr().out
+    heads = load_heads(tmp_path / "reward" / "heads.safetensors", 64)
+    assert heads.names == ("summary",)
+    assert torch.equal(heads.weight[0], head["v_head.summary.weight"])
+    assert torch.equal(heads.bias[0], head["v_head.summary.bias"])
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "reward", base))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert AutoTokenizer.from_pretrained(tmp_path / "reward").get_vocab() == tokenizer.get_vocab()
+
+
+def test_conversion_of_an_adapter(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    converted = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "adapter", tmp_path / "reward"))
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(converted(ids).logits, adapted(ids).logits)
+
+
+def test_what_cannot_be_converted(base, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"neither config.json nor adapter_config.json"):
+        convert(tmp_path / "empty", tmp_path / "reward")
+    with pytest.raises(FileExistsError):
+        convert(base, tmp_path / "empty")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "odd")
+    save_file({"v_head.extra.weight": torch.zeros(2)}, tmp_path / "odd" / "value_head.safetensors")
+    with pytest.raises(ValueError, match=r"unknown head tensors v_head.extra.weight"):
+        convert(tmp_path / "odd", tmp_path / "reward")
+    assert not (tmp_path / "reward").exists()
+
+
+def test_fitted_weights_are_those_of_the_comparisons():
+    """Comparisons by a user of known weights, with as many mistakes as sigmoid makes."""
+    torch.manual_seed(0)
+    true = torch.tensor([0.0, 2.0, -1.0, 0.0])
+    rewards = torch.randn(2000, 4)
+    rewards[:, 0] = 5  # the backbone's head, whatever it says
+    chosen = torch.rand(2000) < torch.sigmoid(rewards @ true)
+    rewards = torch.where(chosen[:, None], rewards, -rewards)
+    found = fit_weights(rewards, ("backbone", "more", "less", "none"))
+    assert found.weights[0] == 1
+    assert found.weights[1] == 1
+    assert found.weights[2] == pytest.approx(-0.5, abs=0.1)
+    assert abs(found.weights[3]) < 0.1
+    assert found.held_out_accuracy == pytest.approx((rewards @ true > 0).float().mean().item(), abs=0.01)
+    assert found.num_comparisons == 2000
+    # Nothing to learn from: held out, it is a coin; and no weight is infinite where the comparisons are separable.
+    coin = fit_weights(torch.randn(200, 3), ("a", "b", "c"))
+    assert abs(coin.held_out_accuracy - 0.5) < 0.12
+    assert all(abs(weight) <= 1 for weight in fit_weights(torch.rand(20, 2) + 1, ("a", "b")).weights)
+
+
+def test_the_fit_command_prints_a_persona(base, pairs, undisturbed, tmp_path, capsys):
+    train(config_of(base, pairs, tmp_path / "reward", stages=("heads",)), quiet=True)
+    rng = random.Random(0)
+    records = []
+    while len(records) < 20:
+        pair = world.sample_pair(rng)
+        records.append({"prompt": pair.question, "chosen": pair.chosen, "rejected": pair.rejected})
+    own = models.write_records(tmp_path / "own.jsonl", records)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", str(own), "--reward-model", str(tmp_path / "reward"), "--name", "ada"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    persona = json.loads(out.splitlines()[-1])["ada"]
+    names = load_heads(tmp_path / "reward" / "heads.safetensors", 64).names
+    assert len(persona["pad_weights"]) == len(names)
+    assert "20 comparisons" in out
+    for bad, says in ((str(base), "no heads beside it"), (str(tmp_path / "reward"), "a fit takes at least 5")):
+        few = models.write_records(tmp_path / "few.jsonl", records[:3])
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", str(few), "--reward-model", bad])
+        assert ended.value.code == 1
+        assert says in capsys.readouterr().err
