@@ -20,7 +20,6 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from benchmarks.throughput import hardware
 from pad_vllm.demo import models, world
 from pad_vllm.demo.models import ARCHITECTURES, PAD_CONFIG, Recipe
 from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
+from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.reward.heads import load_heads
 from pad_vllm.training.export import HEADS_FILE
@@ -39,6 +39,9 @@ from pad_vllm.training.heads import head_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
+HEADLINE = "pad, beta 0.8"
+MARGIN = 5
+"""Percentage points of well-formed answers that PAD may lose."""
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -68,7 +71,7 @@ def users(num_users: int, num_prompts: int, names: tuple[str, ...], seed: int) -
                 "group": group,
                 "wanted": wanted,
                 "preference": [world.preference(wanted, rng, held_out) for _ in prompts],
-                "weights": head_weights(names, signs),
+                "weights": {"true": head_weights(names, signs)},
                 "prompts": prompts,
             }
     return found
@@ -134,6 +137,8 @@ def run(
     names = load_heads(reward.reward / HEADS_FILE, recipe.hidden_size).names
     people = users(num_users, num_prompts, names, seed)
     fits = measure_fit(reward.reward, people, seed)
+    for name, user in people.items():
+        user["weights"]["fit"] = fits[name]["weights"]
     rows, answers, tuning = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for base, path in bases.items():
@@ -143,9 +148,6 @@ def run(
                     user["dpo"] = str(Path(folder, name))
                     tuning[name] = tune_for(user, path, Path(folder, name), num_dpo_pairs, recipe, seed)
             own = people if first else {n: {k: v for k, v in u.items() if k != "dpo"} for n, u in people.items()}
-            fitted = {
-                f"{n}, fit": u | {"weights": fits[n]["weights"], "group": f"{u['group']}, fit"} for n, u in own.items()
-            }
             config = EvaluationConfig(
                 base=str(path),
                 pad={"reward_model": str(reward.reward), **PAD_CONFIG},
@@ -160,8 +162,7 @@ def run(
                 engine=ENGINE,
             )
             result = evaluate(config)
-            weighed = evaluate(replace(config, users=fitted, methods=("base", "pad_weights")))
-            rows[base] = result["rows"] + weighed["rows"]
+            rows[base] = result["rows"]
             answers[base] = result["answers"]
             print(f"\n## {base}\n\n{table(rows[base])}", flush=True)
     results = {
@@ -177,6 +178,26 @@ def run(
     return results | {"answers": answers}
 
 
+def verdicts(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """For every base and group: is PAD at the paper's usual beta above the base and above prompting, with intervals
+    apart, and by how much less often are its answers well formed."""
+    lines = []
+    for base, rows in results.items():
+        for group in ("seen", "unseen"):
+            found = {row["method"]: row for row in rows if row["group"] == group}
+            pad = found[HEADLINE]
+            parts = [f"{base}, {group}: {HEADLINE} satisfies {100 * pad['satisfaction'][0]:.0f}%"]
+            for name in ("base", "prompting"):
+                ours, theirs = Estimate(*pad["satisfaction"]), Estimate(*found[name]["satisfaction"])
+                apart = "intervals apart" if ours.apart_from(theirs) else "intervals NOT apart"
+                parts.append(f"{name} {100 * theirs.mean:.0f}% ({apart})")
+            lost = 100 * (found["base"]["well_formed"][0] - pad["well_formed"][0])
+            within = "within" if lost <= MARGIN else "OUTSIDE"
+            parts.append(f"well formed {lost:.0f} points below base, {within} the margin of {MARGIN}")
+            lines.append("; ".join(parts))
+    return lines
+
+
 def write(output: Path, results: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "alignment.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -185,10 +206,18 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
         __doc__.partition("\n\n")[2].partition("\n\n")[2].partition("Writes")[0].strip(),
         f"`make alignment` on {results['hardware']}, {results['date']}, in {results['seconds'] / 60:.0f} minutes.",
     ]
+    if results["dpo_seconds"]:
+        spent = [f"{seconds:.0f}" for seconds in sorted(results["dpo_seconds"].values())]
+        text.append(
+            f"`dpo` has a model for each of {len(spent)} users, trained for {spent[0]} to {spent[-1]} s each, which "
+            "would have to be served side by side; its time is that of its engines. The others train nothing for a "
+            "user. `time / base` is of generating, and of ranking for `best_of_n`."
+        )
+    text += ["## In short", "\n".join(f"- {line}" for line in verdicts(results["rows"]))]
     for base, rows in results["rows"].items():
         text += [f"## {base}", table(rows).strip()]
     (output / "alignment.md").write_text("\n\n".join(text) + "\n")
-    plot({base: [r for r in rows if "fit" not in r["group"]] for base, rows in results["rows"].items()}, output)
+    plot(results["rows"], output)
 
 
 FULL = {

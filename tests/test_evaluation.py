@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import alignment
-from pad_vllm.demo import models, world
+from pad_vllm.demo import world
 from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.evaluation.engine import Answers
 from pad_vllm.evaluation.evaluate import EvaluationConfig, load_checker, read_config
@@ -135,7 +136,8 @@ def test_the_alignment_table(small):
     for group in ("seen", "unseen"):
         found = {row["method"]: row for row in rows if row["group"] == group}
         assert set(found) == {"base", "prompting", "best_of_n", *(f"pad, beta {b:g}" for b in alignment.BETAS)} | {
-            "pad_weights",
+            "pad_weights, true",
+            "pad_weights, fit",
             "reward_model",
         }
         base, pad = found["base"], found["pad, beta 1"]
@@ -145,12 +147,11 @@ def test_the_alignment_table(small):
         assert found["best_of_n"]["satisfaction"].mean > base["satisfaction"].mean
         assert base["well_formed"].mean > 0.8
         assert pad["well_formed"].mean > base["well_formed"].mean - 0.25
-        weights = found["pad_weights"]
-        assert weights["satisfaction"].mean >= base["satisfaction"].mean + 0.2
+        for name in ("true", "fit"):
+            assert found[f"pad_weights, {name}"]["satisfaction"].mean >= base["satisfaction"].mean + 0.2
         assert {row["num_answers"] for row in found.values()} == {16}
-    fitted = [row for row in rows if row["group"] in ("seen, fit", "unseen, fit")]
-    assert {row["method"] for row in fitted} == {"base", "pad_weights"}
     text = (output / "alignment.md").read_text()
+    assert text.count("intervals apart") + text.count("intervals NOT apart") == 4
     assert text.count("| pad, beta 1 |") == 2
     assert json.loads((output / "alignment.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
     for name in ("alignment-beta.png", "alignment-dimensions.png"):
@@ -168,42 +169,21 @@ def test_every_answer_is_kept_and_judged_by_the_checker(small):
     assert any(a["text"] != b["text"] for a, b in zip(answers["base"], answers["pad, beta 1"], strict=True))
 
 
-def test_mixing_two_heads_moves_both_dimensions(small):
-    """Weights alone, two dimensions at a time, each way: through the real engine."""
-    built = models.build()
-    from pad_vllm.reward.heads import load_heads
-    from pad_vllm.training.heads import head_weights
-
-    names = load_heads(built.reward / "heads.safetensors", models.FULL.hidden_size).names
-    wants = [
-        {"tone": tone, "encouragement": encouragement}
-        for tone in world.DIMENSIONS["tone"]
-        for encouragement in world.DIMENSIONS["encouragement"]
-    ]
-    topics = world.HELD_OUT_TOPICS
-    people = {
-        str(i): {
-            "wanted": wanted,
-            "weights": head_weights(
-                names, {world.DIMENSIONS[d][0]: 1 if v == world.DIMENSIONS[d][0] else -1 for d, v in wanted.items()}
-            ),
-            "prompts": [{"prompt": f"How do I {t.task}?", "topic": t.task} for t in topics],
-        }
-        for i, wanted in enumerate(wants)
-    }
-    config = EvaluationConfig(
-        base=str(built.base),
-        pad={"reward_model": str(built.reward), **models.PAD_CONFIG},
-        users=people,
-        checker="pad_vllm.demo.world:check",
-        methods=("base", "pad_weights"),
-        max_tokens=128,
-        engine=alignment.ENGINE,
-    )
-    rows = {row["method"]: row for row in evaluation.evaluate(config)["rows"]}
-    for dimension in ("tone", "encouragement"):
-        assert rows["base"]["dimensions"][dimension] < 0.7
-        assert rows["pad_weights"]["dimensions"][dimension] > 0.85
+def test_mixing_heads_moves_every_dimension(small):
+    """Weights alone, the true ones and those fitted to 30 comparisons, for users who want two dimensions or more."""
+    _, results = small
+    (answers,) = results["answers"].values()
+    for method in ("pad_weights, true", "pad_weights, fit"):
+        shares = defaultdict(list)
+        for record in answers[method]:
+            if len(record["satisfied"]) >= 2:
+                for dimension, satisfied in record["satisfied"].items():
+                    shares[record["user"], dimension].append(satisfied)
+        assert len(shares) >= 4
+        assert all(sum(share) / len(share) >= 0.75 for share in shares.values()), (method, dict(shares))
+    for fit in results["fit"].values():
+        assert fit["num_comparisons"] == 30
+        assert fit["held_out_accuracy"] >= 0.75
 
 
 def test_table_and_plot_of_one_group(tmp_path):

@@ -48,9 +48,9 @@ class EvaluationConfig:
     Attributes:
         base: path or hub id of the base model.
         pad: the ``pad`` section of an engine's ``additional_config``.
-        users: name -> ``preference`` (text, or one for each prompt), ``weights`` (for ``pad_weights``), ``group``
-            (users of one group are reported together), ``prompts`` (instead of the common ones), ``dpo`` (path of a
-            model tuned for this user), and whatever else the checker reads.
+        users: name -> ``preference`` (text, or one for each prompt), ``weights`` (for ``pad_weights``: a list, or
+            several by name), ``group`` (users of one group are reported together), ``prompts`` (instead of the common
+            ones), ``dpo`` (path of a model tuned for this user), and whatever else the checker reads.
         prompts: records with a ``prompt`` (text or messages), and whatever else the checker reads.
         checker: ``"module:name"`` of a :data:`Checker`.
         methods: of :data:`METHODS`; those that need what a user does not have are left out for this user.
@@ -168,7 +168,6 @@ def _cells(config: EvaluationConfig) -> list[Cell]:
 def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> dict[str, tuple[list[int], Answers]]:
     """For each method, the cells that it answered and its answers. One engine serves all that the base model can."""
     said = [i for i, cell in enumerate(cells) if cell.preference is not None]
-    weighed = [i for i, cell in enumerate(cells) if cell.user.get("weights") is not None]
     plain = [prompt_ids(cell.record["prompt"], tokenizer) for cell in cells]
     plans: dict[str, tuple[list[int], list[Request]]] = {"base": (list(range(len(cells))), list(map(Request, plain)))}
 
@@ -184,9 +183,12 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
         for beta in config.betas:
             requests = [Request(plain[i], {**preferring(i), "pad_beta": beta}) for i in said]
             plans[f"pad, beta {beta:g}"] = (said, requests)
-    if "pad_weights" in config.methods and weighed:
-        requests = [Request(plain[i], {"pad_weights": cells[i].user["weights"], "pad_beta": 1.0}) for i in weighed]
-        plans["pad_weights"] = (weighed, requests)
+    if "pad_weights" in config.methods:
+        weights = [_weights(cell.user) for cell in cells]
+        for name in dict.fromkeys(name for own in weights for name in own):
+            weighed = [i for i, own in enumerate(weights) if name in own]
+            requests = [Request(plain[i], {"pad_weights": weights[i][name], "pad_beta": 1.0}) for i in weighed]
+            plans[name] = (weighed, requests)
 
     settings = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": config.seed}
     template = PromptTemplate(
@@ -227,6 +229,16 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
             )
             answers["dpo"] = ([i for indices in tuned.values() for i in indices], all_of)
     return answers
+
+
+def _weights(user: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """A user's weights by the name of what is done with them."""
+    weights = user.get("weights")
+    if weights is None:
+        return {}
+    if isinstance(weights, Mapping):
+        return {f"pad_weights, {name}": values for name, values in weights.items()}
+    return {"pad_weights": weights}
 
 
 @contextlib.contextmanager
