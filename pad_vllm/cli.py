@@ -82,6 +82,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--lora-rank", type=int, default=0, help="train a LoRA, merged at the end (default: all weights)"
     )
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument(
+        "--trainer", nargs="+", metavar="NAME=JSON", default=[], help="of transformers' TrainingArguments"
+    )
     parser.add_argument("--seed", type=int, default=0)
     for stage, lr in (("backbone", 5e-6), ("heads", 1e-3)):
         parser.add_argument(f"--{stage}-lr", type=float, default=lr, help="peak learning rate (default %(default)s)")
@@ -106,10 +109,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_fit)
 
 
-def _columns(columns: Sequence[str]) -> dict[str, str]:
-    if strange := [column for column in columns if "=" not in column]:
-        raise ValueError(f"--columns: {strange[0]!r}: expected FIELD=NAME, as in prompt=question")
-    return dict(column.split("=", 1) for column in columns)
+def _assignments(option: str, values: Sequence[str]) -> dict[str, str]:
+    if strange := [value for value in values if "=" not in value]:
+        raise ValueError(f"{option}: {strange[0]!r}: expected NAME=VALUE")
+    return dict(value.split("=", 1) for value in values)
 
 
 def _given(**settings) -> dict:
@@ -128,8 +131,11 @@ def _train(
     batch_size,
     beta,
     nll_weight,
+    trainer,
     **settings,
 ) -> int:
+    import json
+
     from pad_vllm.training.train import Stage, TrainingConfig, train
 
     common = {"batch_size": batch_size, "beta": beta, "nll_weight": nll_weight}
@@ -138,7 +144,8 @@ def _train(
         config = TrainingConfig(
             **settings,
             **_given(prompt_template=prompt_template),
-            columns=_columns(columns),
+            columns=_assignments("--columns", columns),
+            trainer={name: json.loads(value) for name, value in _assignments("--trainer", trainer).items()},
             stages=tuple(stages) if stages else None,
             backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, **common),
             heads=Stage(lr=heads_lr, epochs=heads_epochs, **common),
@@ -156,7 +163,7 @@ def _fit(name, columns, prompt_template, **settings) -> int:
     from pad_vllm.training.fit import fit
 
     def run() -> None:
-        found = fit(**settings, **_given(prompt_template=prompt_template), columns=_columns(columns))
+        found = fit(**settings, **_given(prompt_template=prompt_template), columns=_assignments("--columns", columns))
         print(
             f"{found.num_comparisons} comparisons: the weights say which answer was chosen in {found.accuracy:.0%}, in "
             f"{found.held_out_accuracy:.0%} of those left out of the fit in turn."

@@ -148,6 +148,26 @@ def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
     assert not any("embed" in name or "norm" in name for name in changed)
 
 
+def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
+    """Updates of 1e-6 are lost to bfloat16; what is saved is of the model's own precision."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    seen = []
+
+    class Watching(trainer.PADTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.append({p.dtype for p in model.parameters() if p.requires_grad})
+            return super().compute_loss(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pad_vllm.training.train.PADTrainer", Watching)
+        train(config_of(half, pairs, tmp_path / "reward", trainer={"gradient_accumulation_steps": 2}), quiet=True)
+    assert seen == [{torch.float32}] * len(seen)
+    assert {t.dtype for t in load_file(tmp_path / "reward" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "reward" / "heads.safetensors").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -155,6 +175,8 @@ def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
         ({"prompt_template": "no hole"}, "exactly once"),
         ({"max_length": 3}, "all 38 comparisons are longer than 3 tokens|longer than 3 tokens"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
+        ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or not of"),
+        ({"trainer": {"learning_rate": 1}}, "trainer: learning_rate: set by another option"),
     ],
 )
 def test_bad_settings_leave_nothing_behind(settings, says, base, pairs, tmp_path):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import shutil
 from collections import defaultdict
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
@@ -32,6 +33,7 @@ from pad_vllm.training.trainer import PADTrainer, last_checkpoint, reward_margin
 logger = logging.getLogger(__name__)
 
 STAGES = ("backbone", "heads")
+_SAVING = {"save_strategy": "steps", "save_total_limit": 2, "eval_strategy": "steps"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TrainingConfig:
         columns, split: as :func:`~pad_vllm.training.data.read_comparisons` takes them.
         prompt_template, insert_after: how a preference enters; the server's configuration must say the same.
         max_length: tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
+        trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
         lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end. 0: all weights.
         save_steps: a checkpoint every so many steps, from which a killed run goes on when started again.
     """
@@ -77,6 +80,7 @@ class TrainingConfig:
     lora_rank: int = 0
     save_steps: int = 200
     seed: int = 0
+    trainer: dict[str, Any] = field(default_factory=dict)
     backbone: Stage = field(default_factory=lambda: Stage(lr=5e-6))
     heads: Stage = field(default_factory=lambda: Stage(lr=1e-3))
 
@@ -97,9 +101,27 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         raise FileExistsError(f"{output} exists")
     if strange := set(config.stages or ()) - set(STAGES):
         raise ValueError(f"stages: {', '.join(sorted(strange))}: there are {', '.join(STAGES)}")
+    taken = (
+        "output_dir",
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "seed",
+        "save_steps",
+        "eval_steps",
+    )
+    if strange := [
+        name
+        for name in config.trainer
+        if name in (*taken, *_SAVING) or name not in TrainingArguments.__dataclass_fields__
+    ]:
+        raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("training runs in one process, on one device; see lora_rank for large models")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     model = AutoModelForCausalLM.from_pretrained(config.model)
     reference = AutoModelForCausalLM.from_pretrained(config.reference or config.model).requires_grad_(False)
+    dtype = model.dtype
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
     positions = [m.config.get_text_config().max_position_embeddings for m in (model, reference)]
     max_length = min(config.max_length or math.inf, *positions)
@@ -129,6 +151,8 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     run = _Run(config, work, quiet)
     metrics: dict[str, Any] = {}
     if "backbone" in stages:
+        if not config.lora_rank:
+            model.float()  # small updates are lost in half precision; a LoRA has weights of its own
         model = run.backbone(model, reference, pairs, eval_pairs)
         metrics["backbone"] = measure(model, reference, eval_pairs)
     heads = None
@@ -137,7 +161,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         metrics["heads"] = measure_heads(headed, reference, eval_pairs)
         heads = headed.tensors()
     record = {"settings": dataclasses.asdict(config), "metrics": metrics, "num_comparisons": len(pairs)}
-    export(output, model, tokenizer, heads, record)
+    export(output, model.to(dtype), tokenizer, heads, record)
     shutil.rmtree(work)
     return metrics
 
@@ -219,12 +243,10 @@ class _Run:
             batch_size=stage.batch_size,
             lr=stage.lr,
             seed=self._config.seed,
-            save_strategy="steps",
             save_steps=self._config.save_steps,
-            save_total_limit=2,
-            eval_strategy="steps",
             eval_steps=self._config.save_steps,
-            disable_tqdm=self._quiet,
+            **_SAVING,
+            **({"disable_tqdm": self._quiet} | self._config.trainer),
         )
         trainer = PADTrainer(
             model,

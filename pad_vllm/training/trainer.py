@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
+from tqdm import trange
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -68,7 +69,7 @@ def score_answers(
     by_length = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
     scores = torch.empty(len(examples))
     device = next(model.parameters()).device
-    for start in range(0, len(examples), batch_size):
+    for start in trange(0, len(examples), batch_size, desc="scoring", disable=None if len(examples) > 10_000 else True):
         rows = by_length[start : start + batch_size]
         batch = pad_examples([examples[i] for i in rows])
         if weights is not None:
@@ -221,7 +222,9 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        defaults["bf16"] = True
+    args = TrainingArguments(
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -229,6 +232,8 @@ def training_arguments(
         seed=seed,
         **(defaults | settings),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # or the Trainer copies the model to all of them, and splits every batch
+    return args
 
 
 class _MarkComplete(TrainerCallback):
