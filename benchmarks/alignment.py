@@ -191,9 +191,9 @@ def verdicts(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:
                 ours, theirs = Estimate(*pad["satisfaction"]), Estimate(*found[name]["satisfaction"])
                 apart = "intervals apart" if ours.apart_from(theirs) else "intervals NOT apart"
                 parts.append(f"{name} {100 * theirs.mean:.0f}% ({apart})")
-            lost = 100 * (found["base"]["well_formed"][0] - pad["well_formed"][0])
-            within = "within" if lost <= MARGIN else "OUTSIDE"
-            parts.append(f"well formed {lost:.0f} points below base, {within} the margin of {MARGIN}")
+            gain = 100 * (pad["well_formed"][0] - found["base"]["well_formed"][0])
+            within = "within" if gain >= -MARGIN else "OUTSIDE"
+            parts.append(f"well formed {gain:+.0f} points against base, {within} the margin of {MARGIN}")
             lines.append("; ".join(parts))
     return lines
 

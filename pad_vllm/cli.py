@@ -182,6 +182,7 @@ def _eval(config: str, output: str) -> int:
     from pad_vllm.evaluation.report import plot, table
 
     def run() -> None:
+        sys.path.insert(0, str(Path(config).resolve().parent))  # the checker's module may stand beside its name
         result = evaluate(read_config(config))
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from tests.models import make_heads, make_model
 set_environment("v1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each worker's engines on a core of their own
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(CORES[int(worker.removeprefix("gw")) % len(CORES)])
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes to come
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small lose by sharing
 
@@ -26,7 +27,10 @@ HEADS = ["concise", "formal", "playful"]
 MIX = (0.7, -0.2, 0.5)
 """Weights of the named heads, wherever a test mixes them."""
 
-SLOW = ("test_engine", "test_settings", "test_start", "test_lifecycle", "test_speculative", "test_no_sync", "test_soak")
+SLOW = (
+    "test_demo",  # trains the models that others read
+    *("test_engine", "test_settings", "test_start", "test_lifecycle", "test_speculative", "test_no_sync", "test_soak"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

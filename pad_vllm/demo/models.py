@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -144,16 +145,15 @@ def _cached(
 ) -> Path:
     root = Path(cache_dir or os.environ.get("PAD_VLLM_CACHE") or Path.home() / ".cache" / "pad-vllm")
     folder = root / f"{name}-{_fingerprint(seed, recipe)}"
-    if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root, ignore_cleanup_errors=True) as unfinished:
-            made = Path(unfinished, name)
-            make(made)
-            try:
+    if folder.exists():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{folder.name}.lock"):  # another process may be at the same build: its result will do
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root, ignore_cleanup_errors=True) as unfinished:
+                made = Path(unfinished, name)
+                make(made)
                 made.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process has finished the same build
-                    raise
     return folder
 
 

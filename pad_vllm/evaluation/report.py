@@ -59,25 +59,36 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path)
         for group, axis in zip(groups, column, strict=True):
             own = {row["method"]: row for row in rows if row["group"] == group}
             points = {name: (100 * row["well_formed"][0], 100 * row["satisfaction"][0]) for name, row in own.items()}
-            path = [point for name, point in points.items() if name.startswith("pad, beta")]
-            axis.plot(*zip(*[points["base"], *path], strict=True), "-", color="tab:green", linewidth=1)
-            for name, point in points.items():
-                axis.plot(*point, "o", color="tab:green" if name.startswith("pad") else "tab:gray")
-                axis.annotate(name.removeprefix("pad, "), point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+            path = {name: point for name, point in points.items() if name.startswith("pad, beta")}
+            line = [points["base"], *path.values()]
+            axis.plot(*zip(*line, strict=True), ".-", color="tab:green", linewidth=1, label="pad, by beta")
+            for i, (name, point) in enumerate(path.items()):  # at high satisfaction they crowd: above and below in turn
+                place = {"xytext": (0, 5 if i % 2 else -11), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(name.removeprefix("pad, beta "), point, **place, fontsize=7, color="tab:green")
+            others = [name for name in points if name not in path]
+            for name, marker in zip(others, "oXsDP^vd<>*h", strict=False):
+                axis.plot(*points[name], marker, markersize=5, alpha=0.7, label=name)
             axis.set_title(f"{base}, {group}", fontsize=9)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("well formed answers (%)")
     for axis in axes[:, 0]:
         axis.set_ylabel("preference satisfaction (%)")
+    axes[0, 0].legend(fontsize=7, loc="lower left")
     paths = [folder / "alignment-beta.png", folder / "alignment-dimensions.png"]
     figure.savefig(paths[0], dpi=110, bbox_inches="tight")
 
     figure, axes = pyplot.subplots(
-        len(groups), len(results), figsize=(4.5 * len(results), 3 * len(groups)), squeeze=False, sharey=True
+        len(groups),
+        len(results),
+        figsize=(4.5 * len(results), 3 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
-    shown = ("base", "prompting", "pad, beta 1")
-    for (_, rows), column in zip(results.items(), axes.T, strict=True):
+    betas = [row["method"] for row in next(iter(results.values())) if row["method"].startswith("pad, beta")]
+    shown = ("base", "prompting", *betas[(len(set(betas)) - 1) // 2 :][:1])
+    for (base, rows), column in zip(results.items(), axes.T, strict=True):
         for group, axis in zip(groups, column, strict=True):
             own = {row["method"]: row for row in rows if row["group"] == group and row["method"] in shown}
             names = list(own["base"]["dimensions"])
@@ -85,12 +96,10 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path)
                 positions = [x + (i - 1) * 0.27 for x in range(len(names))]
                 axis.bar(positions, [100 * row["dimensions"][n] for n in names], 0.25, label=method)
             axis.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right")
-            axis.set_title(group, fontsize=9)
-    for (base, _), axis in zip(results.items(), axes[0], strict=True):
-        axis.set_title(f"{base}, {groups[0]}", fontsize=9)
+            axis.set_title(f"{base}, {group}", fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("preference satisfaction (%)")
-    axes[0, 0].legend(fontsize=7)
+    axes[-1, 0].legend(fontsize=7, loc="lower left")
     figure.savefig(paths[1], dpi=110, bbox_inches="tight")
     pyplot.close("all")
     return paths
