@@ -20,13 +20,12 @@ import sys
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pad_vllm.config import read_pad
-from pad_vllm.params import PAD, check_int, check_persona, is_ours
+from pad_vllm.params import PAD, check_int, check_persona
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ NOT_LOADED = (
     "Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must include 'pad' where it is set; "
     f"{ANNOUNCE_DIR} must name a shared folder where the engine runs on another machine"
 )
+FOLDER_PREFIX = "pad-vllm-"
+OWNER = "owner.lock"
 MAX_FRAMES = 8
 """Between vLLM's input processor and this module there are fewer."""
 
@@ -61,6 +62,8 @@ class Announcement:
     prompt_template: str = ""
     guides_all: bool = False
     """A default persona guides requests that ask for nothing."""
+    instance_id: str = ""
+    """vLLM's id of the engine, which its frontend on the same machine knows too."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
 
@@ -80,8 +83,8 @@ class Announcement:
         if asked.preference is not None:
             if self.tokenizer is None:
                 raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
-            template = _template(json.dumps(self.tokenizer, sort_keys=True), self.prompt_template)
-            check_preference(template, asked.preference, self.max_preference_tokens)
+            tokenizer = json.dumps(self.tokenizer, sort_keys=True)
+            _template(tokenizer, self.prompt_template, self.max_preference_tokens).encode_preference(asked.preference)
 
 
 def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> None:
@@ -95,29 +98,25 @@ def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> No
         )
 
 
-def check_preference(template: PromptTemplate, preference: str, max_tokens: int) -> None:
-    """Raise ValueError if a preference takes more than ``max_tokens`` in the reward model's prompt."""
-    num_tokens = template.num_added_tokens(preference) - template.num_added_tokens("")
-    if num_tokens > max_tokens:
-        raise ValueError(f"pad_preference: {num_tokens} tokens, at most {max_tokens} are allowed")
-
-
 @functools.lru_cache(maxsize=8)
-def _template(tokenizer: str, prompt_template: str) -> PromptTemplate:
+def _template(tokenizer: str, prompt_template: str, max_preference_tokens: int) -> PromptTemplate:
     from transformers import AutoTokenizer
 
     try:
-        return PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
+        template = PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
     except OSError as error:
         raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({error})") from error
+    template.max_preference_tokens = max_preference_tokens
+    return template
 
 
 def register() -> None:
     """The ``vllm.general_plugins`` hook, run in every process before its engine is configured."""
     _make_folder()
-    _refuse_what_vllm_would_drop()
+    from pad_vllm import frontend
     from pad_vllm.metrics import register_collector
 
+    frontend.install()
     register_collector()
 
 
@@ -126,55 +125,54 @@ def _make_folder() -> None:
     if ANNOUNCE_DIR in os.environ:
         return
     try:
-        folder, owner = tempfile.mkdtemp(prefix="pad-vllm-"), os.getpid()
+        _sweep(Path(tempfile.gettempdir()))
+        folder, owner = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX)), os.getpid()
+        lock = _locked(folder / OWNER)
     except OSError as error:
         logger.warning("No folder for announcements of PAD engines: %s", error)
         return
-    os.environ[ANNOUNCE_DIR] = folder
+    os.environ[ANNOUNCE_DIR] = str(folder)
     also = os.environ.get(RAY_COPIES)  # or Ray's workers would not know the folder
     os.environ[RAY_COPIES] = f"{also},{ANNOUNCE_DIR}" if also else ANNOUNCE_DIR
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+    def remove() -> None:
+        lock.close()
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
 
 
-def _refuse_what_vllm_would_drop() -> None:
-    """Let a request over HTTP be refused whose guidance vLLM's API server drops before it asks any plugin.
-
-    Those are arguments beside ``vllm_xargs``, which it ignores, and all arguments on the way to beam search. It makes
-    the parameters in methods of the request's class, where a ValueError becomes HTTP 400.
-    """
-    for module, name in (
-        ("chat_completion", "ChatCompletionRequest"),
-        ("completion", "CompletionRequest"),
-        ("responses", "ResponsesRequest"),
-    ):
-        request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
-        for method, refuse in (("to_sampling_params", _refuse_beside), ("to_beam_search_params", _refuse_beams)):
-            make_params = getattr(request_class, method, None)
-            if make_params is not None and not hasattr(make_params, "__wrapped__"):
-                setattr(request_class, method, _refuse_first(refuse, make_params))
+def _sweep(root: Path) -> None:
+    """Remove the folders of processes that were killed before they could."""
+    for folder in root.glob(f"{FOLDER_PREFIX}*"):
+        locks = [folder / OWNER, *folder.glob("*.json")]
+        with contextlib.suppress(OSError):  # another user's, or without an owner's lock: let it be
+            if all(_is_abandoned(path) for path in locks):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_first(refuse: Callable[[Any], None], make_params: Callable) -> Callable:
-    @functools.wraps(make_params)
-    def refuse_or_make(request, *args, **kwargs):
-        refuse(request)
-        return make_params(request, *args, **kwargs)
-
-    return refuse_or_make
-
-
-def _refuse_beside(request: Any) -> None:
-    if beside := [key for key in request.model_extra or {} if is_ours(key)]:
-        raise ValueError(
-            f"{', '.join(beside)}: guidance goes into vllm_xargs, as in "
-            f'{{"vllm_xargs": {{"{beside[0]}": ...}}}}; elsewhere it would be ignored'
-        )
+def _locked(path: Path, text: str = "") -> TextIO:
+    """A new file with a lock that is held until it is closed, or its process and all forked from it have ended."""
+    part = path.with_suffix(".part")
+    file = part.open("w")
+    with contextlib.suppress(OSError):  # some file systems have no locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.write(text)
+    file.flush()
+    part.rename(path)
+    return file
 
 
-def _refuse_beams(request: Any) -> None:
-    _refuse_beside(request)
-    if asked := [key for key in request.vllm_xargs or {} if is_ours(key)]:
-        raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody holds a file's lock: its process is gone, in whatever namespace it ran. OSError if it is not
+    there."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            return False
+    return True
 
 
 def is_beam_search(params: SamplingParams) -> bool:
@@ -196,13 +194,7 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
         folder = Path(os.environ.get(ANNOUNCE_DIR, os.devnull))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.json"
-        part = path.with_suffix(".part")
-        file = part.open("w")
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or its process ends
-        file.write(json.dumps(asdict(announcement)))
-        file.flush()
-        part.rename(path)
+        file = _locked(path, json.dumps(asdict(announcement)))
     except OSError as error:
         if not announcement.configured:
             return None  # without it, the frontend refuses guidance all the same
@@ -226,15 +218,6 @@ def stats_path(announcement: Path) -> Path:
     return announcement.with_suffix(".stats")
 
 
-def _is_abandoned(file: TextIO) -> bool:
-    """Whether nobody holds the lock of an announcement: its engine's process is gone, in whatever namespace it ran."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks
-        return False
-    return True
-
-
 def announced() -> dict[Path, Announcement]:
     """What the living engines of this frontend accept, by their files."""
     folder = Path(os.environ.get(ANNOUNCE_DIR, "/nonexistent"))
@@ -254,8 +237,7 @@ def _parse(path: Path) -> Announcement:
 def _read(path: Path) -> Announcement | None:
     """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
     try:
-        with path.open() as file:
-            return None if _is_abandoned(file) else _parse(path)
+        return None if _is_abandoned(path) else _parse(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -270,11 +252,14 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
+    vllm_config = _engine_of_this_request()
     if asked is None:
-        _validate_unasked(sampling_params)
+        _validate_unasked(sampling_params, vllm_config)
         return
-    engines = announced().values()
-    if not engines:
+    engines = list(announced().values())
+    if vllm_config is not None:  # of several in this process; on another machine, it has an id of its own
+        engines = [engine for engine in engines if engine.instance_id == vllm_config.instance_id] or engines
+    if not engines or (vllm_config is not None and drops_processors(vllm_config)):
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
             f"would go unguided. {NOT_LOADED}"
@@ -288,26 +273,25 @@ def validate(sampling_params: SamplingParams) -> None:
     raise errors[0]
 
 
-def _validate_unasked(sampling_params: SamplingParams) -> None:
+def _validate_unasked(sampling_params: SamplingParams, vllm_config: VllmConfig | None) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
     if is_beam_search(sampling_params) and any(engine.guides_all for engine in announced().values()):
         raise ValueError(
             "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
             "every request (pad.default_persona)"
         )
-    vllm_config = _engine_of_this_request()
-    if vllm_config is not None and drops_default_persona(vllm_config):
+    if vllm_config is None or not drops_processors(vllm_config):
+        return
+    pad = read_pad(vllm_config.additional_config)
+    if pad is not None and pad.get("default_persona") is not None:
         raise ValueError(
             f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
         )
 
 
-def drops_default_persona(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM leaves a default persona out in silence: it then neither builds the processor nor says so."""
-    if vllm_config.speculative_config is None or vllm_config.use_v2_model_runner:
-        return False
-    pad = read_pad(vllm_config.additional_config)
-    return pad is not None and pad.get("default_persona") is not None
+def drops_processors(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM leaves logits processors out in silence: it then neither builds them nor says so."""
+    return vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
 
 
 def _engine_of_this_request() -> VllmConfig | None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from pad_vllm.admission import Announcement
 from pad_vllm.config import PADConfig
 
 
-def check(config: str | None, model: str | None, max_model_len: int | None) -> int:
+def check(
+    config: str | None, model: str | None, max_model_len: int | None, engine_args: Mapping[str, Any] | None = None
+) -> int:
     """Print what is found, a line each.
 
     Args:
         config: path of a configuration file, or the configuration itself as JSON.
         model: a base model to hold the reward model against.
         max_model_len: that the engine would have.
+        engine_args: other arguments of vLLM's engine.
 
     Returns:
         Exit status: 0 where guidance could start, 1 where it could not.
@@ -38,7 +41,7 @@ def check(config: str | None, model: str | None, max_model_len: int | None) -> i
     if config is not None and (read := report.line("configuration", lambda: read_config(config))):
         report.line("reward model", lambda: check_files(read))
         if model is not None:
-            report.line("base model", lambda: check_base(read, model, max_model_len))
+            report.line("base model", lambda: check_base(read, model, max_model_len, engine_args or {}))
     return report.status
 
 
@@ -49,12 +52,13 @@ class Report:
         self.status = 0
 
     def line(self, topic: str, find: Callable[[], Any]) -> Any:
-        """Print what ``find`` returns, or the ValueError or ImportError that it raises."""
+        """Print what ``find`` returns, or the error that it raises."""
         try:
             found = find()
-        except (ValueError, ImportError) as error:
+        except Exception as error:
+            known = isinstance(error, (ValueError, ImportError))
             self.status = 1
-            print(f"FAILED  {topic}: {error}")
+            print(f"FAILED  {topic}: {error if known else internals.one_line(error)}")
             return None
         shown = describe_config(found) if isinstance(found, PADConfig) else found
         print(f"ok      {topic}: {shown}")
@@ -139,12 +143,17 @@ def check_files(config: PADConfig) -> str:
         AutoTokenizer.from_pretrained(config.reward_model, **where)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_paragraph(error)}") from None
+    check_weights_are_there(config.reward_model)
+    check_model_config(config)
     heads_path = locate_heads(config.heads, config.reward_model, config.revision)
     head_names: tuple[str, ...] = ()
     if heads_path:
         import torch
 
-        head_names = load_heads(heads_path, model_config.hidden_size, torch.device("cpu")).names
+        try:
+            head_names = load_heads(heads_path, model_config.hidden_size, torch.device("cpu")).names
+        except Exception as error:
+            raise ValueError(f"pad.heads: {heads_path} cannot be read: {one_paragraph(error)}") from None
     accepts = Announcement(
         configured=True,
         personas=tuple(config.personas),
@@ -162,20 +171,41 @@ def check_files(config: PADConfig) -> str:
     return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {', '.join(head_names) or 'none'}"
 
 
-def check_base(config: PADConfig, model: str, max_model_len: int | None) -> str:
-    """What the start of an engine would check before it loads weights."""
+def check_weights_are_there(reward_model: str) -> None:
+    folder = Path(reward_model)
+    if folder.is_dir() and not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pt")):
+        raise ValueError(f"pad.reward_model={reward_model!r}: no weights in this folder")
+
+
+def check_model_config(config: PADConfig) -> None:
+    """The reward model as vLLM would configure it, whatever base it stands beside."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
-    from pad_vllm.processor import check_engine
-    from pad_vllm.reward.template import PromptTemplate
+    from pad_vllm.compatibility import load_model_config, one_paragraph
 
     try:
         with contextlib.redirect_stdout(None):
-            args = EngineArgs(
-                model=model, max_model_len=max_model_len, logits_processors=["pad_vllm:PADLogitsProcessor"]
-            )
-            engine = args.create_engine_config()
+            alone = EngineArgs(
+                config.reward_model, revision=config.revision, trust_remote_code=config.trust_remote_code
+            ).create_model_config()
+    except Exception as error:
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}") from None
+    load_model_config(config, alone)
+
+
+def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
+    """What the start of an engine would check before it loads weights."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer, one_paragraph
+    from pad_vllm.processor import check_engine
+    from pad_vllm.reward.backend import derive_vllm_config
+    from pad_vllm.reward.template import PromptTemplate
+
+    arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
+    try:
+        with contextlib.redirect_stdout(None):
+            engine = EngineArgs(model=model, **arguments).create_engine_config()
     except Exception as error:
         raise ValueError(f"{model!r} cannot be read: {internals.one_line(error)}") from None
     check_engine(engine, engine.use_v2_model_runner)
@@ -186,6 +216,24 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None) -> str:
     check_vocabulary(config.reward_model, reward.get_vocab_size(), base.get_vocab_size(), tokenizer)
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after) if tokenizer else None
     room = fit_context(config, reward, base.max_model_len, template)
+    for name, persona in config.personas.items():
+        if template is not None and persona.preference is not None:
+            template.max_preference_tokens = room
+            try:
+                template.encode_preference(persona.preference)
+            except ValueError as error:
+                raise ValueError(f"pad.personas[{name!r}]: {error}") from None
+    try:
+        derive_vllm_config(engine, reward, engine.scheduler_config.max_num_batched_tokens)
+    except Exception as error:
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}") from None
+    layers = reward.get_num_layers(engine.parallel_config) * reward.get_num_kv_heads(engine.parallel_config)
+    one_context = reward.max_model_len * layers * reward.get_head_size() * 2 * reward.dtype.itemsize
+    if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < one_context:
+        raise ValueError(
+            f"pad.kv_cache_memory_bytes={config.kv_cache_memory_bytes}: one context of {reward.max_model_len} tokens "
+            f"takes {one_context} bytes of the reward model's KV cache"
+        )
     return (
         f"{Path(model).name}: same tokens; runner V{1 + engine.use_v2_model_runner}; {base.max_model_len:,} tokens of "
         f"context, and preferences of up to {room:,}"

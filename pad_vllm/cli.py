@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument("config", nargs="?", help="a configuration: the path of a JSON or YAML file, or JSON")
     check.add_argument("--model", help="a base model to hold the configured reward model against")
     check.add_argument("--max-model-len", type=int, help="that the engine would have")
+    check.add_argument("--engine-args", type=json.loads, metavar="JSON", help="other arguments of the engine")
     check.set_defaults(run=_check)
 
     _add_train(commands.add_parser("train", help="learn a personalized reward model from a preference set"))
@@ -134,8 +136,6 @@ def _train(
     trainer,
     **settings,
 ) -> int:
-    import json
-
     from pad_vllm.training.train import Stage, TrainingConfig, train
 
     common = {"batch_size": batch_size, "beta": beta, "nll_weight": nll_weight}
@@ -158,8 +158,6 @@ def _train(
 
 
 def _fit(name, columns, prompt_template, **settings) -> int:
-    import json
-
     from pad_vllm.training.fit import fit
 
     def run() -> None:
@@ -175,7 +173,6 @@ def _fit(name, columns, prompt_template, **settings) -> int:
 
 
 def _eval(config: str, output: str) -> int:
-    import json
     from pathlib import Path
 
     from pad_vllm.evaluation.evaluate import evaluate, read_config

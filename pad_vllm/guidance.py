@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
-from pad_vllm.admission import Announcement, check_preference, check_weights
+from pad_vllm.admission import Announcement, check_weights
 from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
 from pad_vllm.config import PADConfig
 from pad_vllm.metrics import Board, Stats
@@ -76,6 +76,7 @@ class Guidance:
         self.config = config
         self.device = device
         base = vllm_config.model_config
+        self.instance_id = vllm_config.instance_id
         self.labels = (str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index))
         model_config = load_model_config(config, base)
         self.tokenizer_args = {
@@ -90,6 +91,8 @@ class Guidance:
         if tokenizer is not None:
             self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
         self.max_preference_tokens = fit_context(config, model_config, base.max_model_len, self.template)
+        if self.template is not None:
+            self.template.max_preference_tokens = self.max_preference_tokens
 
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
@@ -135,6 +138,7 @@ class Guidance:
             tokenizer=self.tokenizer_args if self.template else None,
             prompt_template=self.config.prompt_template,
             guides_all=self.config.default_persona is not None,
+            instance_id=self.instance_id,
             labels=self.labels,
         )
 
@@ -152,7 +156,7 @@ class Guidance:
         if params.preference is not None:
             if self.template is None:
                 raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
-            check_preference(self.template, params.preference, self.max_preference_tokens)
+            self.template.encode_preference(params.preference)
         return params
 
     def new_request(self, slot: int, params: GuidanceParams, prompt_ids: list[int]) -> Context:

@@ -23,6 +23,7 @@ ALLOW_UNTESTED = "PAD_VLLM_ALLOW_UNTESTED_VLLM"
 
 PARAMETERS = {
     "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends": ("vllm_config",),
+    "vllm.entrypoints.launchers.app:init_entrypoints_middleware": ("args", "app"),
     "vllm.forward_context:set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
     "vllm.model_executor.layers.utils:apply_penalties": (
         *("logits", "prompt_tokens_tensor", "output_tokens_tensor"),

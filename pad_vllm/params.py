@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import vllm
 
 PREFIX = "pad_"
+MAX_SHOWN = 100
+"""Characters of a value that an error message repeats."""
 MAX_BETA = 100.0
 MAX_WEIGHT = 1e4
 MAX_PREFERENCE_CHARS = 32_768
@@ -19,44 +22,55 @@ MAX_PREFERENCE_CHARS = 32_768
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest known one, and what there is."""
-    known = sorted(known)
+    name, known = name[:MAX_SHOWN], sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     shown = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
     return f"{hint}known: {shown or 'none'}"
 
 
+def shown(value: Any) -> str:
+    """``repr(value)``, for an error message: no longer than a line."""
+    text = _REPR.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = MAX_SHOWN
+_REPR.maxlist = _REPR.maxtuple = 12
+
+
 def check_text(key: str, value: Any, max_chars: int = MAX_PREFERENCE_CHARS) -> str:
     """``value`` if it is a non-empty text that can be encoded; else ValueError naming ``key``."""
     if not isinstance(value, str):
-        raise ValueError(f"{key}={value!r}: must be a string, not {type(value).__name__}")
+        raise ValueError(f"{key}={shown(value)}: must be a string, not {type(value).__name__}")
     if not value.strip():
-        raise ValueError(f"{key}={value!r}: must not be empty; leave it out instead")
+        raise ValueError(f"{key}={shown(value)}: must not be empty; leave it out instead")
     if len(value) > max_chars:
         raise ValueError(f"{key}: {len(value)} characters, at most {max_chars} are allowed")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{key}={value!r}: contains a lone surrogate, which is not text") from None
+        raise ValueError(f"{key}={shown(value)}: contains a lone surrogate, which is not text") from None
     return value
 
 
 def check_number(key: str, value: Any, low: float, high: float) -> float:
     """``value`` as a float if it is a number in [low, high]; else ValueError naming ``key``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}={value!r}: must be a number, not {type(value).__name__}")
+        raise ValueError(f"{key}={shown(value)}: must be a number, not {type(value).__name__}")
     if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{key}={value!r}: must be between {low:g} and {high:g}")
+        raise ValueError(f"{key}={shown(value)}: must be between {low:g} and {high:g}")
     return float(value)
 
 
 def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
     """``value`` if it is an integer in [low, high]; else ValueError naming ``key``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key}={value!r}: must be an integer, not {type(value).__name__}")
+        raise ValueError(f"{key}={shown(value)}: must be an integer, not {type(value).__name__}")
     if value < low or (high is not None and value > high):
         raise ValueError(
-            f"{key}={value!r}: must be " + (f"at least {low}" if high is None else f"between {low} and {high}")
+            f"{key}={shown(value)}: must be " + (f"at least {low}" if high is None else f"between {low} and {high}")
         )
     return value
 
@@ -64,13 +78,19 @@ def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
 def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> str:
     """``name`` if it is one of ``known``; else ValueError with the closest one."""
     if name not in known:
-        raise ValueError(f"{key}={name!r}: no such persona; {did_you_mean(name, known)}")
+        raise ValueError(f"{key}={shown(name)}: no such persona; {did_you_mean(name, known)}")
     return name
 
 
 def is_ours(key: Any) -> bool:
     """Whether a request's argument was meant for PAD: with the prefix, in whatever case and with whatever dash."""
-    return str(key).lower().replace("-", "_").startswith(PREFIX)
+    name = str(key).strip().lower().replace("-", "_")
+    return name.startswith(PREFIX) or name == "pad" or is_known(key)
+
+
+def is_known(key: Any) -> bool:
+    """Whether a request's argument is one of PAD's, in whatever case and with whatever between its words."""
+    return "".join(filter(str.isalnum, str(key))).lower() in _KNOWN
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,9 @@ class PAD:
             check_int("pad_top_k", self.top_k, 1)
         if self.weights is not None:
             if not isinstance(self.weights, (list, tuple)) or not self.weights:
-                raise ValueError(f"pad_weights={self.weights!r}: must be a list of numbers, one for each value head")
+                raise ValueError(
+                    f"pad_weights={shown(self.weights)}: must be a list of numbers, one for each value head"
+                )
             checked = (
                 check_number(f"pad_weights[{i}]", w, -MAX_WEIGHT, MAX_WEIGHT) for i, w in enumerate(self.weights)
             )
@@ -129,7 +151,7 @@ class PAD:
         known = {PREFIX + field.name for field in fields(cls)}
         for key, value in given.items():
             if key not in known:
-                raise ValueError(f"{key}: no such argument; {did_you_mean(str(key).lower(), known)}")
+                raise ValueError(f"{shown(str(key))[1:-1]}: no such argument; {did_you_mean(str(key).lower(), known)}")
             if value is None:
                 raise ValueError(f"{key}=None: leave it out instead")
         return cls(**{key.removeprefix(PREFIX): value for key, value in given.items()}) if given else None
@@ -144,6 +166,9 @@ class PAD:
         return replace(
             persona, **{f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         )
+
+
+_KNOWN = frozenset("pad" + field.name.replace("_", "") for field in fields(PAD))
 
 
 @dataclass(frozen=True)
@@ -172,7 +197,7 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
 
     processors = [logits_processors] if isinstance(logits_processors, PAD) else list(logits_processors or ())
     if len(processors) > 1 or not all(isinstance(p, PAD) for p in processors):
-        raise ValueError(f"logits_processors={processors!r}: takes one PAD(...); combine preferences in its text")
+        raise ValueError(f"logits_processors={shown(processors)}: takes one PAD(...); combine preferences in its text")
     if processors:
         extra_args = dict(kwargs.get("extra_args") or {})
         if clash := [key for key in extra_args if is_ours(key)]:

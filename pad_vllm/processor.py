@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from pad_vllm import admission, internals
+from pad_vllm import admission, frontend, internals
 from pad_vllm.config import PADConfig
 from pad_vllm.params import PAD
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from pad_vllm.adapters.v1 import V1Adapter
     from pad_vllm.adapters.v2 import V2Adapter
+
+
+frontend.install()  # again: the hook may have run before vLLM's API server was imported
 
 
 class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
@@ -59,6 +63,11 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         config = PADConfig.from_additional_config(vllm_config.additional_config)
         if config is not None:
             internals.check_version()
+            if admission.ANNOUNCE_DIR not in os.environ:
+                raise ValueError(
+                    "pad: vLLM has not run pad-vllm's plugin hook, and requests could go unguided in silence; install "
+                    "the package, and where VLLM_PLUGINS is set, add 'pad' to it"
+                )
         try:
             self._start(config, device_or_req_states)
         except ImportError as error:

@@ -7,12 +7,16 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm
 
 from pad_vllm import PADLogitsProcessor, admission
 from pad_vllm.admission import ANNOUNCE_DIR, Announcement
+from pad_vllm.reward.template import PromptTemplate
 from tests.malformed import GOOD, malformed
 
 GUIDED = Announcement(True, personas=("alice",), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8)
@@ -134,3 +138,48 @@ def test_ten_thousand_malformed_requests_are_refused(models):
         with pytest.raises(ValueError, match=r"(?i)pad"):
             validate(**arguments)
     validate(pad_persona="terse", pad_weights=[1, 2, 3.0], **GOOD)
+
+
+def test_preferences_that_were_refused_are_not_kept(models):
+    template = PromptTemplate(models.tokenizer, "{preference} {prompt}")
+    template.max_preference_tokens = 8
+    for i in range(20):
+        with pytest.raises(ValueError, match="at most 8 are allowed"):
+            template.encode_preference("one two three four five " * (9 + i))
+    template.encode_preference("be brief")
+    assert template.encode_preference.cache_info().currsize == 1
+
+
+def test_an_engine_is_asked_by_its_own_frontend(monkeypatch):
+    first, second = Owner(), Owner()
+    admission.announce(GUIDED, first)
+    admission.announce(Announcement(True, personas=("bob",), instance_id="second"), second)
+    config = SimpleNamespace(instance_id="second", speculative_config=None, use_v2_model_runner=False)
+    monkeypatch.setattr(admission, "_engine_of_this_request", lambda: config)
+    validate(pad_persona="bob")
+    with pytest.raises(ValueError, match="no such persona"):
+        validate(pad_persona="alice")
+    config.speculative_config = object()
+    with pytest.raises(ValueError, match="Speculative decoding on the V1 runner drops logits processors"):
+        validate(pad_persona="bob")
+
+
+def test_folders_of_killed_processes_are_swept(monkeypatch, tmp_path):
+    monkeypatch.delenv(ANNOUNCE_DIR)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """if True:
+        import os, time
+        from pad_vllm.admission import ANNOUNCE_DIR, register
+        register()
+        print(os.environ[ANNOUNCE_DIR], flush=True)
+        time.sleep(60)
+    """
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    folder = Path(process.stdout.readline().strip())
+    admission._sweep(tmp_path)
+    assert folder.is_dir()
+    process.kill()
+    process.wait()
+    admission._sweep(tmp_path)
+    assert not folder.exists()

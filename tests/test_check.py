@@ -48,16 +48,43 @@ def test_the_command(models, config):
         ({"personas": {"a": {"weights": [1]}}}, "pad.personas['a']: pad_weights: 1 weights for 3 value heads"),
         ({"personas": {"a": {"preference": "word " * 2000}}}, "pad.personas['a']: pad_preference: "),
         ({"personas": "gone.yaml"}, "pad.personas='gone.yaml': cannot be read"),
+        ({"dtype": "float17"}, "cannot be loaded"),
+        ({"quantization": "gptqq"}, "cannot be loaded"),
     ],
 )
 def test_a_bad_configuration_is_named(models, capsys, change, words):
     assert check(json.dumps({"reward_model": str(models.named)} | change), None, None) == 1
-    assert f": {words}" in capsys.readouterr().out
+    assert words in capsys.readouterr().out
 
 
 def test_a_base_model_that_does_not_fit_is_named(models, config, capsys):
     assert check(str(config), str(models.base), 1024) == 1
     assert "its 1024 positions do not hold the engine's max_model_len of 1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"personas": {"a": {"preference": "word " * 100}}}, "pad.personas['a']: pad_preference: "),
+        ({"kv_cache_memory_bytes": 1}, "pad.kv_cache_memory_bytes=1: one context of 1024 tokens takes"),
+        ({"quantization": "gptq"}, "cannot be loaded"),
+    ],
+)
+def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
+    assert check(json.dumps({"reward_model": str(models.named)} | change), str(models.base), 950) == 1
+    assert words in capsys.readouterr().out
+
+
+def test_broken_folders_are_named(models, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).write_bytes((models.named / name).read_bytes())
+    assert check(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
+    assert "no weights in this folder" in capsys.readouterr().out
+    (tmp_path / "bare" / "model.safetensors").symlink_to(models.named / "model.safetensors")
+    (tmp_path / "bare" / "heads.safetensors").write_bytes(b"no heads")
+    assert check(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
+    assert "heads.safetensors cannot be read" in capsys.readouterr().out
 
 
 def test_what_moved_is_named(monkeypatch, capsys):

@@ -213,17 +213,58 @@ def test_bad_arguments_are_400_with_words_that_help(client, xargs, words):
         assert words in error.value.body["message"]
 
 
-def test_arguments_in_the_wrong_place_are_not_ignored(server, client):
-    """vLLM would drop them with a line in its log."""
-    message = {"messages": [{"role": "user", "content": "a"}]}
-    for path, body in (
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
         ("/v1/completions", {"prompt": "a"}),
-        ("/v1/chat/completions", message),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
         ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_not_ignored(server, path, body):
+    """vLLM would drop them with a line in its log, or none."""
+    for wrong, where in (
+        ({"pad_persona": "terse"}, "pad_persona"),
+        ({"padPersona": "terse"}, "padPersona"),
+        ({" pad_persona": "terse"}, " pad_persona"),
+        ({"pad": {"persona": "terse"}}, "pad"),
+        ({"extra_args": {"pad_persona": "terse"}}, "extra_args.pad_persona"),
+        ({"extra_body": {"vllm_xargs": {"pad_beta": 1}}}, "extra_body.vllm_xargs.pad_beta"),
+        ({"VLLM_XARGS": {"pad_beta": 1}}, "VLLM_XARGS.pad_beta"),
+        ({"chat_template_kwargs": {"pad_beta": 1}}, "chat_template_kwargs.pad_beta"),
+        ({"metadata": {"pad_persona": "terse"}}, "metadata.pad_persona"),
     ):
-        status, answer = server.post(path, body | {"pad_persona": "terse"})
-        assert status == 400
-        assert "pad_persona: guidance goes into vllm_xargs" in answer["error"]["message"]
+        for stream in (False, True):
+            status, answer = server.post(path, body | wrong | {"stream": stream})
+            assert status == 400, wrong
+            assert f"{where}: guidance goes into vllm_xargs" in answer["error"]["message"]
+    if path == "/v1/messages":
+        assert server.post(path, body | {"vllm_xargs": {"pad_persona": "terse"}})[0] == 200
+        assert server.post(path, body | {"vllm_xargs": {"pad_persona": "ters"}})[0] == 400
+
+
+def test_endpoints_without_arguments_are_refused(server):
+    body = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    status, answer = server.post("/cohere/v2/chat", body | {"vllm_xargs": {"pad_persona": "terse"}})
+    assert status == 400
+    assert "vllm_xargs.pad_persona: this endpoint cannot be guided" in answer["error"]["message"]
+    generate = {"token_ids": [0, 5], "sampling_params": {"max_tokens": 2, "pad_beta": 1}}
+    status, answer = server.post("/inference/v1/generate", generate)
+    assert status == 400
+    assert "sampling_params.pad_beta: guidance goes into sampling_params.extra_args" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_a_bad_argument_of_a_stream_is_400_before_the_stream(server, path):
+    body = {"prompt": "a", "input": "a", "messages": [{"role": "user", "content": "a"}]}
+    asked = {"model": "base", "stream": True, "vllm_xargs": {"pad_persona": "ters"}}
+    status, answer = server.post(path, {key: body[key] for key in [KEYS[path]]} | asked)
+    assert status == 400
+    assert "did you mean 'terse'?" in answer["error"]["message"]
+
+
+KEYS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 
 
 def test_special_tokens_in_a_preference_are_plain_text(encode, expect, compose, models, client):
@@ -324,7 +365,7 @@ def test_nothing_is_left_of_a_closed_server(models, short_path, tmp_path, monkey
     monkeypatch.delenv(ANNOUNCE_DIR, raising=False)  # of an engine of another test in this process
     server = Server(models.base, tmp_path / "log", "--max-model-len", "256", TMPDIR=str(short_path))
     (folder,) = short_path.glob("pad-vllm-*")
-    assert len(list(folder.iterdir())) == 1  # an announcement that there is no guidance
+    assert len(list(folder.glob("*.json"))) == 1  # an announcement that there is no guidance
     assert server.get("/metrics")[1].count("pad_") == 0
     status, answer = server.post("/v1/completions", {"prompt": "a", "vllm_xargs": {"pad_beta": 1}})
     assert status == 400

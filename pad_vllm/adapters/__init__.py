@@ -80,8 +80,7 @@ class Adapter:
         except Exception:
             logger.exception("A step of PAD guidance failed: ending its %d requests.", len(states))
             self.fail(states)
-        if self.board is not None:
-            self.guidance.show_stats(self.board)
+        self._show()
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
@@ -89,3 +88,8 @@ class Adapter:
             self.guidance.stats.failed_requests += sum(not state.failed for state in states)
         for state in states:
             state.failed = True
+        self._show()
+
+    def _show(self) -> None:
+        if self.board is not None:
+            self.guidance.show_stats(self.board)

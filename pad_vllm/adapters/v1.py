@@ -149,4 +149,7 @@ class Penalties:
         values += self.frequency.unsqueeze(1) * counts + self.presence.unsqueeze(1) * generated
         repetition = self.repetition.unsqueeze(1)
         unrepeated = torch.where(values > 0, values * repetition, values / repetition)
+        # An absurd penalty overflows: infinity would come back from the sampler as NaN.
+        limit = torch.finfo(values.dtype)
+        unrepeated = unrepeated.clamp(limit.min, limit.max).masked_fill(values == float("-inf"), float("-inf"))
         logits[self.rows] = torch.where(prompted | generated, unrepeated, values)

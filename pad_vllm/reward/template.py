@@ -59,8 +59,11 @@ class PromptTemplate:
         }
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(self.special_tokens)))
         self.insert_after = self._encode(insert_after) if insert_after else []
+        self.max_preference_tokens: int | None = None
+        """Bound of what a preference may add to the template's own tokens."""
         self._warned = False
-        # A server's users share a few preferences: encode each once.
+        self._num_own = sum(map(len, self._encode_preference("")))
+        # A server's users share a few preferences: encode each once. One too long raises, and is not kept.
         self.encode_preference = lru_cache(maxsize=4096)(self._encode_preference)
 
     def compose(self, prompt_ids: Sequence[int], preference: str) -> list[int]:
@@ -102,7 +105,19 @@ class PromptTemplate:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
 
     def _encode_preference(self, preference: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self._fill(self.before, preference), self._fill(self.after, preference)
+        """Token ids before and after the prompt.
+
+        Raises:
+            ValueError: the preference is longer than ``max_preference_tokens``.
+        """
+        before, after = self._fill(self.before, preference), self._fill(self.after, preference)
+        if self.max_preference_tokens is not None:
+            num_tokens = len(before) + len(after) - self._num_own
+            if num_tokens > self.max_preference_tokens:
+                raise ValueError(
+                    f"pad_preference: {num_tokens} tokens, at most {self.max_preference_tokens} are allowed"
+                )
+        return before, after
 
     def _fill(self, template: str, preference: str) -> tuple[int, ...]:
         ids = self._encode(template.replace(PREFERENCE, preference))

@@ -1,0 +1,153 @@
+"""Refusing, over HTTP, guidance that vLLM's API server would drop before it asks any plugin.
+
+That is: arguments that stand elsewhere than in ``vllm_xargs``, which the server ignores; any arguments where an
+endpoint has no way for them; and all arguments on the way to beam search.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pad_vllm import admission
+from pad_vllm.params import is_known, is_ours
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUESTS = (
+    ("chat_completion", "ChatCompletionRequest"),
+    ("completion", "CompletionRequest"),
+    ("responses", "ResponsesRequest"),
+)
+UNGUIDED_ENDPOINTS = ("/cohere/", "/generative_scoring")
+"""Heads of paths whose requests carry no arguments of plugins."""
+NOT_ARGUMENTS = frozenset(
+    {
+        *("messages", "input", "prompt", "system", "instructions", "documents"),
+        *("tools", "functions", "response_format", "structured_outputs", "text", "json_schema"),
+    }
+)
+"""Fields of a request that hold its text or its schemas: what is called pad there is none of our business."""
+
+
+def install() -> None:
+    """Put the checks into vLLM's API server, where this process has imported it; as often as one likes."""
+    for module, name in REQUESTS:
+        request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
+        _wrap(request_class, "to_sampling_params", _refuse_early)
+        _wrap(request_class, "to_beam_search_params", _refuse_beams)
+    _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_middleware)
+
+
+def misplaced(body: Any, path: str = "") -> str | None:
+    """What is wrong with the place of guidance in a request's body, as a sentence; None where nothing is."""
+    if not isinstance(body, Mapping):
+        return None
+    if path.startswith(UNGUIDED_ENDPOINTS):
+        found = next(_asked(body, ("", "vllm_xargs")), None)
+        return found and f"{found}: this endpoint cannot be guided; vLLM takes no such arguments here"
+    allowed, shown = ("vllm_xargs",), '{"vllm_xargs": {"pad_...": ...}}'
+    if path.endswith("/inference/v1/generate"):
+        allowed, shown = ("sampling_params", "extra_args"), '{"sampling_params": {"extra_args": {"pad_...": ...}}}'
+    found = next((where for where in _asked(body) if tuple(where.split(".")[:-1]) != allowed), None)
+    return found and f"{found}: guidance goes into {'.'.join(allowed)}, as in {shown}; elsewhere it would be ignored"
+
+
+def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ("",)) -> Iterator[str]:
+    """Where a body says something that was meant for PAD, with dots between the keys. On top, and in the fields named
+    ``loosely``, that is whatever looks like it; deeper, only what PAD knows."""
+    waiting: list[tuple[str, Any]] = [("", body)]
+    while waiting:
+        where, value = waiting.pop()
+        for key, inner in value.items():
+            if (is_ours(key) and where in loosely) or is_known(key) or _is_object(key, inner):
+                yield f"{where}.{key}".removeprefix(".")
+            elif isinstance(inner, Mapping) and key not in NOT_ARGUMENTS:
+                waiting.append((f"{where}.{key}".removeprefix("."), inner))
+
+
+def _is_object(key: str, value: Any) -> bool:
+    """Whether this is guidance as one object, as the server's configuration has it: ``"pad": {"preference": ...}``."""
+    return key == "pad" and isinstance(value, Mapping) and any(is_known(k) or is_known(f"pad_{k}") for k in value)
+
+
+class RefuseMisplaced:
+    """ASGI middleware: HTTP 400 for a request with guidance where the server would ignore it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        content_type = dict(scope.get("headers", ())).get(b"content-type", b"")
+        if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in content_type:
+            return await self.app(scope, receive, send)
+        received: list[Message] = []
+        while not received or (received[-1]["type"] == "http.request" and received[-1].get("more_body")):
+            received.append(await receive())
+        words = _read(b"".join(message.get("body", b"") for message in received), scope["path"])
+        if words:
+            from starlette.responses import JSONResponse
+
+            error = {"message": words, "type": "BadRequestError", "param": words.split(":")[0], "code": 400}
+            return await JSONResponse({"error": error}, 400)(scope, receive, send)
+
+        async def again() -> Message:
+            return received.pop(0) if received else await receive()
+
+        return await self.app(scope, again, send)
+
+
+def _read(body: bytes, path: str) -> str | None:
+    if b"pad" not in body.lower() and b"\\u" not in body:
+        return None
+    try:
+        return misplaced(json.loads(body), path)
+    except (ValueError, RecursionError):
+        return None  # vLLM will say so
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    function = getattr(owner, name, None)
+    if function is not None and not hasattr(function, "__wrapped__"):
+        setattr(owner, name, functools.wraps(function)(wrapper(function)))
+
+
+def _refuse_early(make_params: Callable) -> Callable:
+    """A ValueError where a request becomes parameters is HTTP 400, streamed or not; later, a stream has begun."""
+
+    def make(request, *args, **kwargs):
+        _refuse_beside(request)
+        params = make_params(request, *args, **kwargs)
+        if any(is_ours(key) for key in params.extra_args or {}) and admission.announced():  # none: it only renders
+            admission.validate(params)
+        return params
+
+    return make
+
+
+def _refuse_beams(make_params: Callable) -> Callable:
+    def make(request, *args, **kwargs):
+        _refuse_beside(request)
+        if asked := [key for key in request.vllm_xargs or {} if is_ours(key)]:
+            raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
+        return make_params(request, *args, **kwargs)
+
+    return make
+
+
+def _refuse_beside(request: Any) -> None:
+    """For requests that come in no HTTP body of their own, as those of vLLM's batch runner."""
+    if words := misplaced(request.model_extra):
+        raise ValueError(words)
+
+
+def _add_middleware(init: Callable) -> Callable:
+    def add(args, app, *rest, **kwargs):
+        app.add_middleware(RefuseMisplaced)  # first, so that vLLM's own stand before it: authentication is theirs
+        return init(args, app, *rest, **kwargs)
+
+    return add
