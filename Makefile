@@ -3,6 +3,7 @@
 # make test    lint, and every test
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
 # make alignment    the alignment table, from nothing, in under an hour; it goes to benchmarks/results
+# make bench    what guidance costs, side by side with the other ways; about an hour, to benchmarks/results
 # All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 # Every engine of the tests is a process: without compiled modules beside the sources, each would compile vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo serve-demo test soak alignment lint format requirements clean
+.PHONY: demo serve-demo test soak alignment bench lint format requirements clean
 
 demo: $(BIN)/installed
 	$(BIN)/pad-vllm demo
@@ -30,6 +31,9 @@ soak: $(BIN)/installed
 
 alignment: $(BIN)/installed
 	$(BIN)/python -m benchmarks.alignment
+
+bench: $(BIN)/installed
+	$(BIN)/pad-vllm bench --output benchmarks/results
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

@@ -1,12 +1,12 @@
 """Packages of pad-vllm; everything else is in pyproject.toml.
 
-The top-level folder ``kernels/`` is installed as ``pad_vllm.kernels``: a top-level package of that name belongs to
-another project.
+The top-level folders ``kernels/`` and ``benchmarks/`` are installed as ``pad_vllm.kernels`` and
+``pad_vllm.benchmarks``: top-level packages of those names would be other projects'.
 """
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["pad_vllm", "pad_vllm.*"]), "pad_vllm.kernels"],
-    package_dir={"pad_vllm.kernels": "kernels"},
+    packages=[*find_packages(include=["pad_vllm", "pad_vllm.*"]), "pad_vllm.kernels", "pad_vllm.benchmarks"],
+    package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},
 )

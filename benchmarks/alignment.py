@@ -26,7 +26,6 @@ from typing import Any
 
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
-from benchmarks.throughput import hardware
 from pad_vllm.demo import models, world
 from pad_vllm.demo.models import ARCHITECTURES, PAD_CONFIG, Recipe
 from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
@@ -37,6 +36,8 @@ from pad_vllm.training.export import HEADS_FILE
 from pad_vllm.training.fit import fit
 from pad_vllm.training.heads import head_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
+
+from .throughput import hardware
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
 HEADLINE = "pad, beta 0.8"

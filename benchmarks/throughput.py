@@ -1,90 +1,254 @@
-"""What guidance costs: guided over unguided throughput, in one engine, in one run.
+"""What guidance costs: vLLM with and without it, and the other ways to get it, side by side in one run.
 
-    python -m benchmarks.throughput [--batch 1 16] [--repeats 5] [--output-len 64] [--json FILE]
+    pad-vllm bench [--sections batch baselines ...] [--repeats 5] [--output FOLDER]
 
-Random models, because what is measured does not depend on what they say: by default a base of 134M parameters and a
-reward model of 35M. Guided and unguided batches alternate, and each pair gives one ratio; absolute numbers of a shared
-machine mean nothing.
+Models are given (``--base``, ``--reward``), or made: random weights of any size, because what is measured does not
+depend on what they say. Every repeat runs all entries of a comparison one after the other; the ratio is the median of
+the repeats' own ratios, since absolute numbers of a shared machine mean little. Greedy, ``ignore_eos``, prompts that no
+cache has seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
 import tempfile
-import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+from .methods import Cell, Method, Setup
 
 BASE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 REWARD = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+NUM_PERSONAS = 16
+LONG_PERSONA = 500
+"""Words, and so tokens, of the one that many users share."""
+
+Entry = tuple[str, str, Cell]
+"""Label, method, cell."""
 
 
-def make_model(path: Path, vocab_size: int, seed: int, **sizes: int) -> Path:
-    """A random Llama in transformers' format."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Bench:
+    """Starts methods as they are needed, and compares them."""
 
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=4096, **sizes))
-    model.save_pretrained(path)
-    print(f"{path.name}: {model.num_parameters() / 1e6:.0f}M parameters")
-    return path
+    def __init__(self, setup: Setup, repeats: int) -> None:
+        self.setup, self.repeats = setup, repeats
+        self.methods: dict[str, Method] = {}
+        self.seed = 0
 
+    def method(self, name: str) -> Method:
+        if name not in self.methods:
+            self.methods[name] = Method(name, self.setup)
+        return self.methods[name]
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    """One row per batch size: medians of tokens per second, and of the ratios of interleaved pairs."""
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    from vllm import LLM, SamplingParams
+    def run(self, method: str, cell: Cell) -> float:
+        """Seconds of a batch, on prompts of its own."""
+        self.seed += 1
+        return self.method(method)("run", cell, self.seed)
 
-    with tempfile.TemporaryDirectory() as folder:
-        base = make_model(Path(folder, "base"), args.vocab_size, 0, **BASE)
-        reward = make_model(Path(folder, "reward"), args.vocab_size, 1, **REWARD)
-        llm = LLM(
-            str(base),
-            dtype=args.dtype,
-            max_model_len=2048,
-            skip_tokenizer_init=True,
-            enforce_eager=args.enforce_eager,
-            kv_cache_memory_bytes=2 << 30,
-            enable_prefix_caching=False,
-            logits_processors=["pad_vllm:PADLogitsProcessor"],
-            additional_config={"pad": {"reward_model": str(reward), "top_k": args.top_k}},
-        )
-
-        def tokens_per_second(batch: int, guided: bool) -> float:
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=args.output_len,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={"pad_beta": 1.0} if guided else None,
-            )
-            prompts = [
-                {"prompt_token_ids": [(7 * i + 13 * j) % 1000 + 5 for j in range(args.prompt_len)]}
-                for i in range(batch)
-            ]
-            start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            return batch * args.output_len / (time.perf_counter() - start)
-
+    def compare(self, entries: Sequence[Entry], repeats: int | None = None) -> list[dict[str, Any]]:
+        """A row for each entry; ``ratio`` is of its tokens per second to the first one's."""
+        for _, method, cell in entries:
+            self.run(method, cell)  # warms up: compilation, kernels, memory
+        speeds: list[list[float]] = []
+        for _ in range(repeats or self.repeats):
+            speeds.append([cell.batch * cell.output_len / self.run(method, cell) for _, method, cell in entries])
         rows = []
-        for batch in args.batch:
-            pairs = [(tokens_per_second(batch, False), tokens_per_second(batch, True)) for _ in range(args.repeats + 1)]
-            unguided, guided = zip(*pairs[1:], strict=True)  # the first warms up
+        for i, (label, method, cell) in enumerate(entries):
+            ratios = [repeat[i] / repeat[0] for repeat in speeds]
             rows.append(
                 {
-                    "batch": batch,
-                    "unguided_tokens_per_s": round(statistics.median(unguided), 1),
-                    "guided_tokens_per_s": round(statistics.median(guided), 1),
-                    "ratio": round(statistics.median(g / u for u, g in pairs[1:]), 3),
+                    "label": label,
+                    "method": method,
+                    "cell": asdict(cell),
+                    "tokens_per_s": round(statistics.median(repeat[i] for repeat in speeds), 1),
+                    "ratio": round(statistics.median(ratios), 3),
+                    "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
                 }
             )
-            print(rows[-1], flush=True)
+            print(
+                f"{label:45} batch {cell.batch:3}: {rows[-1]['tokens_per_s']:9.1f} tok/s  {rows[-1]['ratio']:.3f}",
+                flush=True,
+            )
         return rows
+
+    def close(self) -> None:
+        for method in self.methods.values():
+            method.close()
+
+
+def versus(cell: Cell, *shares: float) -> list[Entry]:
+    """Unguided vLLM, and guided with some shares of guided requests."""
+    words = {0.0: "plugin, no request guided", 1.0: "guided"}
+    shared = [(words.get(s, f"guided, {s:.0%} of requests"), "guided", replace(cell, share=s)) for s in shares]
+    return [("unguided", "unguided", cell), *shared]
+
+
+def batches(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """What guidance costs, by batch size; what it costs others; and the reward model by itself."""
+    found = []
+    for batch in args.batch:
+        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+        found += bench.compare([*versus(cell, 1.0, 0.5, 0.0), ("reward model alone", "reward model alone", cell)])
+    return found
+
+
+def shapes(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Long prompts, long answers, many candidates, many personas."""
+    cell = Cell(top_k=args.top_k, personas=0)
+    found = []
+    for other in (
+        replace(cell, prompt_len=512),
+        replace(cell, batch=4, output_len=1024),
+        replace(cell, top_k=40),
+        replace(cell, personas=1),
+        replace(cell, personas=NUM_PERSONAS),
+    ):
+        found += bench.compare(versus(other, 1.0), repeats=min(bench.repeats, 3))
+    return found
+
+
+def baselines(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """The other ways to be guided."""
+    cell = Cell(batch=16, output_len=args.output_len, top_k=args.top_k, personas=0)
+    others = ("naive plugin", "transformers loop, cached")
+    found = bench.compare([*versus(cell, 1.0), *((name, name, cell) for name in others)])
+    return found
+
+
+def published(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """The authors' algorithm at 512 generated tokens, once: it reads every context again at every token."""
+    cell = Cell(batch=1, output_len=512, top_k=args.top_k, personas=0)
+    speeds = {name: cell.output_len / bench.run(name, cell) for name in ("guided", "as published")}
+    rows = []
+    for name, speed in speeds.items():
+        ratio = speed / speeds["guided"]
+        rows.append(
+            {
+                "label": name,
+                "method": name,
+                "cell": asdict(cell),
+                "tokens_per_s": round(speed, 2),
+                "ratio": round(ratio, 4),
+            }
+        )
+        print(f"{name:45} {speed:.2f} tok/s  {ratio:.4f}", flush=True)
+    return rows
+
+
+def flatness(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Time per token at 1,000 generated tokens over that at 100, guided over unguided."""
+    short, long = (Cell(batch=4, output_len=n, top_k=args.top_k) for n in (100, 1000))
+    entries = [
+        (f"{name}, {cell.output_len} tokens", name, cell) for name in ("unguided", "guided") for cell in (short, long)
+    ]
+    rows = bench.compare(entries, repeats=min(bench.repeats, 3))
+    per_token = [1 / row["tokens_per_s"] for row in rows]
+    quotient = (per_token[3] / per_token[2]) / (per_token[1] / per_token[0])
+    print(f"guided time per token, 1,000 over 100 tokens, over the same unguided: {quotient:.3f}")
+    return [*rows, {"label": "quotient", "value": round(quotient, 3)}]
+
+
+def rows_and_personas(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Cost of a step by guided rows, and by how many personas these have."""
+    cell = Cell(batch=16, output_len=args.output_len, top_k=args.top_k)
+    shares = [("unguided", "unguided", cell)]
+    shares += [(f"{int(16 * s)} of 16 rows guided", "guided", replace(cell, share=s)) for s in (0.25, 0.5, 0.75, 1.0)]
+    shares += [(f"16 rows guided, {n} personas", "guided", replace(cell, personas=n)) for n in (4, NUM_PERSONAS)]
+    return bench.compare(shares)
+
+
+def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Tokens that the reward model computes for 16 users of one persona with a long prompt, who come at once."""
+    cell = Cell(batch=16, prompt_len=args.prompt_len, output_len=2, top_k=args.top_k)
+    long = Method(
+        "guided", replace(bench.setup, personas={"p0": " ".join(f"w{i}" for i in range(1000, 1000 + LONG_PERSONA))})
+    )
+    try:
+        before = long("reward_tokens")
+        long("run", cell, 10**6)
+        computed = long("reward_tokens") - before
+    finally:
+        long.close()
+    template = 15  # words of the default template, give or take
+    least = LONG_PERSONA + template + cell.batch * (cell.prompt_len + cell.output_len - 1)
+    print(
+        f"16 users of a {LONG_PERSONA}-token persona: {computed} reward tokens; one prompt and 16 own parts are {least}"
+    )
+    return [{"label": "reward tokens", "computed": computed, "least": least, "ratio": round(computed / least, 3)}]
+
+
+def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Milliseconds of a guided step, by part."""
+    found = []
+    for batch in args.batch:
+        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+        bench.run("guided", cell)
+        parts = bench.method("guided")("breakdown", cell, 10**6 + batch)
+        found.append({"batch": batch, "milliseconds": {part: round(ms, 3) for part, ms in parts.items()}})
+        print(f"batch {batch}: " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()), flush=True)
+    return found
+
+
+SECTIONS = {
+    "batch": batches,
+    "baselines": baselines,
+    "rows": rows_and_personas,
+    "sharing": sharing,
+    "flatness": flatness,
+    "shapes": shapes,
+    "published": published,
+    "breakdown": breakdown,
+}
+
+
+def measure(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(setup, args.repeats)
+    results: dict[str, Any] = {}
+    try:
+        for name in args.sections:
+            print(f"\n{name}: {SECTIONS[name].__doc__}", flush=True)
+            results[name] = SECTIONS[name](bench, args)
+            if args.output:
+                write(args.output, args, results)
+    finally:
+        bench.close()
+    return results
+
+
+def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Random models with one tokenizer, of words w0, w1, ...; ``load_format`` dummy: without weights on the disk."""
+    import torch
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, args.vocab_size)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    paths = []
+    for seed, (name, sizes) in enumerate((("base", BASE | args.base_config), ("reward", REWARD | args.reward_config))):
+        config = LlamaConfig(
+            vocab_size=args.vocab_size, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, **sizes
+        )
+        path = folder / name
+        if args.load_format == "dummy":
+            config.architectures = ["LlamaForCausalLM"]
+            config.save_pretrained(path)
+        else:
+            torch.manual_seed(seed)
+            LlamaForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        paths.append(path)
+    return paths[0], paths[1]
 
 
 def hardware() -> str:
@@ -93,28 +257,117 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    return f"{os.cpu_count()} cores of {model.partition(': ')[2] or platform.machine()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {model.partition(': ')[2] or platform.machine()}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=5)
+def write(folder: Path, args: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """throughput.json, throughput.md and, with matplotlib, throughput.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "output"
+    }
+    record = {"hardware": hardware(), "date": date.today().isoformat(), "settings": settings, "results": results}
+    (folder / "throughput.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "throughput.md").write_text("\n".join(_report(record)) + "\n")
+    with contextlib.suppress(ImportError):
+        _plot(folder / "throughput.png", results)
+
+
+def _report(record: Mapping[str, Any]) -> Iterator[str]:
+    settings = record["settings"]
+    models = f"{settings['base']} and {settings['reward']}" if settings["base"] else "random models made for it"
+    yield f"# Throughput\n\n{__doc__.partition('Models are')[0].strip().splitlines()[0]}\n"
+    yield (
+        f"On {record['hardware']}, {record['date']}, {settings['dtype']}, {models}. A ratio is the median of "
+        f"{settings['repeats']} repeats' own, its extremes behind it."
+    )
+    for name, rows in record["results"].items():
+        yield f"\n## {name}\n\n{SECTIONS[name].__doc__}\n"
+        if name == "breakdown":
+            parts = list(rows[0]["milliseconds"])
+            yield "| ms per step | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |"
+            yield "| --- |" + " ---: |" * len(rows)
+            for part in parts:
+                yield f"| {part} | " + " | ".join(f"{row['milliseconds'][part]:.2f}" for row in rows) + " |"
+            continue
+        table = [row for row in rows if "tokens_per_s" in row]
+        if table:
+            yield "| | batch | prompt | output | k | tokens / s | ratio | |"
+            yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+        for row in table:
+            cell = row["cell"]
+            extremes = "{} to {}".format(*row["ratios"]) if "ratios" in row else ""
+            shape = f"{cell['batch']} | {cell['prompt_len']} | {cell['output_len']} | {cell['top_k']}"
+            yield f"| {row['label']} | {shape} | {row['tokens_per_s']} | {row['ratio']} | {extremes} |"
+        for row in rows:
+            if "tokens_per_s" not in row:
+                yield (
+                    "\n"
+                    + ", ".join(f"{key} {value}" for key, value in row.items() if key != "label")
+                    + f" ({row['label']})"
+                )
+
+
+def _plot(path: Path, results: Mapping[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    if "batch" not in results:
+        return
+    figure, axis = pyplot.subplots(figsize=(5, 3.5))
+    labels = dict.fromkeys(row["label"] for row in results["batch"] if row["label"] != "reward model alone")
+    for label in labels:
+        rows = [row for row in results["batch"] if row["label"] == label]
+        axis.plot([row["cell"]["batch"] for row in rows], [row["ratio"] for row in rows], "o-", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(0, 1.1)
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("throughput / unguided vLLM")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close("all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
+    parser.add_argument("--reward", help="path or hub id of a reward model with its tokenizer")
+    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
+    parser.add_argument("--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
+    parser.add_argument("--load-format", default="auto", help="vLLM's; dummy: no weights are written or read")
+    parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="of the base (default %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=10)
-    parser.add_argument("--vocab-size", type=int, default=32_000)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the result, with the hardware's name and the date")
-    args = parser.parse_args()
-    rows = measure(args)
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key not in ("json", "batch")}
-        result = {"hardware": hardware(), "date": date.today().isoformat(), "settings": settings, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="folder for throughput.json, .md and .png")
+
+
+def main(args: argparse.Namespace) -> None:
+    if bool(args.base) != bool(args.reward):
+        raise ValueError("--base and --reward: give both, or none")
+    with tempfile.TemporaryDirectory() as folder:
+        models = (args.base, args.reward) if args.base else make_models(Path(folder), args)
+        setup = Setup(
+            *models,
+            dtype=args.dtype,
+            enforce_eager=args.enforce_eager,
+            max_num_seqs=max(16, *args.batch),
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            load_format=args.load_format,
+            personas={f"p{i}": " ".join(f"w{1000 + 20 * i + j}" for j in range(16)) for i in range(NUM_PERSONAS)},
+        )
+        measure(setup, args)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    main(parser.parse_args())

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 
 NEG_INF = float("-inf")
+SLICE = 64
+"""Tokens of the vocabulary that are looked at together."""
 
 
 def map_heads(
@@ -59,18 +61,35 @@ def select_candidates(
     Returns:
         ids [R, K] int64, and z [R, K] float32: the base logits, -inf in places beyond a row's candidates.
     """
-    z = logits[rows, :vocab_size].float()
-    z = torch.where(z.isfinite(), z, NEG_INF)
+    z = logits.index_select(0, rows)[:, :vocab_size].float()
+    z = z.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
+    # The k first tokens are in the k first of any slices, by their largest logit: one pass over the vocabulary. What
+    # fills up the last slice comes behind all tokens, of which there are k in these slices.
+    z = torch.nn.functional.pad(z, (0, -vocab_size % SLICE), value=NEG_INF).unflatten(1, (-1, SLICE))
     k = min(max_top_k, vocab_size)
-    values, ids = z.topk(k, dim=-1)
+    _, slices = largest(z.amax(-1), torch.arange(z.shape[1], device=z.device), min(k, z.shape[1]))
+    ids = slices.unsqueeze(-1) * SLICE + torch.arange(SLICE, device=z.device)
+    z = z.gather(1, slices.unsqueeze(-1).expand(-1, -1, SLICE))
+    values, ids = largest(z.flatten(1), ids.flatten(1), k)
     place = torch.arange(k, device=z.device)
-    # topk breaks ties as it likes. Where the last candidate's value is, the lowest ids that have it are put, in order.
-    kth = values.gather(1, (top_k.clamp(1, k) - 1).unsqueeze(1))
-    by_id = torch.arange(vocab_size, 0, -1, dtype=torch.float32, device=z.device)
-    lowest = torch.where(z == kth, by_id, 0.0).topk(k, dim=-1).indices
-    num_above = (values > kth).sum(-1, keepdim=True)
-    ids = torch.where(values == kth, lowest.gather(1, (place - num_above).clamp(min=0)), ids)
     return ids, values.masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
+
+
+def largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest values of each row, in order; of equal ones the lower ids. (``topk`` breaks ties as it likes.)
+
+    Args:
+        values: [R, n] float32, no NaN.
+        ids: [R, n] or [n] int64, below 2**31, distinct in a row.
+        k: at most n.
+
+    Returns:
+        values [R, k], ids [R, k].
+    """
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers that sort as the floats do
+    places = (ordered * 2**32 - ids).topk(k, dim=-1).indices
+    return values.gather(1, places), ids.expand_as(values).gather(1, places)
 
 
 def score_candidates(
@@ -134,8 +153,14 @@ def reweight_(
     log_r = scores.masked_fill(~candidate, NEG_INF).log_softmax(-1)
     reward = log_r - reference.unsqueeze(1) * z.log_softmax(-1)
     guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
-    new = logits.new_full((len(rows), logits.shape[1]), NEG_INF)
-    new.scatter_(1, ids, guided.to(logits.dtype))
+    guided = guided.to(logits.dtype)
+    if logits.is_cpu:  # where a number of rows that depends on data costs nothing
+        live = top_k.nonzero().squeeze(1)
+        rows, ids, guided = rows[live], ids[live], guided[live]
+        logits.index_fill_(0, rows, NEG_INF)
+        logits[rows.unsqueeze(1), ids] = guided
+        return
+    new = logits.new_full((len(rows), logits.shape[1]), NEG_INF).scatter_(1, ids, guided)
     logits[rows] = torch.where(top_k.unsqueeze(1) > 0, new, logits[rows])
 
 

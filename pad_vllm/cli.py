@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from pad_vllm.benchmarks.throughput import add_arguments as add_bench_arguments
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -43,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     convert.add_argument("source", help="folder: the released layout, TRL's value head models, or an adapter")
     convert.add_argument("target", help="folder to write; must not exist")
     convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser("bench", help="what guidance costs, beside the other ways to get it")
+    bench.set_defaults(run=_bench)
+    add_bench_arguments(bench)
 
     args = vars(parser.parse_args(argv))
     raise SystemExit(args.pop("run")(**args))
@@ -189,6 +195,12 @@ def _eval(config: str, output: str) -> int:
         print(table(result["rows"]))
 
     return _or_error(run)
+
+
+def _bench(**settings) -> int:
+    from pad_vllm.benchmarks.throughput import main
+
+    return _or_error(lambda: main(argparse.Namespace(**settings)))
 
 
 def _convert(source: str, target: str) -> int:

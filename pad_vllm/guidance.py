@@ -33,6 +33,19 @@ LOGITS_BYTES = 2**30
 """vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
 
 
+@dataclass(eq=False)
+class Layout:
+    """Which requests are guided, and in which rows of the logits. The same object from step to step as long as that is
+    the same: what follows from it is then not computed again."""
+
+    slots: np.ndarray
+    """[C] int64, distinct"""
+    rows: torch.Tensor
+    """[R] int64, on the device: rows of the logits, distinct"""
+    row_slots: torch.Tensor
+    """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
+
+
 @dataclass
 class GuidedBatch:
     """The guided rows of one step of the engine: C requests, each in its slot, and R rows of logits.
@@ -41,16 +54,11 @@ class GuidedBatch:
     being verified, and how many that is may be known on the device only.
     """
 
-    slots: np.ndarray
-    """[C] int64, distinct"""
+    layout: Layout
     num_tokens: np.ndarray
     """[C] int64: tokens of the request, this step's drafts among them, at most"""
     exact: bool
     """Whether ``num_tokens`` is what the request's one row sees; else it is an upper bound."""
-    rows: torch.Tensor
-    """[R] int64, on the device: rows of the logits, distinct"""
-    row_slots: torch.Tensor
-    """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
     positions: torch.Tensor
     """[R] int64, on the device: where in its request the last token is that the row sees"""
     token_ids: torch.Tensor
@@ -58,6 +66,41 @@ class GuidedBatch:
     output_ids: Callable[[int], Sequence[int]]
     """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
     model has to read them again."""
+
+
+class RowParams:
+    """What the rows of a layout ask for: gathered from their slots, once for a layout."""
+
+    def __init__(self, layout: Layout, slots: Slots) -> None:
+        self.layout = layout
+        self.offset, self.prompt_len, self.last_prompt_id, self.top_k = (
+            column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)
+        )
+        floats = slots.floats[layout.row_slots]
+        self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
+        self.head_weights = floats[:, 2:]
+        self.host_offset = slots.host_offset[layout.slots]
+        self.max_top_k = int(slots.host_top_k[layout.slots].max())
+        self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
+
+
+class Slots:
+    """What the requests in the slots ask for, where the step needs it; the last slot stands for no request."""
+
+    def __init__(self, num_slots: int, num_heads: int, device: torch.device) -> None:
+        self.ints = torch.zeros(num_slots, 4, dtype=torch.int64, device=device)
+        """[slots, 4]: tokens that the composed prompt has more than the base's, length of the base's, last token of
+        the composed one, top_k (0: leave the row alone)"""
+        self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
+        """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
+        self.host_offset = np.zeros(num_slots, np.int64)
+        self.host_top_k = np.zeros(num_slots, np.int64)
+        self.host_uses_heads = np.zeros(num_slots, bool)
+
+    def write(self, slot: int, ints: list[int], floats: list[float], uses_heads: bool) -> None:
+        self.ints[slot] = to_device(ints, self.ints.device, torch.int64)
+        self.floats[slot] = to_device(floats, self.floats.device, torch.float32)
+        self.host_offset[slot], self.host_top_k[slot], self.host_uses_heads[slot] = ints[0], ints[3], uses_heads
 
 
 class Guidance:
@@ -118,7 +161,8 @@ class Guidance:
         self.stats = Stats()
         self.no_slot = self.engine.no_context
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
-        self._init_slots(scheduler.max_num_seqs + 1)
+        self.slots = Slots(scheduler.max_num_seqs + 1, len(self.head_names), device)
+        self._params: RowParams | None = None
         self._warm_up(hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
         for name in config.personas:
             try:
@@ -189,29 +233,32 @@ class Guidance:
             batch: which rows, and what they have seen.
         """
         began = time.perf_counter()
-        offset, prompt_len, last_prompt_id, top_k = self.slot_ints[batch.row_slots].unbind(1)
-        num_tokens = batch.num_tokens + self.host_offset[batch.slots]
+        layout, params = batch.layout, self._params_of(batch.layout)
+        num_tokens = batch.num_tokens + params.host_offset
         # The composed prompt may end otherwise than the base prompt; the base samples its first token from the latter.
-        token_ids = torch.where(batch.positions < prompt_len, last_prompt_id, batch.token_ids)
+        token_ids = torch.where(batch.positions < params.prompt_len, params.last_prompt_id, batch.token_ids)
         hidden_states = self.engine.step(
             ContextRows(
-                contexts=batch.slots,
+                contexts=layout.slots,
                 num_tokens=num_tokens,
                 lengths=num_tokens if batch.exact else None,
-                index=batch.row_slots,
-                positions=batch.positions + offset,
+                index=layout.row_slots,
+                positions=batch.positions + params.offset,
                 # A drafter's own vocabulary may be larger. Such a draft is no candidate, so what follows it is void.
-                token_ids=token_ids.clamp(0, self.reward_vocab_size - 1).int(),
+                token_ids=token_ids.clamp_(0, self.reward_vocab_size - 1).int(),
                 history=batch.output_ids,
             )
         )
-        max_top_k = int(self.host_top_k[batch.slots].max())
-        mix_heads = bool(self.host_uses_heads[batch.slots].any())
-        self._guide(logits, hidden_states, batch.rows, batch.row_slots, top_k, max_top_k, mix_heads)
-        self.stats.guided_tokens += len(batch.rows)
-        self.stats.running_requests = len(batch.slots)
+        self._guide(logits, hidden_states, layout.rows, params)
+        self.stats.guided_tokens += len(layout.rows)
+        self.stats.running_requests = len(layout.slots)
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - began
+
+    def _params_of(self, layout: Layout) -> RowParams:
+        if self._params is None or self._params.layout is not layout:
+            self._params = RowParams(layout, self.slots)
+        return self._params
 
     def show_stats(self, board: Board) -> None:
         """Bring a board up to date."""
@@ -222,56 +269,33 @@ class Guidance:
         stats.kv_cache_usage_perc = blocks.usage
         board.show(stats)
 
-    def _guide(
-        self,
-        logits: torch.Tensor,
-        hidden_states: torch.Tensor,
-        rows: torch.Tensor,
-        row_slots: torch.Tensor,
-        top_k: torch.Tensor,
-        max_top_k: int,
-        mix_heads: bool,
-    ) -> None:
-        floats = self.slot_floats[row_slots]
+    def _guide(self, logits: torch.Tensor, hidden_states: torch.Tensor, rows: torch.Tensor, params: RowParams) -> None:
+        head = self.lm_head
         self.guide_(
             logits,
             hidden_states,
-            self.lm_head.weight,
+            head.weight,
             rows=rows,
-            top_k=top_k,
-            beta=floats[:, 0],
-            reference=floats[:, 1],
-            max_top_k=max_top_k,
+            top_k=params.top_k,
+            beta=params.beta,
+            reference=params.reference,
+            max_top_k=params.max_top_k,
             vocab_size=self.vocab_size,
-            bias=self.lm_head.bias,
-            heads=(self.heads.weight, self.heads.bias, floats[:, 2:]) if mix_heads else None,
-            soft_cap=self.lm_head.soft_cap,
-            scale=self.lm_head.scale,
-            vocab_start=self.lm_head.vocab_start,
-            all_reduce=self.lm_head.all_reduce,
+            bias=head.bias,
+            heads=(self.heads.weight, self.heads.bias, params.head_weights) if params.mix_heads else None,
+            soft_cap=head.soft_cap,
+            scale=head.scale,
+            vocab_start=head.vocab_start,
+            all_reduce=head.all_reduce,
         )
-
-    def _init_slots(self, num_slots: int) -> None:
-        """What the requests in the slots ask for, where the step needs it; the last slot stands for no request."""
-        self.slot_ints = torch.zeros(num_slots, 4, dtype=torch.int64, device=self.device)
-        """[slots, 4]: tokens that the composed prompt has more than the base's, length of the base's, last token of
-        the composed one, top_k (0: leave the row alone)"""
-        self.slot_floats = torch.zeros(num_slots, 3 + len(self.head_names), device=self.device)
-        """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
-        self.host_offset = np.zeros(num_slots, np.int64)
-        self.host_top_k = np.zeros(num_slots, np.int64)
-        self.host_uses_heads = np.zeros(num_slots, bool)
 
     def _write_slot(self, slot: int, params: GuidanceParams, prompt_ids: list[int], composed: list[int]) -> None:
         weights = params.weights or (self.heads.default_weights if self.heads else None)
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.head_names))
         offset = len(composed) - len(prompt_ids)
         ints = [offset, len(prompt_ids), composed[-1], params.top_k]
-        self.slot_ints[slot] = to_device(ints, self.device, torch.int64)
         floats = [params.beta, float(self.config.reference == "base"), *mix]
-        self.slot_floats[slot] = to_device(floats, self.device, torch.float32)
-        self.host_offset[slot], self.host_top_k[slot] = offset, params.top_k
-        self.host_uses_heads[slot] = weights is not None
+        self.slots.write(slot, ints, floats, weights is not None)
 
     @torch.inference_mode()
     def _warm_up(self, hidden_states: torch.Tensor, max_rows: int) -> None:
@@ -284,11 +308,10 @@ class Guidance:
         num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * self.base_vocab_size)))
         logits = torch.rand(num_rows, self.base_vocab_size, device=self.device)
         rows = torch.arange(num_rows, device=self.device)
-        nowhere = torch.full_like(rows, self.no_slot)
-        max_top_k = self.config.max_top_k
-        top_k = torch.full_like(rows, max_top_k)
-        hidden_states = hidden_states.expand(num_rows, -1)
-        self._guide(logits, hidden_states, rows, nowhere, top_k, max_top_k, mix_heads=self.heads is not None)
+        params = RowParams(Layout(np.array([self.no_slot]), rows, torch.full_like(rows, self.no_slot)), self.slots)
+        params.top_k.fill_(self.config.max_top_k)
+        params.max_top_k, params.mix_heads = self.config.max_top_k, self.heads is not None
+        self._guide(logits, hidden_states.expand(num_rows, -1), rows, params)
 
     @torch.inference_mode()
     def _check_logits(self, hidden_states: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Stats:
     kv_cache_usage_perc: float = 0
 
 
+NAMES = tuple(field.name for field in fields(Stats))
 GAUGES = ("running_requests", "kv_cache_usage_perc")
 HELP = {
     "guided_requests": "Requests that began to be guided.",
@@ -93,7 +94,7 @@ class Board:
             _every(MULTIPROCESS_INTERVAL, closed, _Multiprocess(self.values, labels).write)
 
     def show(self, stats: Stats) -> None:
-        self.values[:] = astuple(stats)
+        self.values[:] = [getattr(stats, name) for name in NAMES]
 
 
 def _touch(*paths: Path) -> None:

@@ -77,10 +77,13 @@ class Adapter:
         """Run a guided step, or give up the requests that it was for."""
         try:
             step()
-        except Exception:
-            logger.exception("A step of PAD guidance failed: ending its %d requests.", len(states))
-            self.fail(states)
-        self._show()
+        except Exception as error:
+            self.give_up(states, error)
+        self.show()
+
+    def give_up(self, states: list[RequestState], error: Exception) -> None:
+        logger.error("A step of PAD guidance failed: ending its %d requests.", len(states), exc_info=error)
+        self.fail(states)
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
@@ -88,8 +91,9 @@ class Adapter:
             self.guidance.stats.failed_requests += sum(not state.failed for state in states)
         for state in states:
             state.failed = True
-        self._show()
+        self.show()
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Bring the engine's board up to date."""
         if self.board is not None:
             self.guidance.show_stats(self.board)

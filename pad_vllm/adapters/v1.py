@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import apply_penalties, get_token_bin_counts_and_mask
 from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
 from pad_vllm.adapters import Adapter, RequestState, Resolve
-from pad_vllm.guidance import Guidance, GuidedBatch
+from pad_vllm.guidance import Guidance, GuidedBatch, Layout
 from pad_vllm.reward.backend import to_device
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
-
-logger = init_logger(f"vllm.{__name__}")
 
 NO_PENALTIES = (0.0, 0.0, 1.0)
 
@@ -34,6 +31,31 @@ class V1RequestState(RequestState):
     """Presence, frequency, repetition; None where they change nothing."""
 
 
+class V1Batch:
+    """The guided requests, as long as they stay in their rows."""
+
+    def __init__(self, rows: dict[int, V1RequestState], device: torch.device) -> None:
+        self.states = list(rows.values())
+        self.penalized = {row: state for row, state in rows.items() if state.penalties is not None}
+        slots = np.array([state.context.index for state in self.states], np.int64)
+        self.layout = Layout(
+            slots=slots,
+            rows=to_device(list(rows), device, torch.int64),
+            row_slots=to_device(slots, device, torch.int64),
+        )
+        self.by_slot = {state.context.index: state for state in self.states}
+        self.output_ids = [state.output_ids for state in self.states]
+        self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states], np.int64)
+        self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
+
+    def last_ids(self) -> list[int]:
+        """Each request's last token; negative where the runner does not show it."""
+        return [ids[-1] if ids else last for ids, last in zip(self.output_ids, self.last_prompt_ids, strict=True)]
+
+    def num_tokens(self) -> np.ndarray:
+        return self.prompt_lens + np.fromiter(map(len, self.output_ids), np.int64, len(self.output_ids))
+
+
 class V1Adapter(Adapter):
     """The V1 runner: rows are requests, announced as they come, go and move; token ids are on the host."""
 
@@ -41,8 +63,11 @@ class V1Adapter(Adapter):
         super().__init__(guidance, resolve)
         self.states: dict[int, V1RequestState] = {}  # by row
         self.free_slots = list(range(guidance.no_slot)) if guidance else []
+        self.rows: dict[int, V1RequestState] = {}  # those to guide
+        self.batch: V1Batch | None = None  # of these; None: requests have come, gone or moved
 
     def update_state(self, batch_update: BatchUpdate) -> None:
+        self.batch = None
         before = list(self.states.values())
         process_dict_updates(self.states, batch_update, self._new_state)
         after = set(self.states.values())
@@ -66,50 +91,53 @@ class V1Adapter(Adapter):
             penalties=penalties if penalties != NO_PENALTIES else None,
         )
 
+    def fail(self, states: list[RequestState]) -> None:
+        super().fail(states)
+        self.batch = None
+
     def apply(self, logits: torch.Tensor, ctx: None) -> None:
-        rows = {row: state for row, state in self.states.items() if not state.failed and self._ready(state)}
-        if rows:
-            self.guide(list(rows.values()), lambda: self._guide(logits, rows))
+        if not self.states:
+            return
+        if self.batch is None:
+            self.rows = {row: state for row, state in self.states.items() if self._has_begun(state)}
+        if self.rows:
+            self.guide(list(self.rows.values()), lambda: self._guide(logits))
         for row, state in self.states.items():
             if state.failed:
                 logits[row] = float("-inf")
                 logits[row, state.stop_token_id] = 0.0
 
-    def _guide(self, logits: torch.Tensor, rows: dict[int, V1RequestState]) -> None:
-        penalized = {row: state for row, state in rows.items() if state.penalties is not None}
-        penalties = Penalties(penalized, logits) if penalized else None
-        if penalties is not None:
-            penalties.apply_(logits)
-        self.guidance.apply(logits, self._batch(rows))
-        if penalties is not None:
-            penalties.invert_(logits)
-
-    def _ready(self, state: V1RequestState) -> bool:
-        if state.context is None:
+    def _has_begun(self, state: V1RequestState) -> bool:
+        if state.context is None and not state.failed:
             slot = self.free_slots.pop()
             if not self.begin(slot, state, state.prompt_ids):
                 self.free_slots.append(slot)
-        elif state.output_ids and state.output_ids[-1] < 0:
-            logger.error("PAD cannot guide a request whose last token the runner does not show: ending it.")
-            self.fail([state])
         return not state.failed
 
-    def _batch(self, rows: dict[int, V1RequestState]) -> GuidedBatch:
-        device = self.guidance.device
-        by_slot = {state.context.index: state for state in rows.values()}
-        slots = np.array(list(by_slot), np.int64)
-        num_tokens = np.array([len(s.prompt_ids) + len(s.output_ids) for s in rows.values()], np.int64)
-        last = [(s.output_ids or s.prompt_ids)[-1] for s in rows.values()]
-        return GuidedBatch(
-            slots=slots,
-            num_tokens=num_tokens,
-            exact=True,
-            rows=to_device(list(rows), device, torch.int64),
-            row_slots=to_device(slots, device, torch.int64),
-            positions=to_device(num_tokens - 1, device, torch.int64),
-            token_ids=to_device(last, device, torch.int32),
-            output_ids=lambda slot: by_slot[slot].output_ids,
+    def _guide(self, logits: torch.Tensor) -> None:
+        if self.batch is None:
+            self.batch = V1Batch(self.rows, self.guidance.device)
+        batch = self.batch
+        last_ids = batch.last_ids()
+        if min(last_ids) < 0:
+            raise RuntimeError("the runner does not show a request's last token")
+        penalties = Penalties(batch.penalized, logits) if batch.penalized else None
+        if penalties is not None:
+            penalties.apply_(logits)
+        device, num_tokens = self.guidance.device, batch.num_tokens()
+        self.guidance.apply(
+            logits,
+            GuidedBatch(
+                layout=batch.layout,
+                num_tokens=num_tokens,
+                exact=True,
+                positions=to_device(num_tokens - 1, device, torch.int64),
+                token_ids=to_device(last_ids, device, torch.int64),
+                output_ids=lambda slot: batch.by_slot[slot].output_ids,
+            ),
         )
+        if penalties is not None:
+            penalties.invert_(logits)
 
 
 class Penalties:

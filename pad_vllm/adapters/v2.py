@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from pad_vllm.adapters import Adapter, RequestState, Resolve
-from pad_vllm.guidance import Guidance, GuidedBatch
+from pad_vllm.guidance import Guidance, GuidedBatch, Layout
 from pad_vllm.reward.backend import to_device
 
 if TYPE_CHECKING:
@@ -29,16 +29,26 @@ class V2Adapter(Adapter):
         self.states: list[RequestState | None] = [None] * req_states.max_num_reqs  # by slot
         self.asked = np.zeros(req_states.max_num_reqs, bool)
         """[max_num_reqs] slots whose request asked for guidance"""
+        self.failed = np.zeros(req_states.max_num_reqs, bool)
+        """[max_num_reqs] of these, slots whose request was given up"""
         self.arrived: dict[int, HostCopy | None] = {}  # slot -> the tokens of a request that has not begun
+        self.last: tuple[np.ndarray, Layout] | None = None  # places of the guided requests in the last step's batch
 
     def add_request(self, slot: int, sampling_params: SamplingParams) -> bool:
+        self.last = None
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
         self.asked[slot] = state is not None
+        self.failed[slot] = state is not None and state.failed
         self.arrived.pop(slot, None)
         if state is not None and not state.failed:
             self.arrived[slot] = None
         return state is not None
+
+    def fail(self, states: list[RequestState]) -> None:
+        super().fail(states)
+        self.last = None
+        self.failed[:] = [state is not None and state.failed for state in self.states]
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
@@ -57,58 +67,65 @@ class V2Adapter(Adapter):
         asked = np.flatnonzero(self.asked[slots] & (num_tokens >= self.req_states.prefill_len.np[slots]))
         if not len(asked):
             return
-        states = {int(slot): self.states[slot] for slot in slots[asked]}
-        self.guide(list(states.values()), lambda: self._guide(logits, ctx, asked))
-        for slot, state in states.items():
-            if state.failed:
-                rows = ctx.expanded_idx_mapping == slot
-                logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
-                logits[:, state.stop_token_id].masked_fill_(rows, 0.0)
+        try:
+            self._guide(logits, ctx, asked)
+        except Exception as error:
+            self.give_up([self.states[slot] for slot in slots[asked]], error)
+        self.show()
+        for slot in slots[asked[self.failed[slots[asked]]]]:
+            rows = ctx.expanded_idx_mapping == int(slot)
+            logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
+            logits[:, self.states[slot].stop_token_id].masked_fill_(rows, 0.0)
 
     def _guide(self, logits: torch.Tensor, ctx: LogitsContext, asked: np.ndarray) -> None:
         """``asked``: places in ``ctx.idx_mapping_np`` of the requests that this step samples for."""
         slots = ctx.idx_mapping_np[asked]
         fed: dict[int, list[int]] = {}  # of the requests that begin with this step
-        for slot in sorted(self.arrived.keys() & set(slots.tolist())):
-            tokens = self.arrived.pop(slot)
-            if self.states[slot].failed:
-                continue
-            fed[slot] = tokens.tolist()
-            self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
-        guided = asked[[not self.states[slot].failed for slot in slots]]
-        if len(guided):
-            self.guidance.apply(logits, self._batch(ctx, guided, fed))
+        if self.arrived:
+            for slot in sorted(self.arrived.keys() & set(slots.tolist())):
+                tokens = self.arrived.pop(slot)
+                if self.failed[slot]:
+                    continue
+                fed[slot] = tokens.tolist()
+                self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
+        guided = asked[~self.failed[slots]]
+        if not len(guided):
+            return
+        layout = self._layout(ctx, guided)
+        if len(ctx.pos) == len(ctx.idx_mapping_np):
+            positions = ctx.pos[layout.rows]
+        else:
+            positions = ctx.pos[layout.rows].masked_fill(layout.row_slots == self.guidance.no_slot, 0)
+        prompt_len = self.req_states.prompt_len.np
+        batch = GuidedBatch(
+            layout=layout,
+            num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
+            exact=self.guidance.max_rows_per_request == 1,
+            positions=positions,
+            token_ids=ctx.input_ids[layout.rows],
+            output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
+        )
+        self.guidance.apply(logits, batch)
 
-    def _batch(self, ctx: LogitsContext, guided: np.ndarray, fed: dict[int, list[int]]) -> GuidedBatch:
+    def _layout(self, ctx: LogitsContext, guided: np.ndarray) -> Layout:
         """``guided``: places in ``ctx.idx_mapping_np`` of the requests to guide."""
         device, num_rows = self.guidance.device, len(ctx.pos)
         slots = ctx.idx_mapping_np[guided].astype(np.int64)
         if num_rows == len(ctx.idx_mapping_np):  # a row for each request
-            rows = to_device(guided, device, torch.int64)
-            row_slots = to_device(slots, device, torch.int64)
-            positions, token_ids = ctx.pos[rows], ctx.input_ids[rows]
-        else:
-            # Which rows are whose is known on the device. Guided ones first; the others among these are left alone.
-            guided_slot = np.full(self.req_states.max_num_reqs, self.guidance.no_slot, np.int64)
-            guided_slot[slots] = slots
-            row_slots = to_device(guided_slot, device, torch.int64)[ctx.expanded_idx_mapping]
-            left_alone = row_slots == self.guidance.no_slot
-            most = min(num_rows, len(slots) * self.guidance.max_rows_per_request)
-            rows = left_alone.int().argsort(stable=True)[:most]
-            row_slots = row_slots[rows]
-            positions = ctx.pos[rows].masked_fill(left_alone[rows], 0)
-            token_ids = ctx.input_ids[rows]
-        prompt_len = self.req_states.prompt_len.np
-        return GuidedBatch(
-            slots=slots,
-            num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
-            exact=self.guidance.max_rows_per_request == 1,
-            rows=rows,
-            row_slots=row_slots,
-            positions=positions,
-            token_ids=token_ids,
-            output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
-        )
+            if self.last is not None:
+                places, layout = self.last
+                if np.array_equal(places, guided) and np.array_equal(layout.slots, slots):
+                    return layout
+            rows, row_slots = to_device(guided, device, torch.int64), to_device(slots, device, torch.int64)
+            self.last = guided, Layout(slots, rows, row_slots)
+            return self.last[1]
+        # Which rows are whose is known on the device. Guided ones first; the others among these are left alone.
+        guided_slot = np.full(self.req_states.max_num_reqs, self.guidance.no_slot, np.int64)
+        guided_slot[slots] = slots
+        row_slots = to_device(guided_slot, device, torch.int64)[ctx.expanded_idx_mapping]
+        most = min(num_rows, len(slots) * self.guidance.max_rows_per_request)
+        rows = (row_slots == self.guidance.no_slot).int().argsort(stable=True)[:most]
+        return Layout(slots, rows, row_slots[rows])
 
     def _output_ids(self, slot: int) -> list[int]:
         """A request's settled tokens after its prompt. Synchronizes with the device."""

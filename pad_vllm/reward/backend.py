@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
 from vllm.config import CompilationConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config import replace as replace_config
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
@@ -127,7 +128,7 @@ def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
         "seed": base.seed,
         "config_format": base.config_format,
         "runner": "generate",
-        "enforce_eager": True,
+        "enforce_eager": base.enforce_eager,
         "skip_tokenizer_init": True,
         "disable_cascade_attn": True,
     }
@@ -169,6 +170,9 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         # One KV cache group: a block table serves every layer, sliding windows included.
         disable_hybrid_kv_cache_manager=True,
     )
+    # Compiled as the base model is. A platform chooses its own form of this mode, from this mode alone.
+    compiled = base.compilation_config.mode not in (None, CompilationMode.NONE)
+    mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
     load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
     # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
     attention_config = copy.copy(base.attention_config)
@@ -179,7 +183,7 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         cache_config=cache_config,
         scheduler_config=scheduler_config,
         load_config=LoadConfig(load_format=load_format, download_dir=base.load_config.download_dir),
-        compilation_config=CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE),
+        compilation_config=CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode.NONE),
         attention_config=attention_config,
         parallel_config=copy.copy(base.parallel_config),
         kernel_config=copy.copy(base.kernel_config),
@@ -208,7 +212,8 @@ def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str]) -> nn.Modu
     if type(loader) is DefaultModelLoader:
         loader = _BackboneLoader(vllm_config.load_config)
         loader.not_backbone = not_backbone
-    return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
+    with set_model_tag("pad_reward_model"):  # a compilation cache of its own
+        return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
 
 
 @dataclass(frozen=True)

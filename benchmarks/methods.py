@@ -1,0 +1,217 @@
+"""The ways to generate that the throughput benchmark compares, each in a process of its own.
+
+Only one of them works at a time; the others wait and cost nothing but memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = range(100, 30_000)
+"""Token ids of random prompts: nothing special among them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a batch of requests is like."""
+
+    batch: int = 16
+    prompt_len: int = 16
+    output_len: int = 64
+    top_k: int = 10
+    share: float = 1.0
+    """of guided requests"""
+    personas: int = 1
+    """among the guided requests; 0: guided without a preference"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells share."""
+
+    base: Path
+    reward: Path
+    dtype: str = "float32"
+    enforce_eager: bool = False
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    kv_cache_memory_bytes: int = 2 << 30
+    load_format: str = "auto"
+    personas: Mapping[str, str] | None = None
+    """Name -> preference."""
+
+
+def prompts(cell: Cell, seed: int) -> list[list[int]]:
+    """Random and new to every cache."""
+    rng = random.Random(seed)
+    return [rng.choices(PROMPT_TOKENS, k=cell.prompt_len) for _ in range(cell.batch)]
+
+
+def guidance(cell: Cell, i: int) -> dict[str, Any] | None:
+    """The arguments of request ``i``; the guided ones are spread evenly."""
+    guided = int((i + 1) * cell.share) > int(i * cell.share)
+    if not guided:
+        return None
+    asked: dict[str, Any] = {"pad_top_k": cell.top_k}
+    return asked | ({"pad_persona": f"p{i % cell.personas}"} if cell.personas else {})
+
+
+class Engine:
+    """vLLM, in this process. ``plugin``: ``pad``, ``naive`` or none; ``model``: ``base`` or ``reward``."""
+
+    def __init__(self, setup: Setup, plugin: str | None = None, model: str = "base") -> None:
+        import vllm
+
+        extra: dict[str, Any] = {}
+        if plugin == "pad":
+            personas = {name: {"preference": text} for name, text in (setup.personas or {}).items()}
+            extra["logits_processors"] = ["pad_vllm:PADLogitsProcessor"]
+            extra["additional_config"] = {"pad": {"reward_model": str(setup.reward), "personas": personas}}
+        elif plugin == "naive":
+            extra["logits_processors"] = [f"{__package__}.naive_plugin:NaiveProcessor"]
+            extra["additional_config"] = {"naive": {"reward_model": str(setup.reward)}}
+        self.plugin = plugin
+        self.llm = vllm.LLM(
+            str(getattr(setup, model)),
+            dtype=setup.dtype,
+            enforce_eager=setup.enforce_eager,
+            max_model_len=setup.max_model_len if model == "base" else None,
+            max_num_seqs=setup.max_num_seqs,
+            kv_cache_memory_bytes=setup.kv_cache_memory_bytes,
+            load_format=setup.load_format,
+            enable_prefix_caching=False,
+            **extra,
+        )
+
+    def run(self, cell: Cell, seed: int) -> float:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=cell.output_len,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=guidance(cell, i) if self.plugin else None,
+            )
+            for i in range(cell.batch)
+        ]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts(cell, seed)]
+        start = time.perf_counter()
+        self.llm.generate(inputs, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def reward_tokens(self) -> int:
+        """How many tokens the reward model has computed."""
+        return _guidance().engine.stats.num_tokens
+
+    def breakdown(self, cell: Cell, seed: int) -> dict[str, float]:
+        from .breakdown import measure
+
+        return measure(_guidance(), lambda: self.run(cell, seed))
+
+
+def _guidance() -> Any:
+    from pad_vllm.processor import PADLogitsProcessor
+
+    (processor,) = PADLogitsProcessor._running.values()
+    return processor.adapter.guidance
+
+
+class Loop:
+    """transformers, without vLLM. ``cached``: batched, with KV caches; else as published, one request at a time."""
+
+    def __init__(self, setup: Setup, cached: bool) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        dtype, self.device = getattr(torch, setup.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+        self.base, self.reward = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
+            for path in (setup.base, setup.reward)
+        )
+        self.cached = cached
+
+    def run(self, cell: Cell, seed: int) -> float:
+        import torch
+
+        from .loops import cached_loop, published_loop
+
+        ids = torch.tensor(prompts(cell, seed), device=self.device)
+        start = time.perf_counter()
+        if self.cached:
+            cached_loop(self.base, self.reward, ids, cell.output_len, cell.top_k)
+        else:
+            for row in ids:
+                published_loop(self.base, self.reward, row[None], cell.output_len, cell.top_k)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+METHODS: dict[str, Any] = {
+    "unguided": lambda setup: Engine(setup),
+    "guided": lambda setup: Engine(setup, "pad"),
+    "reward model alone": lambda setup: Engine(setup, None, "reward"),
+    "naive plugin": lambda setup: Engine(setup, "naive"),
+    "transformers loop, cached": lambda setup: Loop(setup, cached=True),
+    "as published": lambda setup: Loop(setup, cached=False),
+}
+"""What is side by side. ``unguided``: vLLM without any plugin. ``reward model alone``: vLLM serving nothing else.
+``naive plugin``: a logits processor with a transformers model and a cache for each request. ``as published``: the
+authors' algorithm, no caches, one request at a time."""
+
+
+class Method:
+    """One of :data:`METHODS` in a process of its own; calls its object's methods."""
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, setup, theirs), name=name)
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        self._pipe.send((method, args))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self._process.name}: its process ended") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(name: str, setup: Setup, pipe: Any) -> None:
+    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    method = METHODS[name](setup)
+    pipe.send(None)
+    while True:
+        try:
+            called, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # what holds measured models needs no orderly end
+        try:
+            pipe.send(getattr(method, called)(*args))
+        except Exception as error:
+            pipe.send(RuntimeError(f"{name}: {type(error).__name__}: {error}"))
