@@ -61,18 +61,28 @@ def select_candidates(
     Returns:
         ids [R, K] int64, and z [R, K] float32: the base logits, -inf in places beyond a row's candidates.
     """
-    z = logits.index_select(0, rows)[:, :vocab_size].float()
-    z = z.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
-    # The k first tokens are in the k first of any slices, by their largest logit: one pass over the vocabulary. What
-    # fills up the last slice comes behind all tokens, of which there are k in these slices.
-    z = torch.nn.functional.pad(z, (0, -vocab_size % SLICE), value=NEG_INF).unflatten(1, (-1, SLICE))
-    k = min(max_top_k, vocab_size)
-    _, slices = largest(z.amax(-1), torch.arange(z.shape[1], device=z.device), min(k, z.shape[1]))
-    ids = slices.unsqueeze(-1) * SLICE + torch.arange(SLICE, device=z.device)
-    z = z.gather(1, slices.unsqueeze(-1).expand(-1, -1, SLICE))
-    values, ids = largest(z.flatten(1), ids.flatten(1), k)
+    # The k first tokens are in the k first slices, by largest logit: one pass over the vocabulary, and no copy of it.
+    maxima = slice_maxima(logits, vocab_size)
+    if not logits.is_cpu or not bool((maxima < float("inf")).all()):  # where it costs nothing to ask, copy if need be
+        logits = logits.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
+        maxima = slice_maxima(logits, vocab_size)
+    k, num_slices = min(max_top_k, vocab_size), maxima.shape[1]
+    _, slices = largest(maxima[rows].float(), torch.arange(num_slices, device=rows.device), min(k, num_slices))
+    ids = (slices.unsqueeze(-1) * SLICE + torch.arange(SLICE, device=rows.device)).flatten(1)
+    # What the last slice lacks comes behind all tokens, of which there are k in these slices.
+    z = logits[rows.unsqueeze(1), ids.clamp(max=vocab_size - 1)].float().masked_fill(ids >= vocab_size, NEG_INF)
+    values, ids = largest(z, ids, k)
     place = torch.arange(k, device=z.device)
     return ids, values.masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
+
+
+def slice_maxima(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The largest logit of each slice of the vocabulary; [N, V] -> [N, ceil(vocab_size / SLICE)]."""
+    whole = vocab_size // SLICE * SLICE
+    parts = [logits[:, :whole].unflatten(1, (-1, SLICE)).amax(-1)] if whole else []
+    if whole < vocab_size:
+        parts.append(logits[:, whole:vocab_size].amax(-1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +108,7 @@ def score_candidates(
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
     vocab_start: int = 0,
+    sharded: bool = False,
 ) -> torch.Tensor:
     """The reward model's logits of the candidates, before soft cap and scale.
 
@@ -106,19 +117,21 @@ def score_candidates(
         lm_head: [V', d], any float dtype: the rows [vocab_start, vocab_start + V') of the whole output head.
         ids: [R, K] int64.
         bias: [V'] or None.
-        vocab_start: where this shard begins. A candidate outside it scores 0: the sum over the shards of a
+        vocab_start: where this shard begins.
+        sharded: whether there are others. A candidate outside this one then scores 0: the sum over the shards of a
             tensor-parallel group is the score.
 
     Returns:
         [R, K] float32.
     """
-    local = ids - vocab_start
-    mine = (local >= 0) & (local < lm_head.shape[0])
-    local = local.where(mine, 0)
-    scores = torch.einsum("rkd,rd->rk", lm_head[local].float(), hidden_states.float())
+    local = ids - vocab_start if vocab_start else ids
+    mine = (local >= 0) & (local < lm_head.shape[0]) if sharded else None
+    if sharded:
+        local = local.where(mine, 0)
+    scores = torch.bmm(lm_head[local].float(), hidden_states.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
         scores = scores + bias[local].float()
-    return scores.where(mine, 0.0)
+    return scores.where(mine, 0.0) if sharded else scores
 
 
 def cap_and_scale(scores: torch.Tensor, soft_cap: float | None = None, scale: float = 1.0) -> torch.Tensor:
@@ -204,7 +217,7 @@ def guide_(
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
-    scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start)
+    scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start, sharded=all_reduce is not None)
     if all_reduce is not None:
         scores = all_reduce(scores)
     reweight_(logits, rows, ids, z, cap_and_scale(scores, soft_cap, scale), top_k, beta, reference)

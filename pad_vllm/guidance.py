@@ -80,6 +80,7 @@ class RowParams:
         self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
         self.head_weights = floats[:, 2:]
         self.host_offset = slots.host_offset[layout.slots]
+        self.host_prompt_len = slots.host_prompt_len[layout.slots]
         self.max_top_k = int(slots.host_top_k[layout.slots].max())
         self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
 
@@ -94,13 +95,15 @@ class Slots:
         self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
         """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
         self.host_offset = np.zeros(num_slots, np.int64)
+        self.host_prompt_len = np.zeros(num_slots, np.int64)
         self.host_top_k = np.zeros(num_slots, np.int64)
         self.host_uses_heads = np.zeros(num_slots, bool)
 
     def write(self, slot: int, ints: list[int], floats: list[float], uses_heads: bool) -> None:
         self.ints[slot] = to_device(ints, self.ints.device, torch.int64)
         self.floats[slot] = to_device(floats, self.floats.device, torch.float32)
-        self.host_offset[slot], self.host_top_k[slot], self.host_uses_heads[slot] = ints[0], ints[3], uses_heads
+        self.host_offset[slot], self.host_prompt_len[slot], _, self.host_top_k[slot] = ints
+        self.host_uses_heads[slot] = uses_heads
 
 
 class Guidance:
@@ -161,6 +164,8 @@ class Guidance:
         self.stats = Stats()
         self.no_slot = self.engine.no_context
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
+        # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
+        self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.head_names), device)
         self._params: RowParams | None = None
         self._warm_up(hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
@@ -235,8 +240,13 @@ class Guidance:
         began = time.perf_counter()
         layout, params = batch.layout, self._params_of(batch.layout)
         num_tokens = batch.num_tokens + params.host_offset
-        # The composed prompt may end otherwise than the base prompt; the base samples its first token from the latter.
-        token_ids = torch.where(batch.positions < params.prompt_len, params.last_prompt_id, batch.token_ids)
+        token_ids = batch.token_ids
+        if not batch.exact or (batch.num_tokens <= params.host_prompt_len).any():
+            # The composed prompt may end otherwise than the base's, from which the base samples its first token.
+            token_ids = torch.where(batch.positions < params.prompt_len, params.last_prompt_id, token_ids)
+        if self.may_be_foreign:
+            # Such a draft or token is no candidate, so what follows it is void.
+            token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
         hidden_states = self.engine.step(
             ContextRows(
                 contexts=layout.slots,
@@ -244,8 +254,7 @@ class Guidance:
                 lengths=num_tokens if batch.exact else None,
                 index=layout.row_slots,
                 positions=batch.positions + params.offset,
-                # A drafter's own vocabulary may be larger. Such a draft is no candidate, so what follows it is void.
-                token_ids=token_ids.clamp_(0, self.reward_vocab_size - 1).int(),
+                token_ids=token_ids.int(),
                 history=batch.output_ids,
             )
         )

@@ -83,7 +83,7 @@ class Board:
     def __init__(self, announcement: Path, labels: tuple[str, str]) -> None:
         path = stats_path(announcement)
         np.zeros(len(fields(Stats))).tofile(path)  # a mapped file without room on the disk would end the process
-        self.values = np.memmap(path, np.float64, "r+")
+        self.values = np.asarray(np.memmap(path, np.float64, "r+"))
         interval = float(envs.VLLM_LOG_STATS_INTERVAL)
         closed = threading.Event()
         weakref.finalize(self, closed.set)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
-from tests.engine import A_CORE_EACH, ONE_CONTEXT, PLUGIN, Engine, guided, pad_config
+from tests.engine import A_CORE_EACH, ONE_CONTEXT, PLUGIN, Engine, guided, pad_config, running_guidance
 from tests.models import make_model
 from tests.test_engine import BAD_REQUESTS, GREEDY, MAX_TOKENS, PREFERENCES, PROMPTS
 
@@ -32,6 +32,26 @@ def test_a_sliding_window_stays_with_its_model(models, encode, compose, tmp_path
         )
         for p in prompts
     ]
+
+
+def test_compiled_as_the_base_model_is(models, encode, expect):
+    """Both models by inductor, as an engine runs that is not told otherwise; batches of one row and of several."""
+    engine = Engine("v1", models.base, enforce_eager=False, **pad_config(models.reward))
+    prompts = [encode(text) for text in ("The quick brown fox", "a", "jumps over the lazy dog " * 4)]
+    try:
+        assert engine.call(compiled_modules) == 2
+        for batch in (prompts[:1], prompts):
+            asked = {"preference": "formal", "beta": 1.5}
+            out = engine.generate(batch, {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True} | guided(**asked))
+            assert out == [expect(prompt, max_tokens=24, **asked) for prompt in batch]
+    finally:
+        engine.close()
+
+
+def compiled_modules(llm) -> int:
+    """How many of the two models run compiled."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    return sum(not model.model.do_not_compile for model in (worker.get_model(), running_guidance(llm).model.model))
 
 
 def test_a_prompt_token_unknown_to_the_reward_model_ends_its_request_alone(models, encode, compose, tmp_path):

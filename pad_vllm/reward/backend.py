@@ -246,8 +246,8 @@ class ForwardBatch:
     """[num_tokens] int64"""
     slot_mapping: torch.Tensor
     """[num_tokens] int64: where in the KV cache each token's keys and values go"""
-    query_start_loc: np.ndarray
-    """[num_seqs + 1] int32"""
+    query_start_loc: np.ndarray | None
+    """[num_seqs + 1] int32; None: every sequence is one token"""
     seq_lens: torch.Tensor
     """[num_seqs] int32: tokens of each sequence once this batch is computed"""
     seq_lens_upper_bound: np.ndarray
@@ -288,6 +288,8 @@ class PagedModel:
             self._init_kv_cache(kv_cache_memory_bytes, base)
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         self.max_model_len = model_config.max_model_len
+        self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
+        self.arange = self.arange_cpu.to(device)
 
     def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig) -> None:
         config = self.vllm_config
@@ -408,13 +410,21 @@ class PagedModel:
         # FlashInfer plans by the bound as by the lengths themselves; without it, it reads those back.
         give_bound = batch.seq_lens_known or not self.plans_by_bound
         slot_mapping = batch.slot_mapping.unsqueeze(0)
+        if batch.query_start_loc is None:
+            starts, starts_cpu, max_query_len = self.arange[: num_seqs + 1], self.arange_cpu[: num_seqs + 1], 1
+        else:
+            starts = to_device(batch.query_start_loc, self.device, torch.int32)
+            starts_cpu, max_query_len = (
+                torch.from_numpy(batch.query_start_loc),
+                int(np.diff(batch.query_start_loc).max()),
+            )
         attn_metadata = build_attn_metadata(
             self.attn_groups,
             num_reqs=num_seqs,
             num_tokens=num_tokens,
-            query_start_loc_gpu=to_device(batch.query_start_loc, self.device, torch.int32),
-            query_start_loc_cpu=torch.from_numpy(batch.query_start_loc),
-            max_query_len=int(np.diff(batch.query_start_loc).max()),
+            query_start_loc_gpu=starts,
+            query_start_loc_cpu=starts_cpu,
+            max_query_len=max_query_len,
             seq_lens=batch.seq_lens,
             max_seq_len=int(batch.seq_lens_upper_bound.max()),
             block_tables=[batch.block_table],

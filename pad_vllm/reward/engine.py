@@ -147,40 +147,29 @@ class RewardEngine:
         while pieces and sum(len(piece.token_ids) for piece in pieces) + num_rows > budget:
             now, pieces = split(pieces, budget)
             self._forward(now, rows.select(slice(0)))
+        if num_rows <= budget:
+            return self._forward(pieces, rows)
         outputs = [
             self._forward(pieces if first == 0 else [], rows.select(slice(first, first + budget)))
             for first in range(0, num_rows, budget)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
 
     def _forward(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """One forward; returns the hidden states of its rows."""
-        device, num_rows = self.model.device, len(rows.index)
-        query_start_loc = np.arange(num_rows + len(pieces) + 1, dtype=np.int32)
+        num_rows = len(rows.index)
         index, positions, token_ids = rows.index, rows.positions, rows.token_ids
-        if pieces:
-            query_start_loc[num_rows + 1 :] = num_rows + np.cumsum([len(piece.token_ids) for piece in pieces])
-            host = np.empty((3, query_start_loc[-1] - num_rows), np.int64)
-            for piece, end in zip(pieces, query_start_loc[num_rows + 1 :] - num_rows, strict=True):
-                n = len(piece.token_ids)
-                host[0, end - n : end] = piece.index
-                host[1, end - n : end] = np.arange(piece.start, piece.start + n)
-                host[2, end - n : end] = piece.token_ids
-            of_pieces = to_device(host, device, torch.int64)
-            index, positions = torch.cat([index, of_pieces[0]]), torch.cat([positions, of_pieces[1]])
-            token_ids = torch.cat([token_ids, of_pieces[2].int()])
+        query_start_loc, last_positions = None, positions
+        seq_lens = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
         table, block_size = self.blocks.table, self.blocks.block_size
+        if pieces:
+            index, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
         blocks = table[index, positions // block_size].long()
         slot_mapping = blocks * block_size + positions % block_size
         if pieces:  # from tokens to sequences
-            last = to_device(query_start_loc[1:] - 1, device, torch.int64)
+            last = to_device(query_start_loc[1:] - 1, self.model.device, torch.int64)
             index, last_positions = index[last], positions[last]
-        else:
-            last_positions = positions
-        lengths_known = rows.lengths is not None
-        seq_lens = np.empty(num_rows + len(pieces), np.int32)
-        seq_lens[:num_rows] = rows.lengths if lengths_known else rows.num_tokens.max()
-        seq_lens[num_rows:] = [piece.start + len(piece.token_ids) for piece in pieces]
+            seq_lens = np.concatenate([seq_lens, [piece.start + len(piece.token_ids) for piece in pieces]])
         hidden_states = self.model.forward(
             ForwardBatch(
                 input_ids=token_ids,
@@ -188,14 +177,34 @@ class RewardEngine:
                 slot_mapping=slot_mapping,
                 query_start_loc=query_start_loc,
                 seq_lens=(last_positions + 1).int(),
-                seq_lens_upper_bound=seq_lens,
-                seq_lens_known=lengths_known,
+                seq_lens_upper_bound=seq_lens.astype(np.int32),
+                seq_lens_known=rows.lengths is not None,
                 block_table=table[index],
             )
         )
         self.stats.num_forwards += 1
-        self.stats.num_tokens += int(query_start_loc[-1])
+        self.stats.num_tokens += len(token_ids)
         return hidden_states[:num_rows]
+
+    def _with_pieces(
+        self, pieces: list[Piece], rows: ContextRows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+        """Rows, then the tokens of pieces: each token's context, its position, itself; and where sequences begin."""
+        device, num_rows = self.model.device, len(rows.index)
+        ends = np.cumsum([len(piece.token_ids) for piece in pieces])
+        host = np.empty((3, ends[-1]), np.int64)
+        for piece, end in zip(pieces, ends, strict=True):
+            n = len(piece.token_ids)
+            host[0, end - n : end] = piece.index
+            host[1, end - n : end] = np.arange(piece.start, piece.start + n)
+            host[2, end - n : end] = piece.token_ids
+        of_pieces = to_device(host, device, torch.int64)
+        return (
+            torch.cat([rows.index, of_pieces[0]]),
+            torch.cat([rows.positions, of_pieces[1]]),
+            torch.cat([rows.token_ids, of_pieces[2].int()]),
+            np.concatenate([np.arange(num_rows + 1), num_rows + ends]).astype(np.int32),
+        )
 
 
 def split(pieces: list[Piece], num_tokens: int) -> tuple[list[Piece], list[Piece]]:
