@@ -23,6 +23,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
+
 from .methods import Cell, Method, Setup
 
 BASE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -177,8 +179,8 @@ def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
         computed = long("reward_tokens") - before
     finally:
         long.close()
-    template = 15  # words of the default template, give or take
-    least = LONG_PERSONA + template + cell.batch * (cell.prompt_len + cell.output_len - 1)
+    head = LONG_PERSONA + len(DEFAULT_PROMPT_TEMPLATE.format(preference="", prompt="").split())
+    least = head + cell.batch * (cell.prompt_len + cell.output_len - 1)
     print(
         f"16 users of a {LONG_PERSONA}-token persona: {computed} reward tokens; one prompt and 16 own parts are {least}"
     )
