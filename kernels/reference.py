@@ -49,7 +49,7 @@ def select_candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidates of each guided row, largest base logit first; of equal ones the lower token ids are in.
 
-    Reads nothing back from the device.
+    Reads nothing back from a device.
 
     Args:
         logits: [N, V].
@@ -63,7 +63,7 @@ def select_candidates(
     """
     # The k first tokens are in the k first slices, by largest logit: one pass over the vocabulary, and no copy of it.
     maxima = slice_maxima(logits, vocab_size)
-    if not logits.is_cpu or not bool((maxima < float("inf")).all()):  # where it costs nothing to ask, copy if need be
+    if not reads_are_free(logits) or not bool((maxima < float("inf")).all()):
         logits = logits.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
         maxima = slice_maxima(logits, vocab_size)
     k, num_slices = min(max_top_k, vocab_size), maxima.shape[1]
@@ -74,6 +74,11 @@ def select_candidates(
     values, ids = largest(z, ids, k)
     place = torch.arange(k, device=z.device)
     return ids, values.masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
+
+
+def reads_are_free(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at values, and at lengths that depend on them, without waiting for a device."""
+    return tensor.is_cpu
 
 
 def slice_maxima(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -167,7 +172,7 @@ def reweight_(
     reward = log_r - reference.unsqueeze(1) * z.log_softmax(-1)
     guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
     guided = guided.to(logits.dtype)
-    if logits.is_cpu:  # where a number of rows that depends on data costs nothing
+    if reads_are_free(logits):
         live = top_k.nonzero().squeeze(1)
         rows, ids, guided = rows[live], ids[live], guided[live]
         logits.index_fill_(0, rows, NEG_INF)

@@ -98,7 +98,9 @@ def run(folder: Path, language: str, body: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/deploy.md", "docs/engine.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "document", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+)
 def test_every_command_runs(folder, document):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
