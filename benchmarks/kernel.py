@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import triton
+
 from pad_vllm.kernels import fused, reference
 
 ROWS = (1, 8, 64, 256)

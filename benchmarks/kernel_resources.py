@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from pad_vllm.kernels import fused
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from pad_vllm.kernels import fused
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -110,17 +110,7 @@ def _template(tokenizer: str, prompt_template: str, max_preference_tokens: int) 
     return template
 
 
-def register() -> None:
-    """The ``vllm.general_plugins`` hook, run in every process before its engine is configured."""
-    _make_folder()
-    from pad_vllm import frontend
-    from pad_vllm.metrics import register_collector
-
-    frontend.install()
-    register_collector()
-
-
-def _make_folder() -> None:
+def make_folder() -> None:
     """Make the folder of announcements, once for a frontend and its engines."""
     if ANNOUNCE_DIR in os.environ:
         return
@@ -190,7 +180,7 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
         ValueError: an engine that guides cannot write where its frontends would look.
     """
     try:
-        register()
+        make_folder()
         folder = Path(os.environ.get(ANNOUNCE_DIR, os.devnull))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.json"

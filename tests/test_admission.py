@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import vllm
 
-from pad_vllm import PADLogitsProcessor, admission
+from pad_vllm import PADLogitsProcessor, admission, plugin
 from pad_vllm.admission import ANNOUNCE_DIR, Announcement
 from pad_vllm.reward.template import PromptTemplate
 from tests.malformed import GOOD, malformed
@@ -65,10 +65,10 @@ def test_an_engine_that_was_killed_announces_nothing(folder):
 
 def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
     monkeypatch.delenv(ANNOUNCE_DIR)
-    admission.register()
+    plugin.register()
     folder = os.environ[ANNOUNCE_DIR]
     assert os.stat(folder).st_mode & 0o077 == 0
-    admission.register()
+    plugin.register()
     assert os.environ[ANNOUNCE_DIR] == folder
     owner = Owner()
     admission.announce(GUIDED, owner)
@@ -169,8 +169,8 @@ def test_folders_of_killed_processes_are_swept(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = """if True:
         import os, time
-        from pad_vllm.admission import ANNOUNCE_DIR, register
-        register()
+        from pad_vllm.admission import ANNOUNCE_DIR, make_folder
+        make_folder()
         print(os.environ[ANNOUNCE_DIR], flush=True)
         time.sleep(60)
     """

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pad_vllm.benchmarks import loops
 from pad_vllm.benchmarks.methods import Cell, guidance, prompts
-
 from tests.engine import OFFLINE
 
 

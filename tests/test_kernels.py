@@ -261,6 +261,7 @@ def fuzz_fused(max_examples: int) -> None:
     """Rows made to break selection and normalization, by both implementations. In the interpreter's process."""
     from hypothesis import given, settings
     from hypothesis import strategies as st
+
     from pad_vllm.kernels import fused
     from pad_vllm.kernels import reference as in_torch
 
