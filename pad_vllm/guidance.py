@@ -219,12 +219,13 @@ class Guidance:
             raise ValueError(
                 f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
             )
-        composed = prompt_ids
+        composed, num_shared = prompt_ids, 0
         if params.preference is not None:
+            num_shared = self.template.num_shared_tokens(prompt_ids, params.preference)
             composed = self.template.compose(composed, params.preference)
         self._write_slot(slot, params, prompt_ids, composed)
         self.stats.guided_requests += 1
-        return self.engine.blocks.add(slot, composed)
+        return self.engine.blocks.add(slot, composed, num_shared)
 
     def free(self, context: Context) -> None:
         """A request left the batch."""

@@ -78,7 +78,7 @@ def make_requests(number: int, vocabulary: range, rng: random.Random) -> list[Re
             prompt=rng.choice(prompts),
             max_tokens=rng.choice([1, 5, 16, 48]),
             pad=rng.choice(asked) if rng.random() < 0.7 else {},
-            arrives=rng.expovariate(60),
+            arrives=rng.expovariate(300),
             abort_after=rng.randrange(1, 12) if rng.random() < 0.15 else None,
         )
         for _ in range(number)

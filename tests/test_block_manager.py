@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pad_vllm.reward.block_manager import BlockManager
+from pad_vllm.reward.block_manager import BlockManager, Copy
 
 BLOCK_SIZE = 4
 MAX_BLOCKS = 6
@@ -30,10 +30,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.content: dict[int, tuple[int, ...]] = {}
 
     @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
-    @rule(prompt=TOKENS)
-    def add(self, prompt: list[int]) -> None:
+    @rule(prompt=TOKENS, num_shared=st.integers(0, 2 * BLOCK_SIZE))
+    def add(self, prompt: list[int], num_shared: int) -> None:
         index = next(i for i in range(MAX_CONTEXTS) if i not in self.lengths)
-        self.blocks.add(index, prompt)
+        self.blocks.add(index, prompt, num_shared)
         self.lengths[index] = len(prompt)
 
     @precondition(lambda self: self.lengths)
@@ -68,6 +68,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             admitted, cold = blocks.admit(line, lengths)
             assert admitted >= 1
             starts = {context.index: num_computed for context, num_computed in cold}
+            self.copy(blocks.take_copies(), list(starts))
             for index in line[:admitted]:
                 context = blocks.contexts[index]
                 assert len(context.blocks) * BLOCK_SIZE >= self.lengths[index]
@@ -77,6 +78,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 row = blocks.table[index, : len(blocks.contexts[index].blocks)].tolist()
                 assert row == [block.block_id for block in blocks.contexts[index].blocks]
             del line[:admitted], lengths[:admitted]
+
+    def copy(self, copies: list[Copy], cold: list[int]) -> None:
+        """See that what is copied is what the target would have computed."""
+        for source, source_block, target, block in copies:
+            at, shared = target.num_shared // BLOCK_SIZE, target.prompt_ids[: target.num_shared]
+            assert target.blocks[at].block_id == block
+            assert self.blocks.pool.blocks[block].ref_cnt == 1, "a copy would be written into another's block"
+            assert source.prompt_ids[: len(shared)] == shared
+            if source.index in cold:
+                assert cold.index(source.index) < cold.index(target.index)
+                assert source.blocks[at].block_id == source_block
+            else:
+                assert list(self.content[source_block][: len(shared)]) == shared
 
     def write(self, index: int, compute_from: int | None) -> None:
         """Do to ``content`` what a forward does to the KV cache, and see that what is reused is what it should be."""
@@ -137,6 +151,23 @@ def test_contexts_that_arrive_together_share_what_the_first_will_compute():
     assert admitted == 3
     assert [num_computed for _, num_computed in cold] == [0, 8, 8]
     assert blocks.stats.num_prefix_hit_tokens == 16
+
+
+def test_a_shared_head_that_ends_within_a_block_is_copied():
+    blocks = manager()
+    head = list(range(10))
+    for index in range(3):
+        blocks.add(index, [*head, 20 + index, 30], num_shared=10)
+    blocks.begin_step()
+    _, cold = blocks.admit([0, 1, 2], [12, 12, 12])
+    assert [num_computed for _, num_computed in cold] == [0, 10, 10]
+    first = blocks.contexts[0]
+    assert [(c.source, c.source_block) for c in blocks.take_copies()] == [(first, first.blocks[2].block_id)] * 2
+    assert not blocks.take_copies()
+    blocks.remove(first)
+    blocks.add(0, [*head, 40, 30], num_shared=10)
+    _, cold = blocks.admit([0], [12])
+    assert [num_computed for _, num_computed in cold] == [8], "nobody else holds it under its name"
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():

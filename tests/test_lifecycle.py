@@ -113,3 +113,22 @@ def test_nothing_leaks(poor_engine, encode, runner):
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
     if runner == "v1":
         assert stats["contexts"] == 0 == stats["held_blocks"]
+
+
+def test_users_of_one_persona_compute_its_prompt_once(models, encode, expect, compose, runner):
+    """To the token, also where it ends within a block, and by users who come at once."""
+    persona, texts = "Be brief, and say why. " * 12, [f"{i} you are asked" for i in range(6)]
+    engine = Engine(runner, models.base, logits_processors=PLUGIN, max_num_seqs=8, **pad_config(models.reward))
+    prompts = [encode(text) for text in texts]
+    composed = [compose(prompt, persona) for prompt in prompts]
+    shared = next(i for i, ids in enumerate(zip(*composed, strict=False)) if len(set(ids)) > 1)
+    assert shared % 32 not in (0, 1)
+    own = sum(len(ids) - shared for ids in composed)
+    try:
+        before = engine.call(engine_stats)["tokens"]
+        out = engine.generate(prompts, greedy(8, preference=persona))
+        computed = engine.call(engine_stats)["tokens"] - before
+    finally:
+        engine.close()
+    assert out == [expect(prompt, max_tokens=8, preference=persona) for prompt in prompts]
+    assert computed <= 1.05 * (shared + own + 6 * 7)

@@ -345,6 +345,8 @@ class PagedModel:
             config,
             attn_groups=[g for groups in self.attn_groups for g in groups],
         )
+        if any(cache.shape[0] != kv_cache_config.num_blocks for cache in self.kv_caches.values()):
+            raise ValueError("pad: this vLLM's KV caches do not begin with their blocks")
 
     @property
     def num_blocks(self) -> int:
@@ -398,6 +400,14 @@ class PagedModel:
             raise ValueError(
                 f"pad.reward_model: {type(self.model).__name__} cannot be run on token ids alone: {error}"
             ) from error
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks of the KV cache, in all layers; (from, to). No block is both."""
+        if pairs:
+            source, target = to_device(np.array(pairs).T, self.device, torch.int64)
+            for cache in self.kv_caches.values():  # [blocks, heads, tokens, key and value]
+                cache[target] = cache[source]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -2,18 +2,32 @@
 
 The KV cache is only a cache: a context's tokens belong to the engine that generated them, and a context whose blocks
 were taken by another is computed again from them. Blocks of equal prompts are shared, by vLLM's own block pool and
-prefix hashing: a hash covers every token before a block's end, the preference's among them.
+prefix hashing: a hash covers every token before a block's end, the preference's among them. Where a shared preference
+ends within a block, the block is copied from another context that holds it, and the rest of it is the context's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pad_vllm.reward.backend import BlockHash, BlockPool, KVCacheBlock, block_hasher, to_device
+
+Tail = tuple[BlockHash | None, tuple[int, ...]]
+"""Tokens that begin a block, behind the hash of the block before it."""
+
+
+class Copy(NamedTuple):
+    """A block with which ``target`` begins: a copy of one of ``source``'s, once that is computed."""
+
+    source: Context
+    source_block: int
+    target: Context
+    block: int
 
 
 @dataclass(eq=False)
@@ -29,6 +43,10 @@ class Context:
     block_hashes: list[BlockHash]
     """Of the prompt's full blocks, without the prompt's last token: what ``BlockPool.cache_full_blocks`` reads."""
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    num_shared: int = 0
+    """Tokens at the prompt's head that others may share: what stands before the user's own words."""
+    tail: Tail | None = None
+    """Under which the block is known to others in which ``num_shared`` ends."""
     was_computed: bool = False
     """Whether it ever held blocks: what it then lacks is computed again."""
 
@@ -65,6 +83,9 @@ class BlockManager:
         self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
         """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
         self.stats = CacheStats()
+        self.tails: dict[Tail, Context] = {}
+        self.copies: list[Copy] = []
+        """To be made before anything that was admitted is computed."""
         self._unwritten: list[tuple[Context, int]] = []  # from which of its blocks on
         self._clock = 0
         self._step_began = 0
@@ -79,15 +100,17 @@ class BlockManager:
         """Part of the blocks that contexts hold, from 0 to 1."""
         return self.pool.get_usage()
 
-    def add(self, index: int, prompt_ids: list[int]) -> Context:
-        """Begin a context at ``index``, which must be free."""
+    def add(self, index: int, prompt_ids: list[int], num_shared: int = 0) -> Context:
+        """Begin a context at ``index``, which must be free; others may share the first ``num_shared`` tokens."""
         assert self.contexts[index] is None
         hashes: list[BlockHash] = []
         # The last token is left out: the step that scores the first candidates computes it, for its hidden state.
         for start in range(0, len(prompt_ids) - self.block_size, self.block_size):
             parent = hashes[-1] if hashes else None
             hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
-        self.contexts[index] = context = Context(index, prompt_ids, hashes)
+        self.contexts[index] = context = Context(
+            index, prompt_ids, hashes, num_shared=min(num_shared, len(prompt_ids) - 1)
+        )
         return context
 
     def remove(self, context: Context) -> None:
@@ -97,6 +120,9 @@ class BlockManager:
 
     def release(self, context: Context) -> None:
         """Take a context's blocks away."""
+        if context.tail is not None:
+            del self.tails[context.tail]
+            context.tail = None
         self.pool.free_blocks(reversed(context.blocks))
         context.blocks = []
         self.num_held[context.index] = 0
@@ -106,6 +132,7 @@ class BlockManager:
         for context in self.contexts:
             if context is not None:
                 self.release(context)
+        self.copies.clear()
         self.pool.reset_prefix_cache()
 
     def begin_step(self) -> None:
@@ -157,7 +184,7 @@ class BlockManager:
                 context.blocks += self.pool.get_new_blocks(missing)
             if is_cold:
                 self._share_prefix(context, num_blocks)
-                cold.append((context, num_blocks * self.block_size))
+                cold.append((context, num_blocks * self.block_size + self._share_tail(context, num_blocks)))
             if is_cold or missing > 0:
                 self._unwritten.append((context, 0 if is_cold else num_blocks))
             self._clock += 1
@@ -166,6 +193,11 @@ class BlockManager:
             admitted += 1
         self._write_table()
         return admitted, cold
+
+    def take_copies(self) -> list[Copy]:
+        """What was decided since the last call."""
+        copies, self.copies = self.copies, []
+        return copies
 
     def _num_blocks(self, num_tokens: np.ndarray | int) -> np.ndarray | int:
         return np.minimum(-(-num_tokens // self.block_size), self.table.shape[1])
@@ -196,6 +228,24 @@ class BlockManager:
             self.pool.cache_full_blocks(
                 context, context.blocks, num_cached, num_full, self.block_size, kv_cache_group_id=0
             )
+
+    def _share_tail(self, context: Context, num_cached: int) -> int:
+        """Let a context have what its shared head has beyond its last full block, from another that holds it, or let
+        others have it from this one. Returns how many tokens it need not compute for that."""
+        at = context.num_shared // self.block_size
+        tokens = tuple(context.prompt_ids[at * self.block_size : context.num_shared])
+        if not tokens:
+            return 0
+        tail = context.block_hashes[at - 1] if at else None, tokens
+        source = self.tails.get(tail)
+        if source is None:
+            self.tails[tail], context.tail = context, tail
+            return 0
+        if num_cached != at:  # it has that block already, or lacks others before it
+            return 0
+        self.copies.append(Copy(source, source.blocks[at].block_id, context, context.blocks[at].block_id))
+        self.stats.num_prefix_hit_tokens += len(tokens)
+        return len(tokens)
 
     def _write_table(self) -> None:
         """Bring the device's block table up to date with the blocks just given."""

@@ -115,6 +115,8 @@ class RewardEngine:
             admitted, cold = self.blocks.admit(line, num_tokens)
             assert admitted, "the pool holds at least one whole context"
             pieces = [self._missing(context, num_computed, rows) for context, num_computed in cold]
+            if self.blocks.copies:
+                pieces = self._copy(pieces, rows)
             if admitted == len(rows.contexts):
                 return self._compute(pieces, rows)
             if index is None:
@@ -126,6 +128,27 @@ class RewardEngine:
             hidden_states[to_device(mine, output.device, torch.int64)] = output
             del line[:admitted], num_tokens[:admitted]
         return hidden_states
+
+    def _copy(self, pieces: list[Piece], rows: ContextRows) -> list[Piece]:
+        """Copy the blocks that contexts begin with, and return the pieces still to be computed. Where the source of a
+        block is a piece of this step, those up to it are computed first."""
+        copies = {copy.target.index: copy for copy in self.blocks.take_copies()}
+        coming = {piece.index for piece in pieces}
+        held = [copy for copy in copies.values() if copy.source.index not in coming]
+        self.model.copy_blocks([(copy.source_block, copy.block) for copy in held])  # before anything is written
+        now: dict[int, Piece] = {}
+        pairs: list[tuple[int, int]] = []
+        for piece in pieces:
+            copy = copies.get(piece.index)
+            if copy is not None and copy.source.index in coming:
+                if copy.source.index in now:
+                    self.model.copy_blocks(pairs)
+                    self._compute_pieces(list(now.values()), rows)
+                    now, pairs = {}, []
+                pairs.append((copy.source_block, copy.block))
+            now[piece.index] = piece
+        self.model.copy_blocks(pairs)
+        return list(now.values())
 
     def _missing(self, context: Context, num_computed: int, rows: ContextRows) -> Piece:
         """What must be computed of a context before its first row."""
@@ -143,10 +166,7 @@ class RewardEngine:
         """Compute pieces, then rows, in forwards of at most ``max_num_batched_tokens``; the last pieces and the first
         rows share one."""
         budget, num_rows = self.max_num_batched_tokens, len(rows.index)
-        pieces = [piece for piece in pieces if len(piece.token_ids)]
-        while pieces and sum(len(piece.token_ids) for piece in pieces) + num_rows > budget:
-            now, pieces = split(pieces, budget)
-            self._forward(now, rows.select(slice(0)))
+        pieces = self._compute_pieces(pieces, rows, leave=budget - num_rows)
         if num_rows <= budget:
             return self._forward(pieces, rows)
         outputs = [
@@ -154,6 +174,14 @@ class RewardEngine:
             for first in range(0, num_rows, budget)
         ]
         return torch.cat(outputs)
+
+    def _compute_pieces(self, pieces: list[Piece], rows: ContextRows, leave: int = 0) -> list[Piece]:
+        """Compute pieces until no more than ``leave`` tokens of them are left, and return these."""
+        pieces = [piece for piece in pieces if len(piece.token_ids)]
+        while pieces and sum(len(piece.token_ids) for piece in pieces) > leave:
+            now, pieces = split(pieces, self.max_num_batched_tokens)
+            self._forward(now, rows.select(slice(0)))
+        return pieces
 
     def _forward(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """One forward; returns the hidden states of its rows."""

@@ -81,6 +81,10 @@ class PromptTemplate:
         at = self.insertion_point(prompt_ids)
         return [*prompt_ids[:at], *before, *prompt_ids[at:], *after]
 
+    def num_shared_tokens(self, prompt_ids: Sequence[int], preference: str) -> int:
+        """How many ids at the head of a composed prompt are the same for whatever the user says."""
+        return self.insertion_point(prompt_ids) + len(self.encode_preference(preference)[0])
+
     def insertion_point(self, prompt_ids: Sequence[int]) -> int:
         """How many ids at the head of ``prompt_ids`` stay before the preference."""
         bos = int(bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id)
