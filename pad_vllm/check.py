@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pad_vllm import internals
+from pad_vllm import internals, releases
 from pad_vllm.admission import Announcement
 from pad_vllm.config import PADConfig
 
@@ -67,12 +67,12 @@ class Report:
 
 def check_vllm() -> str:
     try:
-        number = internals.version()
+        number = releases.version()
     except ImportError as error:
         raise ValueError(f"not installed ({error})") from None
     if not internals.is_tested(number):
         allowed = os.environ.get(internals.ALLOW_UNTESTED) == "1"
-        words = f"{number}, and pad-vllm is tested with {' and '.join(internals.TESTED)}"
+        words = f"{number}, and pad-vllm is tested with {' and '.join(releases.TESTED)}"
         if not allowed:
             raise ValueError(f"{words}; {internals.ALLOW_UNTESTED}=1 starts it all the same")
         return f"{words}; allowed by {internals.ALLOW_UNTESTED}"

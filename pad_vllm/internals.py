@@ -1,7 +1,8 @@
 """What pad-vllm binds to inside vLLM, and whether the installed one still has it.
 
 Logits processors are a public interface of vLLM; a second model with a paged KV cache of its own is not. The names that
-are imported are read from our own sources; what is used of them stands here.
+are imported are read from our own sources; what is used of them stands here, and where releases of vLLM differ in
+:mod:`.releases`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pad_vllm import releases
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
-TESTED = ("0.32", "0.33")
 ALLOW_UNTESTED = "PAD_VLLM_ALLOW_UNTESTED_VLLM"
 """Environment: 1 starts guidance on a vLLM that is not among the tested."""
 
@@ -33,7 +35,6 @@ PARAMETERS = {
     "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device", "dtype"),
     "vllm.utils.torch_utils:make_tensor_with_pad": ("x", "pad", "dtype", "device"),
     "vllm.v1.attention.backends.utils:resolve_kv_cache_layout": (),
-    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs": ("vllm_config", "kv_cache_specs", "available_memory"),
     "vllm.v1.core.kv_cache_utils:hash_block_tokens": (*("hash_function", "parent_block_hash", "curr_block_token_ids"),),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
     "vllm.v1.worker.gpu.attn_utils:build_attn_metadata": (
@@ -46,7 +47,7 @@ PARAMETERS = {
     "vllm.v1.worker.gpu.attn_utils:init_attn_backend": ("kv_cache_config", "vllm_config", "device"),
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": ("kv_cache_config", "device", "attn_groups"),
 }
-"""Function -> the parameters that we give it."""
+"""Function -> the parameters that we give it, on every release; :mod:`.releases` has what is asked of one alone."""
 
 MEMBERS = {
     "vllm.v1.core.block_pool:BlockPool": (
@@ -82,10 +83,15 @@ MEMBERS = {
 """Class -> the methods and fields that we use."""
 
 
+def parameters() -> dict[str, tuple[str, ...]]:
+    """Function -> the parameters that we give it, on the installed release."""
+    return PARAMETERS | releases.PARAMETERS[releases.nearest(releases.version())]
+
+
 def imported() -> set[str]:
-    """``module:name`` of all that our sources import from vLLM."""
-    root = Path(__file__).parent
-    trees = (ast.parse(path.read_text("utf-8")) for path in sorted(root.rglob("*.py")))
+    """``module:name`` of all that our sources import from every vLLM."""
+    sources = set(Path(__file__).parent.rglob("*.py")) - {Path(releases.__file__)}
+    trees = (ast.parse(path.read_text("utf-8")) for path in sorted(sources))
     return {
         f"{node.module}:{alias.name}"
         for tree in trees
@@ -97,33 +103,27 @@ def imported() -> set[str]:
 
 def names() -> list[str]:
     """``module:name`` of everything that is checked."""
-    return sorted(imported() | PARAMETERS.keys() | MEMBERS.keys())
+    return sorted(imported() | parameters().keys() | MEMBERS.keys())
 
 
 def moved() -> Iterator[str]:
     """What the installed vLLM has no more, one line each."""
+    wanted = parameters()
     for name in names():
         try:
             found = _find(name)
         except Exception as error:
             yield f"{name}: {one_line(error)}"
             continue
-        if missing := [parameter for parameter in PARAMETERS.get(name, ()) if not _takes(found, parameter)]:
+        if missing := [parameter for parameter in wanted.get(name, ()) if not _takes(found, parameter)]:
             yield f"{name}: takes no {', '.join(missing)}"
         if missing := [member for member in MEMBERS.get(name, ()) if not _has(found, member)]:
             yield f"{name}: has no {', '.join(missing)}"
 
 
-def version() -> str:
-    """Of the installed vLLM."""
-    import vllm
-
-    return vllm.__version__
-
-
 def is_tested(number: str) -> bool:
     """Whether a version of vLLM is among the tested."""
-    return ".".join(number.split(".")[:2]) in TESTED
+    return ".".join(number.split(".")[:2]) in releases.TESTED
 
 
 def check_version() -> None:
@@ -132,11 +132,11 @@ def check_version() -> None:
     Raises:
         ValueError: what is tested, what moved, and how to start all the same.
     """
-    number = version()
+    number = releases.version()
     if is_tested(number):
         return
     lost = "; ".join(moved())
-    words = f"pad-vllm is tested with vLLM {' and '.join(TESTED)}, and this is {number}. " + (
+    words = f"pad-vllm is tested with vLLM {' and '.join(releases.TESTED)}, and this is {number}. " + (
         f"Of the internals that it binds to, these have moved: {lost}."
         if lost
         else "No internal that it binds to moved."

@@ -19,6 +19,8 @@ from pad_vllm.admission import ANNOUNCE_DIR, Announcement
 from pad_vllm.reward.template import PromptTemplate
 from tests.malformed import GOOD, malformed
 
+pytestmark = pytest.mark.every_release
+
 GUIDED = Announcement(True, personas=("alice",), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8)
 
 
@@ -126,6 +128,7 @@ def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():
         validate(pad_persona="carol")
 
 
+@pytest.mark.one_release
 def test_ten_thousand_malformed_requests_are_refused(models):
     owner, rng = Owner(), random.Random(0)
     tokenizer = {"pretrained_model_name_or_path": str(models.reward)}

@@ -12,6 +12,8 @@ from tests import oracle
 from tests.conftest import MIX, Models
 from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
 
+pytestmark = pytest.mark.every_release
+
 MAX_TOKENS = 64
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 PROMPTS = [
@@ -86,6 +88,7 @@ def test_greedy_equals_oracle_in_every_mode_in_one_batch(models, encode, expect,
     assert named_engine.call(engine_stats)["copies"] == 1
 
 
+@pytest.mark.one_release
 def test_triton_kernels_in_the_engine(models, encode, expect):
     """Model Runner V2 with the Triton kernels, all in the interpreter: the plugin as a GPU runs it."""
     engine = Engine("v2", models.base, kernels="triton", logits_processors=PLUGIN, **pad_config(models.named))
@@ -191,6 +194,7 @@ def test_not_configured_refuses_guidance(encode, plain_engine):
     assert len(plain_engine.generate([encode("a")], GREEDY)[0]) == MAX_TOKENS
 
 
+@pytest.mark.one_release
 def test_sampled_distribution(models, encode, compose, named_engine, runner):
     """Temperature 0.8: next tokens of seeded requests against the oracle's softmax, by chi-squared at 0.1%."""
     prompt, preference, temperature = encode(PROMPTS[0]), "formal", 0.8

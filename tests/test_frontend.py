@@ -9,6 +9,8 @@ import pytest
 
 from pad_vllm.frontend import RefuseMisplaced, misplaced
 
+pytestmark = pytest.mark.every_release
+
 SCHEMA = {"type": "object", "properties": {"pad_beta": {"type": "number"}}}
 
 

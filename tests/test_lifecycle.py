@@ -10,6 +10,8 @@ import pytest
 
 from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
+pytestmark = pytest.mark.every_release
+
 MAX_MODEL_LEN = 448
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 LONG = "the quick brown fox jumps over the lazy dog while the rain keeps falling on the old town. " * 20

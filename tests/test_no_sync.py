@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine import PLUGIN, Engine, guided, pad_config, running_guidance
+
+pytestmark = pytest.mark.every_release
 
 READERS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 READING_OPS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import tempfile
@@ -20,6 +21,8 @@ from tests.engine import PLUGIN
 from tests.malformed import malformed
 from tests.server import Server
 
+pytestmark = pytest.mark.every_release
+
 PERSONAS = """
 terse:
   preference: concise, formal
@@ -28,11 +31,13 @@ mixed: {weights: [0.7, -0.2, 0.5], top_k: 8}
 """
 TERSE = {"preference": "concise, formal", "beta": 1.5}
 MAX_TOP_K = 20
+INTERPRETER = Path(__file__).parent / "interpreter"
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-    "PYTHONPATH": str(Path(__file__).parent / "interpreter"),
+    # Before what is there: another release of vLLM.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(INTERPRETER), os.environ.get("PYTHONPATH")])),
 }
 MODES = [  # vllm_xargs, and what the oracle is asked
     ({}, {"guided": False}),
@@ -361,6 +366,7 @@ def short_path():
         yield Path(folder)
 
 
+@pytest.mark.one_release
 def test_nothing_is_left_of_a_closed_server(models, short_path, tmp_path, monkeypatch):
     monkeypatch.delenv(ANNOUNCE_DIR, raising=False)  # of an engine of another test in this process
     server = Server(models.base, tmp_path / "log", "--max-model-len", "256", TMPDIR=str(short_path))

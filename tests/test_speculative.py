@@ -7,6 +7,8 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
+pytestmark = pytest.mark.every_release
+
 PROMPTS = [
     "You are asked to be concise",
     "The quick brown fox",

@@ -33,7 +33,6 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     KVCacheBlock,
-    get_kv_cache_configs,
     hash_block_tokens,
     init_none_hash,
 )
@@ -46,6 +45,7 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 
+from pad_vllm.releases import plan_kv_cache
 from pad_vllm.reward.memory import BaseMemory, derive_kv_cache_bytes
 
 __all__ = [
@@ -322,7 +322,7 @@ class PagedModel:
                 f"takes {one_context} bytes of the reward model's KV cache, the least that can work"
             )
         # One block more than asked: vLLM's pool holds its first block back as the null block.
-        (kv_cache_config,) = get_kv_cache_configs(config, [spec], [memory_bytes + block_bytes])
+        kv_cache_config = plan_kv_cache(config, spec, memory_bytes + block_bytes)
         num_groups = len(kv_cache_config.kv_cache_groups)
         if num_groups != 1:
             raise ValueError(
