@@ -27,7 +27,7 @@ def measure(guidance: Any, run: Callable[[], float]) -> dict[str, float]:
     """Milliseconds per guided step, by part; ``other`` is what the engine spends outside guidance."""
     from pad_vllm.processor import PADLogitsProcessor
 
-    (processor,) = PADLogitsProcessor._running.values()
+    (processor,) = PADLogitsProcessor.running()
     owners = {
         "adapter": processor.adapter,
         "guidance": guidance,

@@ -121,7 +121,7 @@ class Engine:
 def _guidance() -> Any:
     from pad_vllm.processor import PADLogitsProcessor
 
-    (processor,) = PADLogitsProcessor._running.values()
+    (processor,) = PADLogitsProcessor.running()
     return processor.adapter.guidance
 
 

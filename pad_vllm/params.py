@@ -75,6 +75,17 @@ def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
     return value
 
 
+def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> None:
+    """Raise ValueError unless there is one weight for each value head."""
+    if not head_names:
+        raise ValueError("pad_weights: the reward model has no value heads")
+    if len(weights) != len(head_names):
+        raise ValueError(
+            f"pad_weights: {len(weights)} weights for {len(head_names)} value heads ({', '.join(head_names)}); give "
+            "one for each, in this order"
+        )
+
+
 def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> str:
     """``name`` if it is one of ``known``; else ValueError with the closest one."""
     if name not in known:

@@ -125,7 +125,7 @@ def running_guidance(llm):
     """The guidance of an engine that runs in this process."""
     from pad_vllm import PADLogitsProcessor
 
-    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.vllm_config is llm.llm_engine.vllm_config]
+    (processor,) = [p for p in PADLogitsProcessor.running() if p.vllm_config is llm.llm_engine.vllm_config]
     return processor.adapter.guidance
 
 
@@ -133,7 +133,7 @@ def engine_stats(llm) -> dict:
     """Of the running processors in the engine's process."""
     from pad_vllm import PADLogitsProcessor
 
-    copies = len([p for p in PADLogitsProcessor._running.values() if p.adapter is not None])
+    copies = len(PADLogitsProcessor.running())
     return guidance_stats(running_guidance(llm)) | {"copies": copies}
 
 

@@ -95,7 +95,7 @@ def _stats(worker) -> dict[str, int]:
     from pad_vllm import PADLogitsProcessor
     from tests.engine import guidance_stats
 
-    (processor,) = [p for p in PADLogitsProcessor._running.values() if p.adapter is not None]
+    (processor,) = PADLogitsProcessor.running()
     return guidance_stats(processor.adapter.guidance)
 
 

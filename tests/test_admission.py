@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import vllm
 
-from pad_vllm import PADLogitsProcessor, admission, plugin
-from pad_vllm.admission import ANNOUNCE_DIR, Announcement
+from pad_vllm import PADLogitsProcessor, channel, plugin
+from pad_vllm.channel import ANNOUNCE_DIR, Announcement
+from pad_vllm.frontend import admission
 from pad_vllm.reward.template import PromptTemplate
 from tests.malformed import GOOD, malformed
 
@@ -40,17 +41,17 @@ def validate(**extra_args) -> None:
 
 def test_an_announcement_lives_as_long_as_its_engine():
     owner = Owner()
-    admission.announce(GUIDED, owner)
-    assert list(admission.announced().values()) == [GUIDED]
+    channel.announce(GUIDED, owner)
+    assert list(channel.announced().values()) == [GUIDED]
     del owner
     gc.collect()
-    assert admission.announced() == {}
+    assert channel.announced() == {}
 
 
 def test_an_engine_that_was_killed_announces_nothing(folder):
     code = """if True:
         import time
-        from pad_vllm.admission import Announcement, announce
+        from pad_vllm.channel import Announcement, announce
         owner = type("Owner", (), {})()
         announce(Announcement(True, personas=("bob",)), owner)
         print("announced", flush=True)
@@ -58,11 +59,11 @@ def test_an_engine_that_was_killed_announces_nothing(folder):
     """
     engine = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert engine.stdout.readline() == "announced\n"
-    assert [a.personas for a in admission.announced().values()] == [("bob",)]
+    assert [a.personas for a in channel.announced().values()] == [("bob",)]
     engine.kill()
     engine.wait()
     assert len(list(folder.glob("*.json"))) == 1
-    assert admission.announced() == {}
+    assert channel.announced() == {}
 
 
 def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
@@ -73,8 +74,8 @@ def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
     plugin.register()
     assert os.environ[ANNOUNCE_DIR] == folder
     owner = Owner()
-    admission.announce(GUIDED, owner)
-    code = "from pad_vllm.admission import announced; print(len(announced()))"
+    channel.announce(GUIDED, owner)
+    code = "from pad_vllm.channel import announced; print(len(announced()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
@@ -84,7 +85,7 @@ def test_a_request_that_no_engine_would_guide_is_refused():
     with pytest.raises(ValueError, match="no engine has announced PAD guidance"):
         validate(pad_beta=1.0)
     owner = Owner()
-    admission.announce(Announcement(configured=False), owner)
+    channel.announce(Announcement(configured=False), owner)
     with pytest.raises(ValueError, match="runs without a reward model"):
         validate(pad_beta=1.0)
 
@@ -101,7 +102,7 @@ def test_a_request_that_no_engine_would_guide_is_refused():
 )
 def test_refused_by_what_the_engine_announced(extra_args, message):
     owner = Owner()
-    admission.announce(GUIDED, owner)
+    channel.announce(GUIDED, owner)
     validate(pad_persona="alice", pad_top_k=20, pad_weights=[1, 2])
     with pytest.raises(ValueError, match=message):
         validate(**extra_args)
@@ -112,7 +113,7 @@ def test_preferences_are_bounded_in_the_reward_models_tokens(models):
     tokenizer = {"pretrained_model_name_or_path": str(models.reward)}
     template = "a {preference} b {prompt}"
     announcement = Announcement(True, max_preference_tokens=8, tokenizer=tokenizer, prompt_template=template)
-    admission.announce(announcement, owner)
+    channel.announce(announcement, owner)
     validate(pad_preference="be concise")
     with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens, at most 8 are allowed"):
         validate(pad_preference="be concise and 12345678")
@@ -120,8 +121,8 @@ def test_preferences_are_bounded_in_the_reward_models_tokens(models):
 
 def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():
     first, second = Owner(), Owner()
-    admission.announce(GUIDED, first)
-    admission.announce(Announcement(True, personas=("bob",), max_top_k=5), second)
+    channel.announce(GUIDED, first)
+    channel.announce(Announcement(True, personas=("bob",), max_top_k=5), second)
     validate(pad_persona="bob")
     validate(pad_persona="alice")
     with pytest.raises(ValueError, match="pad_persona='carol'"):
@@ -134,7 +135,7 @@ def test_ten_thousand_malformed_requests_are_refused(models):
     tokenizer = {"pretrained_model_name_or_path": str(models.reward)}
     template = "a {preference} b {prompt}"
     announcement = Announcement(True, ("terse",), ("a", "b", "c"), 20, 200, tokenizer, template)
-    admission.announce(announcement, owner)
+    channel.announce(announcement, owner)
     validate(pad_persona="terse", pad_weights=[1, 2, 3.0], **GOOD)
     for _ in range(10_000):
         arguments = malformed(rng, num_heads=3, max_top_k=20)
@@ -155,8 +156,8 @@ def test_preferences_that_were_refused_are_not_kept(models):
 
 def test_an_engine_is_asked_by_its_own_frontend(monkeypatch):
     first, second = Owner(), Owner()
-    admission.announce(GUIDED, first)
-    admission.announce(Announcement(True, personas=("bob",), instance_id="second"), second)
+    channel.announce(GUIDED, first)
+    channel.announce(Announcement(True, personas=("bob",), instance_id="second"), second)
     config = SimpleNamespace(instance_id="second", speculative_config=None, use_v2_model_runner=False)
     monkeypatch.setattr(admission, "_engine_of_this_request", lambda: config)
     validate(pad_persona="bob")
@@ -172,7 +173,7 @@ def test_folders_of_killed_processes_are_swept(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = """if True:
         import os, time
-        from pad_vllm.admission import ANNOUNCE_DIR, make_folder
+        from pad_vllm.channel import ANNOUNCE_DIR, make_folder
         make_folder()
         print(os.environ[ANNOUNCE_DIR], flush=True)
         time.sleep(60)
@@ -180,9 +181,9 @@ def test_folders_of_killed_processes_are_swept(monkeypatch, tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     folder = Path(process.stdout.readline().strip())
-    admission._sweep(tmp_path)
+    channel._sweep(tmp_path)
     assert folder.is_dir()
     process.kill()
     process.wait()
-    admission._sweep(tmp_path)
+    channel._sweep(tmp_path)
     assert not folder.exists()

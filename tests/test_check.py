@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pad_vllm import internals, releases
-from pad_vllm.check import check
+from pad_vllm.commands.check import check
 
 pytestmark = pytest.mark.every_release
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pad_vllm.metrics import MULTIPROCESS_INTERVAL
+from pad_vllm.worker.board import MULTIPROCESS_INTERVAL
 from tests import oracle
 from tests.engine import A_CORE_EACH
 from tests.server import Server

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from pad_vllm.frontend import RefuseMisplaced, misplaced
+from pad_vllm.frontend.http import RefuseMisplaced, misplaced
 
 pytestmark = pytest.mark.every_release
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from pad_vllm.admission import ANNOUNCE_DIR
+from pad_vllm.channel import ANNOUNCE_DIR
 from tests import oracle
 from tests.conftest import HEADS, MIX
 from tests.engine import PLUGIN

@@ -193,7 +193,9 @@ def engine_config(**changes) -> SimpleNamespace:
     ],
 )
 def test_refused_by_configuration(changes, on_v2, fragment):
-    from pad_vllm.processor import check_engine  # not above: children that import this module choose a runner first
+    from pad_vllm.worker.engine_checks import (
+        check_engine,  # not above: children that import this module choose a runner first
+    )
 
     check_engine(engine_config(), on_v2)
     with pytest.raises(ValueError, match=fragment):
@@ -204,6 +206,6 @@ def test_refused_by_configuration(changes, on_v2, fragment):
     "changes", [{"is_multimodal_model": True}, {"data_parallel_size": 2}, {"is_moe_model": True}], ids=str
 )
 def test_not_refused_by_configuration(changes):
-    from pad_vllm.processor import check_engine
+    from pad_vllm.worker.engine_checks import check_engine
 
     check_engine(engine_config(**changes), on_v2=True)

@@ -11,9 +11,9 @@ from vllm.model_executor.layers.utils import apply_penalties, get_token_bin_coun
 from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
-from pad_vllm.adapters import Adapter, RequestState, Resolve
-from pad_vllm.guidance import Guidance, GuidedBatch, Layout
 from pad_vllm.reward.backend import to_device
+from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
+from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

@@ -1,6 +1,6 @@
 """One step of PAD for a batch: the guided requests' contexts, through the reward engine, into the guidance kernel.
 
-Knows no runner: :mod:`pad_vllm.adapters` says which rows are guided and where a request's tokens are.
+Knows no runner: :mod:`pad_vllm.worker.adapters` says which rows are guided and where a request's tokens are.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
-from pad_vllm.admission import Announcement, check_weights
-from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
+from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
-from pad_vllm.metrics import Board, Stats
-from pad_vllm.params import PAD, GuidanceParams
+from pad_vllm.params import PAD, GuidanceParams, check_weights
 from pad_vllm.reward.backend import PagedModel, to_device
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.stats import Stats
+from pad_vllm.worker.board import Board
+from pad_vllm.worker.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -1,28 +1,19 @@
-"""Refusing, over HTTP, guidance that vLLM's API server would drop before it asks any plugin.
+"""Refusing, over HTTP, guidance that stands where vLLM's API server would ignore it: HTTP 400.
 
-That is: arguments that stand elsewhere than in ``vllm_xargs``, which the server ignores; any arguments where an
-endpoint has no way for them; and all arguments on the way to beam search.
+That is: arguments elsewhere than in ``vllm_xargs``, and any arguments where an endpoint has no way for them.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm import admission
 from pad_vllm.params import is_known, is_ours
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-REQUESTS = (
-    ("chat_completion", "ChatCompletionRequest"),
-    ("completion", "CompletionRequest"),
-    ("responses", "ResponsesRequest"),
-)
 UNGUIDED_ENDPOINTS = ("/cohere/", "/generative_scoring")
 """Heads of paths whose requests carry no arguments of plugins."""
 NOT_ARGUMENTS = frozenset(
@@ -32,15 +23,6 @@ NOT_ARGUMENTS = frozenset(
     }
 )
 """Fields of a request that hold its text or its schemas: what is called pad there is none of our business."""
-
-
-def install() -> None:
-    """Put the checks into vLLM's API server, where this process has imported it; as often as one likes."""
-    for module, name in REQUESTS:
-        request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
-        _wrap(request_class, "to_sampling_params", _refuse_early)
-        _wrap(request_class, "to_beam_search_params", _refuse_beams)
-    _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_middleware)
 
 
 def misplaced(body: Any, path: str = "") -> str | None:
@@ -108,46 +90,3 @@ def _read(body: bytes, path: str) -> str | None:
         return misplaced(json.loads(body), path)
     except (ValueError, RecursionError):
         return None  # vLLM will say so
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    function = getattr(owner, name, None)
-    if function is not None and not hasattr(function, "__wrapped__"):
-        setattr(owner, name, functools.wraps(function)(wrapper(function)))
-
-
-def _refuse_early(make_params: Callable) -> Callable:
-    """A ValueError where a request becomes parameters is HTTP 400, streamed or not; later, a stream has begun."""
-
-    def make(request, *args, **kwargs):
-        _refuse_beside(request)
-        params = make_params(request, *args, **kwargs)
-        if any(is_ours(key) for key in params.extra_args or {}) and admission.announced():  # none: it only renders
-            admission.validate(params)
-        return params
-
-    return make
-
-
-def _refuse_beams(make_params: Callable) -> Callable:
-    def make(request, *args, **kwargs):
-        _refuse_beside(request)
-        if asked := [key for key in request.vllm_xargs or {} if is_ours(key)]:
-            raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
-        return make_params(request, *args, **kwargs)
-
-    return make
-
-
-def _refuse_beside(request: Any) -> None:
-    """For requests that come in no HTTP body of their own, as those of vLLM's batch runner."""
-    if words := misplaced(request.model_extra):
-        raise ValueError(words)
-
-
-def _add_middleware(init: Callable) -> Callable:
-    def add(args, app, *rest, **kwargs):
-        app.add_middleware(RefuseMisplaced)  # first, so that vLLM's own stand before it: authentication is theirs
-        return init(args, app, *rest, **kwargs)
-
-    return add

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from pad_vllm.guidance import Guidance
-from pad_vllm.metrics import Board
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
+from pad_vllm.worker.board import Board
+from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

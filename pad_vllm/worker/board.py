@@ -1,75 +1,37 @@
-"""Seeing guidance work: a log line in vLLM's manner, and ``pad_*`` metrics under the server's own ``/metrics``.
+"""Where an engine's first rank shows its numbers, and a log line of them in vLLM's manner.
 
 The numbers arise in the engine's workers, and ``/metrics`` is answered by the frontend, to which vLLM carries only its
-own. So the first rank of an engine writes them to a memory-mapped file beside its announcement, and a collector in the
-frontend reads them when it is asked. A server of several API processes collects in another way, from
+own. So the first rank of an engine writes them to a memory-mapped file beside its announcement, which a collector in
+the frontend reads when it is asked. A server of several API processes collects in another way, from
 ``PROMETHEUS_MULTIPROC_DIR``: there the engine writes what prometheus_client itself would.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from vllm import envs
 from vllm.logger import init_logger
 
-from pad_vllm.admission import announced, stats_path
+from pad_vllm.channel import stats_path
+from pad_vllm.stats import GAUGES, HELP, LABELS, NAMES, Stats
 
 logger = init_logger(f"vllm.{__name__}")
 
-LABELS = ("model_name", "engine")
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 MULTIPROCESS_INTERVAL = 1.0
 """Seconds between two writes for a server of several API processes."""
 KEEP_INTERVAL = 3600.0
 """Seconds between two signs of life for those who tidy folders of temporary files by age."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """An engine's guidance: counters since its start, then gauges."""
-
-    guided_requests: float = 0
-    guided_tokens: float = 0
-    failed_requests: float = 0
-    steps: float = 0
-    step_seconds: float = 0
-    reward_tokens: float = 0
-    recomputed_tokens: float = 0
-    prefix_hit_tokens: float = 0
-    evicted_contexts: float = 0
-    running_requests: float = 0
-    kv_cache_usage_perc: float = 0
-
-
-NAMES = tuple(field.name for field in fields(Stats))
-GAUGES = ("running_requests", "kv_cache_usage_perc")
-HELP = {
-    "guided_requests": "Requests that began to be guided.",
-    "guided_tokens": "Rows of logits that were guided: generated tokens, and drafts that were verified.",
-    "failed_requests": "Requests that were ended because guidance failed.",
-    "steps": "Engine steps with guided rows.",
-    "step_seconds": "Host seconds in guidance; on a GPU these are spent giving it work, not waiting for it.",
-    "reward_tokens": "Tokens that the reward model computed.",
-    "recomputed_tokens": "Of these, tokens computed again for requests that had lost their reward KV blocks.",
-    "prefix_hit_tokens": "Prompt tokens found in the reward model's prefix cache.",
-    "evicted_contexts": "Requests whose reward KV blocks were given to others.",
-    "running_requests": "Guided requests in the last step that guided any.",
-    "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "
-    "until their slots are reused.",
-}
 
 
 class Board:
@@ -163,34 +125,3 @@ class _Multiprocess:
             else:
                 metric.inc(value - getattr(self.last, name))
         self.last = stats
-
-
-class Collector:
-    """The engines' numbers, for the frontend's Prometheus registry."""
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        shown: dict[tuple[str, str], np.ndarray] = {}
-        for path, announcement in announced().items():
-            try:
-                values = np.fromfile(stats_path(path), np.float64)
-            except OSError:
-                continue  # not the first rank, or just withdrawn
-            if len(values) == len(fields(Stats)):
-                shown[announcement.labels] = shown.get(announcement.labels, 0) + values
-        if not shown:
-            return
-        for name, text in HELP.items():
-            family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-            metric = family(f"pad_{name}", text, labels=LABELS)
-            for labels, values in shown.items():
-                metric.add_metric(labels, getattr(Stats(*values.tolist()), name))
-            yield metric
-
-
-@functools.cache
-def register_collector() -> None:
-    """Put the metrics under this process's ``/metrics``."""
-    REGISTRY.register(Collector())

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
-from pad_vllm.adapters import Adapter, RequestState, Resolve
-from pad_vllm.guidance import Guidance, GuidedBatch, Layout
 from pad_vllm.reward.backend import to_device
+from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
+from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -12,8 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from pad_vllm import internals, releases
-from pad_vllm.admission import Announcement
+from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
+from pad_vllm.frontend import admission
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="a configuration: the path of a JSON or YAML file, or JSON")
+    parser.add_argument("--model", help="a base model to hold the configured reward model against")
+    parser.add_argument("--max-model-len", type=int, help="that the engine would have")
+    parser.add_argument("--engine-args", type=json.loads, metavar="JSON", help="other arguments of the engine")
+
+
+def run(**settings) -> int:
+    return check(**settings)
 
 
 def check(
@@ -134,8 +147,8 @@ def check_files(config: PADConfig) -> str:
     """The reward model's configuration, tokenizer and heads, and the personas against them; no weights are loaded."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from pad_vllm.compatibility import MAX_PREFERENCE_TOKENS, one_paragraph
     from pad_vllm.reward.heads import load_heads, locate_heads
+    from pad_vllm.worker.compatibility import MAX_PREFERENCE_TOKENS, one_paragraph
 
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -165,7 +178,7 @@ def check_files(config: PADConfig) -> str:
     )
     for name, persona in config.personas.items():
         try:
-            accepts.check(persona)
+            admission.check(accepts, persona)
         except ValueError as error:
             raise ValueError(f"pad.personas[{name!r}]: {error}") from None
     return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {', '.join(head_names) or 'none'}"
@@ -181,7 +194,7 @@ def check_model_config(config: PADConfig) -> None:
     """The reward model as vLLM would configure it, whatever base it stands beside."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from pad_vllm.compatibility import load_model_config, one_paragraph
+    from pad_vllm.worker.compatibility import load_model_config, one_paragraph
 
     try:
         with contextlib.redirect_stdout(None):
@@ -197,10 +210,16 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     """What the start of an engine would check before it loads weights."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer, one_paragraph
-    from pad_vllm.processor import check_engine
     from pad_vllm.reward.backend import derive_vllm_config
     from pad_vllm.reward.template import PromptTemplate
+    from pad_vllm.worker.compatibility import (
+        check_vocabulary,
+        fit_context,
+        load_model_config,
+        load_tokenizer,
+        one_paragraph,
+    )
+    from pad_vllm.worker.engine_checks import check_engine
 
     arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
     try:

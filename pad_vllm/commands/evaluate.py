@@ -1,0 +1,28 @@
+"""``pad-vllm eval``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="what to evaluate: a JSON or YAML file; see docs/training.md")
+    parser.add_argument("--output", required=True, help="folder for the table, the JSON and the plots")
+
+
+def run(config: str, output: str) -> int:
+    from pad_vllm.evaluation.evaluate import evaluate, read_config
+    from pad_vllm.evaluation.report import plot, table
+
+    sys.path.insert(0, str(Path(config).resolve().parent))  # the checker's module may stand beside its name
+    result = evaluate(read_config(config))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "evaluation.md").write_text(table(result["rows"]))
+    plot({"base": result["rows"]}, folder)
+    print(table(result["rows"]))
+    return 0

@@ -1,0 +1,76 @@
+"""``pad-vllm train``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pad_vllm.commands.options import assignments, given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", help="preference set: JSON lines, or a folder that datasets reads; see docs/training.md"
+    )
+    parser.add_argument("--model", required=True, help="causal language model to start from: path or hub id")
+    parser.add_argument("--output", required=True, help="folder of the reward model; must not exist")
+    parser.add_argument("--reference", help="pi_ref, best the base model to be served (default: the model itself)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=("backbone", "heads"), help="default: what the data has labels for"
+    )
+    parser.add_argument("--eval-data", help="comparisons to measure on (default: a twentieth of the data)")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
+    parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
+    parser.add_argument("--prompt-template", help="as in the server's configuration")
+    parser.add_argument("--insert-after", help="as in the server's configuration")
+    parser.add_argument(
+        "--max-length", type=int, help="longer comparisons are left out (default: the model's positions)"
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, help="train a LoRA, merged at the end (default: all weights)"
+    )
+    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument(
+        "--trainer", nargs="+", metavar="NAME=JSON", default=[], help="of transformers' TrainingArguments"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    for stage, lr in (("backbone", 5e-6), ("heads", 1e-3)):
+        parser.add_argument(f"--{stage}-lr", type=float, default=lr, help="peak learning rate (default %(default)s)")
+        parser.add_argument(
+            f"--{stage}-epochs", type=float, default=1.0, help="passes over the data (default %(default)s)"
+        )
+    parser.add_argument("--batch-size", type=int, default=16, help="comparisons a step (default %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.1, help="scale of the PAD loss (default %(default)s)")
+    parser.add_argument("--nll-weight", type=float, default=1.0, help="of the chosen answers (default %(default)s)")
+
+
+def run(
+    columns,
+    stages,
+    prompt_template,
+    backbone_lr,
+    backbone_epochs,
+    heads_lr,
+    heads_epochs,
+    batch_size,
+    beta,
+    nll_weight,
+    trainer,
+    **settings,
+) -> int:
+    from pad_vllm.training.train import Stage, TrainingConfig, train
+
+    common = {"batch_size": batch_size, "beta": beta, "nll_weight": nll_weight}
+    config = TrainingConfig(
+        **settings,
+        **given(prompt_template=prompt_template),
+        columns=assignments("--columns", columns),
+        trainer={name: json.loads(value) for name, value in assignments("--trainer", trainer).items()},
+        stages=tuple(stages) if stages else None,
+        backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, **common),
+        heads=Stage(lr=heads_lr, epochs=heads_epochs, **common),
+    )
+    for stage, metrics in train(config).items():
+        print(stage + ": " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    print(f"The reward model is in {config.output}; `pad-vllm check` reads it with the server's configuration.")
+    return 0

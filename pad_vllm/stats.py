@@ -1,0 +1,43 @@
+"""An engine's numbers: what a worker counts, and a frontend shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+LABELS = ("model_name", "engine")
+"""As vLLM's own metrics have them."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """An engine's guidance: counters since its start, then gauges."""
+
+    guided_requests: float = 0
+    guided_tokens: float = 0
+    failed_requests: float = 0
+    steps: float = 0
+    step_seconds: float = 0
+    reward_tokens: float = 0
+    recomputed_tokens: float = 0
+    prefix_hit_tokens: float = 0
+    evicted_contexts: float = 0
+    running_requests: float = 0
+    kv_cache_usage_perc: float = 0
+
+
+NAMES = tuple(field.name for field in fields(Stats))
+GAUGES = ("running_requests", "kv_cache_usage_perc")
+HELP = {
+    "guided_requests": "Requests that began to be guided.",
+    "guided_tokens": "Rows of logits that were guided: generated tokens, and drafts that were verified.",
+    "failed_requests": "Requests that were ended because guidance failed.",
+    "steps": "Engine steps with guided rows.",
+    "step_seconds": "Host seconds in guidance; on a GPU these are spent giving it work, not waiting for it.",
+    "reward_tokens": "Tokens that the reward model computed.",
+    "recomputed_tokens": "Of these, tokens computed again for requests that had lost their reward KV blocks.",
+    "prefix_hit_tokens": "Prompt tokens found in the reward model's prefix cache.",
+    "evicted_contexts": "Requests whose reward KV blocks were given to others.",
+    "running_requests": "Guided requests in the last step that guided any.",
+    "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "
+    "until their slots are reused.",
+}

@@ -1,0 +1,1 @@
+"""What runs in the engine's worker: the guided step, and whether an engine could be guided at all."""

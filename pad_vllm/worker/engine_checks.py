@@ -1,0 +1,45 @@
+"""The engines that could not be guided."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
+    """Raise ValueError for an engine configuration with which guidance could not work."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refused = {
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model stands beside the whole base "
+        "model; use tensor parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism splits sequences over ranks, and the reward model's would not be": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "data parallelism of a mixture of experts lets ranks step together, and only some have guided requests": (
+            parallel.data_parallel_size > 1 and bool(parallel.is_moe_model)
+        ),
+        "enable_batch_sharded_sampling gives every rank other requests to sample": (
+            parallel.enable_batch_sharded_sampling
+        ),
+        "on the V1 runner vLLM verifies drafts without logits processors; speculative decoding with guidance needs "
+        "Model Runner V2": vllm_config.speculative_config is not None and not on_v2,
+        "rejection_sample_method='synthetic' accepts drafts whatever the guided logits say": (
+            vllm_config.speculative_config is not None
+            and vllm_config.speculative_config.rejection_sample_method == "synthetic"
+        ),
+        "enable_prompt_embeds: the reward model reads tokens": model.enable_prompt_embeds,
+        "the base model takes more than text, and the reward model reads text alone; add --language-model-only": (
+            model.is_multimodal_model and model.supports_multimodal_inputs
+        ),
+        "a diffusion model samples without logits processors": model.is_diffusion,
+        "enable_sleep_mode: Model Runner V2 discards the reward model in its sleep": on_v2 and model.enable_sleep_mode,
+        "with async scheduling the V1 runner shows generated tokens only to listed logits processors; add "
+        "--logits-processors pad_vllm:PADLogitsProcessor, or --no-async-scheduling": (
+            not on_v2 and vllm_config.scheduler_config.async_scheduling and not model.logits_processors
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(f"pad cannot guide this engine: {reason}")
