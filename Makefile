@@ -6,7 +6,8 @@
 # make vllm-newest    on the day of a release: the newest one in the registry, what moved in it, and which tests fail
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
 # make alignment    the alignment table, from nothing, in under an hour; it goes to benchmarks/results
-# make bench    what guidance costs, side by side with the other ways; about an hour, to benchmarks/results
+# make bench    what guidance costs, side by side with the other ways; section by section to benchmarks/results, and
+#     goes on where it was stopped
 # All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
@@ -47,8 +48,12 @@ soak: $(INSTALLED)
 alignment: $(INSTALLED)
 	$(BIN)/python -m benchmarks.alignment
 
+# Each in a process of its own, and no longer than a quarter of an hour; what is there already is not measured again.
+BENCH_SECTIONS := batch baselines rows sharing flatness shapes published breakdown
 bench: $(INSTALLED)
-	$(BIN)/pad-vllm bench --output benchmarks/results
+	for section in $(BENCH_SECTIONS); do \
+	    timeout 900 $(BIN)/pad-vllm bench --sections $$section --resume --output benchmarks/results || exit 1; \
+	done
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

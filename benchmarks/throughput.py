@@ -1,6 +1,6 @@
 """What guidance costs: vLLM with and without it, and the other ways to get it, side by side in one run.
 
-    pad-vllm bench [--sections batch baselines ...] [--repeats 5] [--output FOLDER]
+    pad-vllm bench [--sections batch baselines ...] [--repeats 5] [--output FOLDER [--resume]]
 
 Models are given (``--base``, ``--reward``), or made: random weights of any size, because what is measured does not
 depend on what they say. Every repeat runs all entries of a comparison one after the other; the ratio is the median of
@@ -11,21 +11,18 @@ cache has seen.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from .methods import Cell, Method, Setup
+from .record import Record
 
 BASE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 REWARD = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -211,18 +208,24 @@ SECTIONS = {
 }
 
 
-def measure(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
+NOT_SETTINGS = ("sections", "output", "resume")
+"""Arguments on which no result depends."""
+
+
+def measure(setup: Setup, args: argparse.Namespace) -> None:
+    """Run the sections, and keep each one's result as it ends."""
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    record = Record(args.output, settings, {name: section.__doc__ for name, section in SECTIONS.items()})
     bench = Bench(setup, args.repeats)
-    results: dict[str, Any] = {}
     try:
         for name in args.sections:
+            if args.resume and name in record.results:
+                print(f"\n{name}: measured on {record.results[name]['date']}", flush=True)
+                continue
             print(f"\n{name}: {SECTIONS[name].__doc__}", flush=True)
-            results[name] = SECTIONS[name](bench, args)
-            if args.output:
-                write(args.output, args, results)
+            record.add(name, SECTIONS[name](bench, args))
     finally:
         bench.close()
-    return results
 
 
 def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
@@ -253,86 +256,6 @@ def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
-def hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    return f"{len(os.sched_getaffinity(0))} cores of {model.partition(': ')[2] or platform.machine()}"
-
-
-def write(folder: Path, args: argparse.Namespace, results: Mapping[str, Any]) -> None:
-    """throughput.json, throughput.md and, with matplotlib, throughput.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "output"
-    }
-    record = {"hardware": hardware(), "date": date.today().isoformat(), "settings": settings, "results": results}
-    (folder / "throughput.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "throughput.md").write_text("\n".join(_report(record)) + "\n")
-    with contextlib.suppress(ImportError):
-        _plot(folder / "throughput.png", results)
-
-
-def _report(record: Mapping[str, Any]) -> Iterator[str]:
-    settings = record["settings"]
-    models = f"{settings['base']} and {settings['reward']}" if settings["base"] else "random models made for it"
-    yield f"# Throughput\n\n{__doc__.partition('Models are')[0].strip().splitlines()[0]}\n"
-    yield (
-        f"On {record['hardware']}, {record['date']}, {settings['dtype']}, {models}. A ratio is the median of "
-        f"{settings['repeats']} repeats' own, its extremes behind it."
-    )
-    for name, rows in record["results"].items():
-        yield f"\n## {name}\n\n{SECTIONS[name].__doc__}\n"
-        if name == "breakdown":
-            parts = list(rows[0]["milliseconds"])
-            yield "| ms per step | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |"
-            yield "| --- |" + " ---: |" * len(rows)
-            for part in parts:
-                yield f"| {part} | " + " | ".join(f"{row['milliseconds'][part]:.2f}" for row in rows) + " |"
-            continue
-        table = [row for row in rows if "tokens_per_s" in row]
-        if table:
-            yield "| | batch | prompt | output | k | tokens / s | ratio | |"
-            yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
-        for row in table:
-            cell = row["cell"]
-            extremes = "{} to {}".format(*row["ratios"]) if "ratios" in row else ""
-            shape = f"{cell['batch']} | {cell['prompt_len']} | {cell['output_len']} | {cell['top_k']}"
-            yield f"| {row['label']} | {shape} | {row['tokens_per_s']} | {row['ratio']} | {extremes} |"
-        for row in rows:
-            if "tokens_per_s" not in row:
-                yield (
-                    "\n"
-                    + ", ".join(f"{key} {value}" for key, value in row.items() if key != "label")
-                    + f" ({row['label']})"
-                )
-
-
-def _plot(path: Path, results: Mapping[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    if "batch" not in results:
-        return
-    figure, axis = pyplot.subplots(figsize=(5, 3.5))
-    labels = dict.fromkeys(row["label"] for row in results["batch"] if row["label"] != "reward model alone")
-    for label in labels:
-        rows = [row for row in results["batch"] if row["label"] == label]
-        axis.plot([row["cell"]["batch"] for row in rows], [row["ratio"] for row in rows], "o-", label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(0, 1.1)
-    axis.set_xlabel("batch size")
-    axis.set_ylabel("throughput / unguided vLLM")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close("all")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
@@ -349,7 +272,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="folder for throughput.json, .md and .png")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of throughput.json, .md and .png; what it has of this machine and these settings is kept",
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out the sections that --output has already")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,0 +1,117 @@
+"""The record of a benchmark: sections measured on one machine under one set of settings, kept as each of them ends.
+
+``throughput.json`` is the record, ``throughput.md`` and, with matplotlib, ``throughput.png`` are drawn from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+
+class Record:
+    """What ``folder`` holds of measurements on this machine with these settings; of others, nothing.
+
+    Args:
+        folder: of the record; None keeps it in memory.
+        settings: whatever a result depends on, as JSON has it.
+        sections: name -> what it shows, in the order of the report.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], sections: Mapping[str, str]) -> None:
+        self.folder, self.sections = folder, sections
+        self.of = {"hardware": hardware(), "settings": json.loads(json.dumps(settings))}
+        self.results: dict[str, dict[str, Any]] = {}
+        if folder is not None and (folder / "throughput.json").exists():
+            kept = json.loads((folder / "throughput.json").read_text())
+            if all(kept.get(key) == value for key, value in self.of.items()):
+                self.results = kept["results"]
+
+    def add(self, section: str, rows: list[Any]) -> None:
+        """Keep a section's rows, in place of those that it had."""
+        self.results[section] = {"date": date.today().isoformat(), "rows": rows}
+        self.results = {name: self.results[name] for name in self.sections if name in self.results}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / "throughput.json.part"
+        part.write_text(json.dumps(self.of | {"results": self.results}, indent=1) + "\n")
+        part.rename(self.folder / "throughput.json")  # whole, or as it was
+        (self.folder / "throughput.md").write_text("\n".join(self._report()) + "\n")
+        with contextlib.suppress(ImportError):
+            plot(self.folder / "throughput.png", self.results)
+
+    def _report(self) -> Iterator[str]:
+        settings = self.of["settings"]
+        models = f"{settings['base']} and {settings['reward']}" if settings["base"] else "random models made for it"
+        dates = sorted({section["date"] for section in self.results.values()})
+        yield "# Throughput\n\nWhat guidance costs: vLLM with and without it, and the other ways to get it.\n"
+        yield (
+            f"On {self.of['hardware']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {settings['dtype']}"
+            f"{', eager' if settings['enforce_eager'] else ''}, {models}. The entries of a section ran one after the "
+            f"other; a ratio is the median of {settings['repeats']} repeats' own, its extremes behind it."
+        )
+        for name, section in self.results.items():
+            yield f"\n## {name}\n\n{self.sections[name]}\n"
+            yield from (breakdown if name == "breakdown" else comparison)(section["rows"])
+
+
+def breakdown(rows: list[Any]) -> Iterator[str]:
+    yield "| ms per step | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |"
+    yield "| --- |" + " ---: |" * len(rows)
+    for part in rows[0]["milliseconds"]:
+        yield f"| {part} | " + " | ".join(f"{row['milliseconds'][part]:.2f}" for row in rows) + " |"
+
+
+def comparison(rows: list[Any]) -> Iterator[str]:
+    table = [row for row in rows if "tokens_per_s" in row]
+    if table:
+        yield "| | batch | prompt | output | k | tokens / s | ratio | |"
+        yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    for row in table:
+        cell = row["cell"]
+        extremes = "{} to {}".format(*row["ratios"]) if "ratios" in row else ""
+        shape = f"{cell['batch']} | {cell['prompt_len']} | {cell['output_len']} | {cell['top_k']}"
+        yield f"| {row['label']} | {shape} | {row['tokens_per_s']} | {row['ratio']} | {extremes} |"
+    for row in rows:
+        if "tokens_per_s" not in row:
+            figures = ", ".join(f"{key} {value}" for key, value in row.items() if key != "label")
+            yield f"\n{figures} ({row['label']})"
+
+
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    return f"{len(os.sched_getaffinity(0))} cores of {model.partition(': ')[2] or platform.machine()}"
+
+
+def plot(path: Path, results: Mapping[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    if "batch" not in results:
+        return
+    figure, axis = pyplot.subplots(figsize=(5, 3.5))
+    labels = dict.fromkeys(row["label"] for row in results["batch"]["rows"] if row["label"] != "reward model alone")
+    for label in labels:
+        rows = [row for row in results["batch"]["rows"] if row["label"] == label]
+        axis.plot([row["cell"]["batch"] for row in rows], [row["ratio"] for row in rows], "o-", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(0, 1.1)
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("throughput / unguided vLLM")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close("all")
