@@ -183,9 +183,15 @@ class Guidance:
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        tokenizer = load_tokenizer(config, self.tokenizer_args, base)
         self.reward_vocab_size, self.base_vocab_size = model_config.get_vocab_size(), base.get_vocab_size()
-        self.vocab_size = check_vocabulary(config.reward_model, self.reward_vocab_size, self.base_vocab_size, tokenizer)
+        tokens = load_tokenizer(config, self.tokenizer_args, base, self.reward_vocab_size)
+        tokenizer = tokens.tokenizer
+        self.vocab_size = check_vocabulary(config.reward_model, self.reward_vocab_size, self.base_vocab_size, tokens)
+        if tokens.foreign:
+            logger.warning("Guided requests never generate what the reward model does not know: %s.", tokens)
+        foreign = [i for i in tokens.foreign if i < self.vocab_size]
+        self.foreign_ids = to_device(foreign, device, torch.int64) if foreign else None
+        """tokens below ``vocab_size`` that are no candidates"""
         self.template = None
         if tokenizer is not None:
             self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
@@ -208,10 +214,10 @@ class Guidance:
             config.kv_cache_memory_bytes,
             tensor_names_beside(config.reward_model, config.revision),
         )
-        self.lm_head = self.model.lm_head()
         self.kernels = kernels.implementation(device)
         self.guide_ = kernels.load_guide(self.kernels)
         hidden_states = self.model.warm_up(max_num_batched_tokens)
+        self.lm_head = self.model.lm_head(hidden_states)
         self._check_logits(hidden_states)
         self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
         self.stats = Stats()
@@ -276,15 +282,15 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        low, high = min(prompt_ids), max(prompt_ids)
-        if low < 0 or high >= self.reward_vocab_size:
-            raise ValueError(
-                f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
-            )
         composed, num_shared = prompt_ids, 0
         if params.preference is not None:
             num_shared = self.template.num_shared_tokens(prompt_ids, params.preference)
             composed = self.template.compose(composed, params.preference)
+        low, high = min(composed), max(composed)
+        if low < 0 or high >= self.reward_vocab_size:
+            raise ValueError(
+                f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
+            )
         check_logit_bias(controls.logit_bias)
         self._write_slot(slot, params, prompt_ids, composed, end_id)
         self.slots.write_controls(slot, controls, prompt_ids)
@@ -355,6 +361,9 @@ class Guidance:
         controls: Controls | None = None,
     ) -> None:
         head = self.lm_head
+        if self.foreign_ids is not None:
+            places = rows.unsqueeze(1), self.foreign_ids
+            logits[places] = logits[places].masked_fill(params.top_k.unsqueeze(1) > 0, float("-inf"))
         self.guide_(
             logits,
             hidden_states,
@@ -416,6 +425,12 @@ class Guidance:
             hidden_states: [1, hidden_size].
         """
         head = self.lm_head
+        if not bool(hidden_states.isfinite().all()):
+            raise ValueError(
+                f"pad.reward_model={self.config.reward_model!r}: its hidden states are not finite numbers in "
+                f"{str(hidden_states.dtype).removeprefix('torch.')}; set pad.dtype to one that holds them, as "
+                "bfloat16 or float32, or see whether the weights are sound"
+            )
         if head.all_reduce is not None:
             return  # a rank has a shard, and the architecture is the same
         ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=self.device)[None]

@@ -62,11 +62,11 @@ def penalized(
 
 def reward_logits(model, token_ids: list[int], head: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """The reward model's logits [vocab] after ``token_ids``; ``head`` is (W [d, d], b [d]) on the hidden state."""
+    if head is None:
+        return model(torch.tensor([token_ids])).logits[0, -1]
+    weight, bias = head
     h = model.model(torch.tensor([token_ids])).last_hidden_state[0, -1]
-    if head is not None:
-        weight, bias = head
-        h = weight @ h + bias
-    return model.lm_head(h)
+    return model.lm_head(weight @ h + bias)
 
 
 @torch.no_grad()

@@ -139,7 +139,11 @@ def test_controls_of_some_requests_do_not_touch_others(models, encode, answer, e
 def test_bad_words_and_allowed_tokens_are_no_candidates(models, encode, answer, engine, beta):
     prompt = encode(PROMPTS[0])
     words = {token: models.tokenizer.decode([token]) for token in answer(prompt, beta=beta)}
-    banned, word = next((t, w) for t, w in words.items() if models.tokenizer.encode(w, add_special_tokens=False) == [t])
+    banned, word = next(
+        (token, word)
+        for token, word in words.items()
+        if word == word.strip() and models.tokenizer.encode(word, add_special_tokens=False) == [token]
+    )
     allowed = range(20, 120)
     asked = GREEDY | guided(preference=PREFERENCE, beta=beta)
     out = engine.generate([prompt] * 2, [asked | {"bad_words": [word]}, asked | {"allowed_token_ids": list(allowed)}])

@@ -23,6 +23,7 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
@@ -352,20 +353,45 @@ class PagedModel:
     def num_blocks(self) -> int:
         return self.kv_cache_config.num_blocks
 
-    def lm_head(self) -> LMHead:
-        """The reward model's own output head. Raises ValueError where the architecture hides it."""
-        model = self.model.get_language_model() if hasattr(self.model, "get_language_model") else self.model
-        head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
-        weight = getattr(head, "weight", None)
-        if processor is None or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+    @torch.inference_mode()
+    def lm_head(self, hidden_states: torch.Tensor) -> LMHead:
+        """What the architecture makes its logits with: whatever it hands to vLLM's LogitsProcessor, which in some is
+        not called ``lm_head`` (tied embeddings).
+
+        Args:
+            hidden_states: [1, hidden_size], to see it being done.
+
+        Raises:
+            ValueError: it has no such matrix.
+        """
+        calls: list[tuple[LogitsProcessor, tuple, dict]] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, LogitsProcessor)
+        ]
+        try:
+            self.model.compute_logits(hidden_states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        name = type(self.model).__name__
+        if len(calls) != 1:
             raise ValueError(
-                f"pad.reward_model: the output head of {type(self.model).__name__} is not a plain [vocabulary, hidden] "
-                "matrix, whose rows PAD needs for its candidates"
+                f"pad.reward_model: {name} computes its logits in a way of its own, not for candidates alone"
+            )
+        processor, args, kwargs = calls[0]
+        head, _, bias = (*args, *[None] * 3)[:3]
+        weight = getattr(head, "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"pad.reward_model: the output head of {name} is not a plain [vocabulary, hidden] matrix, whose rows "
+                "PAD needs for its candidates"
             )
         shards = get_tensor_model_parallel_world_size() > 1
         return LMHead(
             weight[: head.num_org_embeddings_per_partition],
-            getattr(head, "bias", None),
+            kwargs.get("embedding_bias", bias),
             processor.soft_cap,
             processor.scale,
             head.shard_indices.org_vocab_start_index,
