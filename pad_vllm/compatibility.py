@@ -47,7 +47,7 @@ def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
 def check_architecture(reward_model: str, model_config: ModelConfig) -> None:
     """Raise ValueError for an architecture that cannot be a reward model. docs/reward-models.md lists them."""
     refused = {
-        "some of its layers keep a recurrent state, which cannot be computed again from the middle or shared by blocks": (
+        "its layers, or some, keep a recurrent state, which cannot be shared by blocks of tokens": (
             model_config.is_attention_free or model_config.is_hybrid
         ),
         "it has an encoder beside its decoder, and the reward model reads one sequence": (
@@ -129,8 +129,8 @@ def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: Mode
     if ends and ends <= foreign.keys():
         raise ValueError(
             f"pad.reward_model={config.reward_model!r}: it has none of the base model's end tokens "
-            f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take a "
-            "reward model with the same end of turn"
+            f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take "
+            "a reward model with the same end of turn"
         )
     return SharedTokens(tokenizer, foreign)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ __all__ = [
     "LMHead",
     "PagedModel",
     "block_hasher",
+    "copy_blocks",
     "reward_model_config",
     "to_device",
 ]
@@ -120,14 +121,14 @@ def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
 
 
 def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden.
+    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden. In which format it is
+    stored is its own affair.
 
     Raises ValueError (or what vLLM raises) when the model cannot be found or read.
     """
     settings: dict[str, Any] = {
         "dtype": base.dtype,
         "seed": base.seed,
-        "config_format": base.config_format,
         "runner": "generate",
         "enforce_eager": base.enforce_eager,
         "skip_tokenizer_init": True,
@@ -174,6 +175,7 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
     # Compiled as the base model is. A platform chooses its own form of this mode, from this mode alone.
     compiled = base.compilation_config.mode not in (None, CompilationMode.NONE)
     mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
+    # The reward model's files are its own; only that there are none to be read (to measure) holds for both.
     load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
     # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
     attention_config = copy.copy(base.attention_config)
@@ -195,6 +197,22 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         kv_events_config=None,
         additional_config={},
     )
+
+
+@torch.inference_mode()
+def copy_blocks(kv_caches: Iterable[torch.Tensor], pairs: list[tuple[int, int]]) -> None:
+    """Copy blocks of every layer's KV cache, as if all at once.
+
+    Args:
+        kv_caches: [num_blocks, ...] each.
+        pairs: (from, to). A block may be both: its context lost it to another in the same step. What is read is what
+            was there before.
+    """
+    if not pairs:
+        return
+    for cache in kv_caches:
+        source, target = to_device(np.array(pairs).T, cache.device, torch.int64)
+        cache[target] = cache.index_select(0, source)  # a copy of all of them, before the first is written
 
 
 class _BackboneLoader(DefaultModelLoader):
@@ -426,14 +444,6 @@ class PagedModel:
             raise ValueError(
                 f"pad.reward_model: {type(self.model).__name__} cannot be run on token ids alone: {error}"
             ) from error
-
-    @torch.inference_mode()
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks of the KV cache, in all layers; (from, to). No block is both."""
-        if pairs:
-            source, target = to_device(np.array(pairs).T, self.device, torch.int64)
-            for cache in self.kv_caches.values():  # [blocks, heads, tokens, key and value]
-                cache[target] = cache[source]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
