@@ -93,7 +93,13 @@ AUDIO_ROUTES = {"/v1/audio/transcriptions", "/v1/audio/translations"}
 """Of bases that hear, which do not start with guidance."""
 OTHER_ROUTES = {
     *("/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel", "/ping"),
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/abort_requests", "/inference/v1/abort_requests"),
+    *(
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/adapters",
+        "/abort_requests",
+        "/inference/v1/abort_requests",
+    ),
     *("/start_profile", "/stop_profile", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
     *("/collective_rpc", "/sleep", "/wake_up", "/release_kv_cache_memory", "/pause", "/resume"),
     *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
