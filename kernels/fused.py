@@ -3,8 +3,10 @@
 :func:`select_kernel` scans a slice of a guided row, keeps the slice's largest logits and writes -inf over all of it:
 one read and one write of the row. :func:`score_kernel`, one program a row, merges the slices' candidates, gathers their
 rows of lm_head, takes the dot products with the hidden state in float32, normalizes over the candidates and writes the
-k new logits. With tensor parallelism it stops before it normalizes, the partial scores are summed over the ranks, and
-:func:`reweight_kernel` goes on. The semantics are :mod:`.reference`'s, to the tie; shapes and names too.
+k new logits. With tensor parallelism it stops before it normalizes, and the partial scores are summed over the ranks;
+where requests have a bias or penalties, it stops too, and :func:`undo_controls_kernel` takes these out of the
+candidates' logits; then :func:`reweight_kernel` goes on. The semantics are :mod:`.reference`'s, to the tie; shapes
+and names too.
 
 A candidate is one int64 key: its logit's float32 bits, made to order as integers do, above its inverted token id. So
 the largest keys are the largest logits, and of equal ones those with the lower ids.
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import map_heads
+from .reference import MAX_LOGIT, Controls, map_heads
 
 NO_KEY = tl.constexpr(-(2**63))
 """Less than the key of any finite logit."""
@@ -33,7 +35,8 @@ MAX_KEYS = 4096
 """Of a row's slices together, which the second launch merges."""
 TILE = 4096
 """Elements of lm_head that a program of the second launch holds at a time, [K, TILE / K]."""
-SELECT_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 8, 1
+SELECT_WARPS, SCORE_WARPS, CONTROLS_WARPS, REWEIGHT_WARPS = 4, 8, 4, 1
+LARGEST_LOGIT = tl.constexpr(MAX_LOGIT)
 
 
 @triton.jit
@@ -96,20 +99,27 @@ def select_kernel(
 
 
 @triton.jit
-def write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP: tl.constexpr):
-    """Normalize over the candidates of one row and write z'."""
+def write_guided(
+    row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP: tl.constexpr
+):
+    """Normalize over the candidates of one row and write z'; the end token alone where that is no finite number."""
     if HAS_SOFT_CAP:
         # tanh by exp, of a negative number: it cannot overflow
         x = scores / soft_cap
         e = tl.exp(-2.0 * tl.abs(x))
         scores = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
     r = tl.where(is_candidate, scores * scale, float("-inf"))
-    z = tl.where(is_candidate, z, float("-inf"))
-    r_max, z_max = tl.max(r, 0), tl.max(z, 0)
+    y = tl.where(is_candidate, y, float("-inf"))
+    r_max, y_max = tl.max(r, 0), tl.max(y, 0)
     log_r = r - r_max - tl.log(tl.sum(tl.exp(r - r_max), 0))
-    log_z = z - z_max - tl.log(tl.sum(tl.exp(z - z_max), 0))
-    guided = z + beta * (log_r - reference * log_z)
-    tl.store(row_ptr + ids, guided.to(row_ptr.dtype.element_ty), mask=is_candidate)
+    log_y = y - y_max - tl.log(tl.sum(tl.exp(y - y_max), 0))
+    guided = z + beta * (log_r - reference * log_y)
+    num_nan = tl.sum((is_candidate & (guided != guided)).to(tl.int32), 0)
+    largest = tl.max(tl.where(is_candidate & (guided == guided), guided, float("-inf")), 0)
+    if (num_nan == 0) & (tl.abs(largest) < float("inf")):
+        tl.store(row_ptr + ids, guided.to(row_ptr.dtype.element_ty), mask=is_candidate)
+    else:
+        tl.store(row_ptr + end_id, 0.0)
 
 
 @triton.jit
@@ -129,6 +139,7 @@ def score_kernel(
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
+    end_ids_ptr,  # [R] int64
     scores_ptr,  # [R, K] float32, out unless NORMALIZE
     soft_cap,
     scale,
@@ -179,10 +190,73 @@ def score_kernel(
             row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
             beta = tl.load(beta_ptr + row_idx * beta_stride)
             reference = tl.load(reference_ptr + row_idx * reference_stride)
-            write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP)
+            end_id = tl.load(end_ids_ptr + row_idx)
+            write_guided(
+                row_ptr, ids, z, z, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP
+            )
         else:
             tl.store(row_keys + place, candidates)
             tl.store(scores_ptr + row_idx * K + place, scores)
+
+
+@triton.jit
+def undo_controls_kernel(
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
+    slots_ptr,  # [R] int64
+    num_bias_ptr,  # [S] int32
+    bias_ids_ptr,  # [S, max_bias] int32
+    bias_ptr,  # [S, max_bias] float32
+    max_bias,
+    penalties_ptr,  # [S, 3] float32
+    prompt_mask_ptr,  # [S, ceil(V / 32)] int32
+    prompt_mask_stride,
+    output_ptr,  # [H, L], or nothing
+    output_stride,
+    output_rows_ptr,  # [R] int64, or nothing
+    output_begin_ptr,  # [R] int64, or nothing
+    output_end_ptr,  # [R] int64, or nothing
+    draft_ids_ptr,  # [R, num_drafts] int32, or nothing
+    num_drafts,
+    y_ptr,  # [R, K] float32, out
+    K: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_PENALTIES: tl.constexpr,
+):
+    """The candidates' logits before penalties, then before the bias."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
+        place, block = tl.arange(0, K), tl.arange(0, BLOCK)
+        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
+        y, ids = from_key(candidates)
+        ids = tl.where(candidates > NO_KEY, ids, 0).to(tl.int32)
+        slot = tl.load(slots_ptr + row_idx)
+        if HAS_PENALTIES:
+            presence = tl.load(penalties_ptr + slot * 3)
+            frequency = tl.load(penalties_ptr + slot * 3 + 1)
+            repetition = tl.load(penalties_ptr + slot * 3 + 2)
+            if (presence != 0.0) | (frequency != 0.0) | (repetition != 1.0):
+                counts = tl.zeros([K], tl.int32)
+                tokens_ptr = output_ptr + tl.load(output_rows_ptr + row_idx) * output_stride
+                end = tl.load(output_end_ptr + row_idx)
+                for start in range(tl.load(output_begin_ptr + row_idx), end, BLOCK):
+                    tokens = tl.load(tokens_ptr + start + block, mask=start + block < end, other=-1)
+                    counts += tl.sum((tokens[None, :] == ids[:, None]).to(tl.int32), 1)
+                for i in range(num_drafts):
+                    counts += (tl.load(draft_ids_ptr + row_idx * num_drafts + i) == ids).to(tl.int32)
+                prompted = (tl.load(prompt_mask_ptr + slot * prompt_mask_stride + ids // 32) >> (ids % 32)) & 1
+                y += frequency * counts + tl.where(counts > 0, presence, 0.0)
+                unrepeated = tl.where(y > 0, y * repetition, y / repetition)
+                y = tl.where(prompted + counts > 0, unrepeated, y)
+        num_bias = tl.load(num_bias_ptr + slot)
+        for start in range(0, num_bias, BLOCK):
+            at = slot * max_bias + start + block
+            tokens = tl.load(bias_ids_ptr + at, mask=start + block < num_bias, other=-1)
+            bias = tl.load(bias_ptr + at, mask=start + block < num_bias, other=0.0)
+            y -= tl.sum(tl.where(tokens[None, :] == ids[:, None], bias[None, :], 0.0), 1)
+        tl.store(y_ptr + row_idx * K + place, tl.minimum(tl.maximum(y, -LARGEST_LOGIT), LARGEST_LOGIT))
 
 
 @triton.jit
@@ -193,18 +267,21 @@ def reweight_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
     keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
+    y_ptr,  # [R, K] float32, or nothing
     scores_ptr,  # [R, K] float32
     beta_ptr,  # [R] float32
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
+    end_ids_ptr,  # [R] int64
     soft_cap,
     scale,
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
+    HAS_CONTROLS: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
 ):
-    """Write a row whose candidates' scores are whole."""
+    """Write a row whose candidates' scores are whole, and free of what requests did to its logits."""
     row_idx = tl.program_id(0).to(tl.int64)
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
@@ -215,7 +292,11 @@ def reweight_kernel(
         scores = tl.load(scores_ptr + row_idx * K + place)
         beta = tl.load(beta_ptr + row_idx * beta_stride)
         reference = tl.load(reference_ptr + row_idx * reference_stride)
-        write_guided(row_ptr, ids, z, scores, is_candidate, beta, reference, soft_cap, scale, HAS_SOFT_CAP)
+        end_id = tl.load(end_ids_ptr + row_idx)
+        y = z
+        if HAS_CONTROLS:
+            y = tl.load(y_ptr + row_idx * K + place)
+        write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP)
 
 
 def num_slices(num_rows: int, num_cols: int, K: int) -> int:
@@ -233,9 +314,11 @@ def guide_(
     top_k: torch.Tensor,
     beta: torch.Tensor,
     reference: torch.Tensor,
+    end_ids: torch.Tensor,
     *,
     max_top_k: int,
     vocab_size: int,
+    controls: Controls | None = None,
     bias: torch.Tensor | None = None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     soft_cap: float | None = None,
@@ -259,12 +342,13 @@ def guide_(
     slice_size = triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
     keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
     row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
-    rule_args = (beta, beta.stride(0), reference, reference.stride(0))
+    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids)
     cap_args = (soft_cap or 1.0, scale)
     select_kernel[(num_rows, slices)](
         *row_args, vocab_size, num_cols, slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
     )
-    partial = None if all_reduce is None else torch.zeros(num_rows, K, device=logits.device)
+    is_whole = all_reduce is None and controls is None
+    scores = None if is_whole else torch.zeros(num_rows, K, device=logits.device)
     score_kernel[(num_rows,)](
         *row_args,
         hidden_states,
@@ -273,7 +357,7 @@ def guide_(
         lm_head.stride(0),
         bias,
         *rule_args,
-        partial,
+        scores,
         *cap_args,
         vocab_start,
         lm_head.shape[0],
@@ -283,17 +367,51 @@ def guide_(
         BLOCK_D=max(TILE // K, 16),
         HAS_BIAS=bias is not None,
         HAS_SOFT_CAP=soft_cap is not None,
-        NORMALIZE=all_reduce is None,
+        NORMALIZE=is_whole,
         num_warps=SCORE_WARPS,
     )
-    if all_reduce is not None:
-        reweight_kernel[(num_rows,)](
-            *row_args,
-            all_reduce(partial),
-            *rule_args,
-            *cap_args,
-            K=K,
-            NUM_KEYS=slices * K,
-            HAS_SOFT_CAP=soft_cap is not None,
-            num_warps=REWEIGHT_WARPS,
-        )
+    if is_whole:
+        return
+    y = None if controls is None else undo_controls(keys, top_k, controls)
+    reweight_kernel[(num_rows,)](
+        *row_args,
+        y,
+        scores if all_reduce is None else all_reduce(scores),
+        *rule_args,
+        *cap_args,
+        K=K,
+        NUM_KEYS=slices * K,
+        HAS_CONTROLS=controls is not None,
+        HAS_SOFT_CAP=soft_cap is not None,
+        num_warps=REWEIGHT_WARPS,
+    )
+
+
+def undo_controls(keys: torch.Tensor, top_k: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """:func:`.reference.undo_controls`, from the candidates' keys [R, num_slices, K]: [R, K] float32."""
+    num_rows, slices, K = keys.shape
+    y = torch.empty(num_rows, K, device=keys.device)
+    output = controls.output
+    undo_controls_kernel[(num_rows,)](
+        top_k,
+        top_k.stride(0),
+        keys,
+        controls.slots,
+        controls.num_bias,
+        controls.bias_ids,
+        controls.bias,
+        controls.bias.shape[1],
+        controls.penalties,
+        controls.prompt_mask,
+        controls.prompt_mask.stride(0),
+        *((output.token_ids, output.token_ids.stride(0)) if output else (None, 0)),
+        *((output.rows, output.begin, output.end, output.draft_ids) if output else [None] * 4),
+        output.draft_ids.shape[1] if output else 0,
+        y,
+        K=K,
+        NUM_KEYS=slices * K,
+        BLOCK=max(TILE // K, 16),
+        HAS_PENALTIES=output is not None,
+        num_warps=CONTROLS_WARPS,
+    )
+    return y

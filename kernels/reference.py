@@ -3,8 +3,12 @@
 For a guided row with base logits z, its candidates C the k largest finite entries of z (ties by lower token id), and
 reward logits r on C:
 
-    reward_c = log_softmax_C(r)_c - reference * log_softmax_C(z)_c
+    reward_c = log_softmax_C(r)_c - reference * log_softmax_C(y)_c
     z'_c     = z_c + beta * reward_c    for c in C,    -inf elsewhere
+
+y are the base model's own logits, z these after what the request did to them by ``logit_bias`` and penalties
+(:class:`Controls`): the reward compares two models, and the controls stay in the sum. Without controls y is z.
+A row whose largest z' is no finite number gets its end token and nothing else: it is never left unguided.
 
 The guided decoding of PAD (arXiv 2410.04070), with the candidate-normalized implicit reward of its released code.
 ``reference`` is 1 (pi_ref is the base model) or 0 (an autoregressive reward model). A constant added to a row of r
@@ -17,12 +21,52 @@ float32, whatever comes in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 NEG_INF = float("-inf")
+MAX_LOGIT = 1e30
+"""Of a logit with its controls undone: absurd ones overflow, and the differences of two must stay finite."""
 SLICE = 64
 """Tokens of the vocabulary that are looked at together."""
+
+
+class OutputTokens(NamedTuple):
+    """The generated tokens that guided rows have seen: what presence and frequency are counted in."""
+
+    token_ids: torch.Tensor
+    """[H, L] int32 or int64, histories"""
+    rows: torch.Tensor
+    """[R] int64: each guided row's history"""
+    begin: torch.Tensor
+    """[R] int64: where in its history the generated tokens begin"""
+    end: torch.Tensor
+    """[R] int64: behind the last of them that is settled"""
+    draft_ids: torch.Tensor
+    """[R, D] int32: this step's drafts that the row has seen too, negative where there are fewer"""
+
+
+class Controls(NamedTuple):
+    """What requests did to the base logits: z = penalize(y + bias), in this order, as vLLM does it.
+
+    By slot of the S requests; R rows are guided, V tokens.
+    """
+
+    slots: torch.Tensor
+    """[R] int64: each guided row's request"""
+    num_bias: torch.Tensor
+    """[S] int32: how many tokens of the request are biased"""
+    bias_ids: torch.Tensor
+    """[S, B] int32: the first ``num_bias`` are these tokens"""
+    bias: torch.Tensor
+    """[S, B] float32: and this was added to their logits"""
+    penalties: torch.Tensor
+    """[S, 3] float32: presence, frequency, repetition; 0, 0 and 1 where there are none"""
+    prompt_mask: torch.Tensor
+    """[S, ceil(V / 32)] int32: a bit for each token of the prompt, for requests with a repetition penalty"""
+    output: OutputTokens | None
+    """None where no request in the batch has penalties"""
 
 
 def map_heads(
@@ -146,15 +190,57 @@ def cap_and_scale(scores: torch.Tensor, soft_cap: float | None = None, scale: fl
     return scores * scale
 
 
+def undo_controls(z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_size: int) -> torch.Tensor:
+    """The candidates' logits as the base model gave them.
+
+    Args:
+        z: [R, K] float32, -inf where there is no candidate.
+        ids: [R, K] int64.
+        controls: of these rows.
+        vocab_size: V, more than any id.
+
+    Returns:
+        [R, K] float32 y, -inf where z is.
+    """
+    slots, y = controls.slots, z
+    if controls.output is not None:
+        presence, frequency, repetition = controls.penalties[slots].unsqueeze(-1).unbind(1)
+        counts = count_output(controls.output, vocab_size).gather(1, ids)
+        prompted = (controls.prompt_mask[slots].gather(1, ids // 32) >> (ids % 32)) & 1
+        y = y + (frequency * counts + presence * (counts > 0))
+        unrepeated = torch.where(y > 0, y * repetition, y / repetition)
+        y = torch.where(prompted + counts > 0, unrepeated, y)
+    biased = ids.unsqueeze(-1) == controls.bias_ids[slots].unsqueeze(1)
+    biased &= torch.arange(biased.shape[-1], device=ids.device) < controls.num_bias[slots].view(-1, 1, 1)
+    y = y - controls.bias[slots].unsqueeze(1).where(biased, 0.0).sum(-1)
+    return y.clamp(-MAX_LOGIT, MAX_LOGIT).where(z > NEG_INF, NEG_INF)
+
+
+def count_output(output: OutputTokens, vocab_size: int) -> torch.Tensor:
+    """How often each row has seen each token among its generated ones: [R, vocab_size] int32."""
+    length = output.token_ids.shape[1]
+    if reads_are_free(output.end):
+        length = int(output.end.max())
+    place = torch.arange(length, device=output.end.device)
+    seen = (place >= output.begin.unsqueeze(1)) & (place < output.end.unsqueeze(1))
+    settled = output.token_ids[output.rows, :length].long().masked_fill(~seen, -1)
+    tokens = torch.cat([settled, output.draft_ids.long()], 1)
+    counts = torch.zeros(len(tokens), vocab_size + 1, dtype=torch.int32, device=tokens.device)
+    tokens = tokens.where((tokens >= 0) & (tokens < vocab_size), vocab_size)
+    return counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.int32))[:, :vocab_size]
+
+
 def reweight_(
     logits: torch.Tensor,
     rows: torch.Tensor,
     ids: torch.Tensor,
     z: torch.Tensor,
+    y: torch.Tensor,
     scores: torch.Tensor,
     top_k: torch.Tensor,
     beta: torch.Tensor,
     reference: torch.Tensor,
+    end_ids: torch.Tensor,
 ) -> None:
     """Write z' into the guided rows of ``logits``, in place; rows of top_k 0 are left alone.
 
@@ -162,15 +248,20 @@ def reweight_(
         logits: [N, V].
         rows: [R] int64.
         ids, z: of :func:`select_candidates`.
+        y: [R, K] float32, z without its controls.
         scores: [R, K] float32, the reward model's logits of the candidates.
         top_k: [R] int64.
         beta: [R] float32.
         reference: [R] float32, 1 or 0.
+        end_ids: [R] int64, what a row without a finite z' is left with.
     """
     candidate = z > NEG_INF
     log_r = scores.masked_fill(~candidate, NEG_INF).log_softmax(-1)
-    reward = log_r - reference.unsqueeze(1) * z.log_softmax(-1)
+    reward = log_r - reference.unsqueeze(1) * y.log_softmax(-1)
     guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
+    sound = guided.amax(-1, keepdim=True).isfinite()  # the maximum of a NaN and anything is NaN
+    if not reads_are_free(logits) or not bool(sound.all()):
+        ids, guided = torch.where(sound, ids, end_ids.unsqueeze(1)), guided.where(sound, 0.0)
     guided = guided.to(logits.dtype)
     if reads_are_free(logits):
         live = top_k.nonzero().squeeze(1)
@@ -190,9 +281,11 @@ def guide_(
     top_k: torch.Tensor,
     beta: torch.Tensor,
     reference: torch.Tensor,
+    end_ids: torch.Tensor,
     *,
     max_top_k: int,
     vocab_size: int,
+    controls: Controls | None = None,
     bias: torch.Tensor | None = None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     soft_cap: float | None = None,
@@ -211,8 +304,10 @@ def guide_(
             device only.
         beta: [R] float32, guidance strength.
         reference: [R] float32, 1 for ``base`` and 0 for ``none``.
+        end_ids: [R] int64, the token that ends each row's request where guidance gives nothing finite.
         max_top_k: K >= every top_k, known on the host.
         vocab_size: tokens that base and reward model share; others are never candidates.
+        controls: what requests did to their logits by bias and penalties; None where none of them did.
         bias: [V'] of the output head, or None.
         heads: (weight [H, d, d] or [H, d], bias [H, d], head_weights [R, 1 + H]) of :func:`map_heads`, or None.
         soft_cap, scale: of the reward model's logits, where its architecture has them.
@@ -225,4 +320,5 @@ def guide_(
     scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start, sharded=all_reduce is not None)
     if all_reduce is not None:
         scores = all_reduce(scores)
-    reweight_(logits, rows, ids, z, cap_and_scale(scores, soft_cap, scale), top_k, beta, reference)
+    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
+    reweight_(logits, rows, ids, z, y, cap_and_scale(scores, soft_cap, scale), top_k, beta, reference, end_ids)

@@ -18,6 +18,8 @@ MAX_BETA = 100.0
 MAX_WEIGHT = 1e4
 MAX_PREFERENCE_CHARS = 32_768
 """A first bound, before anything is tokenized; an engine's own bound is in tokens."""
+MAX_LOGIT_BIAS = 1024
+"""Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -84,6 +86,12 @@ def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> No
             f"pad_weights: {len(weights)} weights for {len(head_names)} value heads ({', '.join(head_names)}); give "
             "one for each, in this order"
         )
+
+
+def check_logit_bias(logit_bias: Mapping[int, float] | None) -> None:
+    """Raise ValueError for more biased tokens than there is room for."""
+    if logit_bias and len(logit_bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias: {len(logit_bias)} tokens; a guided request may bias at most {MAX_LOGIT_BIAS}")
 
 
 def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> str:

@@ -2,40 +2,71 @@
 
 transformers and PyTorch in float32, no cache, one sequence at a time. Everything in pad-vllm is held against it.
 
-    reward_c = log_softmax_C(r)_c - log_softmax_C(z)_c        C: the k largest finite entries of z, ties by lower id
+    reward_c = log_softmax_C(r)_c - log_softmax_C(y)_c        C: the k largest finite entries of z, ties by lower id
     z'_c     = z_c + beta * reward_c   for c in C,   -inf elsewhere
+
+y are the base model's logits, with masks (-inf) only; z are these after ``logit_bias``, then penalties, in the order of
+both of vLLM's runners. Where nothing is biased or penalized z is y.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 NEG_INF = float("-inf")
 
 
-def guided_logits(z: torch.Tensor, r: torch.Tensor, top_k: int, beta: float, reference: str = "base") -> torch.Tensor:
-    """z' of one position. z, r: [vocab] float, the base and the reward model's logits."""
+def guided_logits(
+    z: torch.Tensor,
+    r: torch.Tensor,
+    top_k: int,
+    beta: float,
+    reference: str = "base",
+    y: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """z' of one position. z, r, y: [vocab] float, the base and the reward model's logits; y None: it is z."""
+    y = z if y is None else y
     values = z.tolist()
     finite = [i for i in range(len(values)) if math.isfinite(values[i])]
     candidates = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
     log_p_reward = torch.log_softmax(r[candidates], dim=0)
-    log_p_base = torch.log_softmax(z[candidates], dim=0)
+    log_p_base = torch.log_softmax(y[candidates], dim=0)
     reward = log_p_reward - log_p_base if reference == "base" else log_p_reward
     guided = torch.full_like(z, NEG_INF)
     guided[candidates] = z[candidates] + beta * reward
     return guided
 
 
+def biased(y: torch.Tensor, logit_bias: dict[int, float]) -> torch.Tensor:
+    """``logit_bias`` of the OpenAI API."""
+    y = y.clone()
+    for token, bias in logit_bias.items():
+        y[token] += bias
+    return y
+
+
+def penalized(
+    y: torch.Tensor, prompt: list[int], output: list[int], presence: float, frequency: float, repetition: float
+) -> torch.Tensor:
+    """The penalties of the OpenAI API and of CTRL, one token at a time."""
+    y = y.clone()
+    for token in set(prompt) | set(output):
+        y[token] = y[token] / repetition if y[token] > 0 else y[token] * repetition
+    for token in set(output):
+        y[token] -= frequency * output.count(token) + presence
+    return y
+
+
 def reward_logits(model, token_ids: list[int], head: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """The reward model's logits [vocab] after ``token_ids``; ``head`` is (W [d, d], b [d]) on the hidden state."""
+    if head is None:
+        return model(torch.tensor([token_ids])).logits[0, -1]
+    weight, bias = head
     h = model.model(torch.tensor([token_ids])).last_hidden_state[0, -1]
-    if head is not None:
-        weight, bias = head
-        h = weight @ h + bias
-    return model.lm_head(h)
+    return model.lm_head(weight @ h + bias)
 
 
 @torch.no_grad()
@@ -51,20 +82,23 @@ def generate(
     beta: float = 1.0,
     reference: str = "base",
     eos_token_id: int | None = None,
-    adjust: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+    mask: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = (),
+    penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt; None: the reward model sees the base's.
 
-    ``adjust`` does to z what vLLM does before guidance: (z [vocab], generated tokens) -> z.
+    ``mask``: (y [vocab], generated tokens) -> y with some at -inf. ``penalties``: presence, frequency, repetition.
     """
     output: list[int] = []
     while len(output) < max_tokens:
-        z = base(torch.tensor([prompt_ids + output])).logits[0, -1]
-        if adjust is not None:
-            z = adjust(z, output)
+        y = base(torch.tensor([prompt_ids + output])).logits[0, -1]
+        if mask is not None:
+            y = mask(y, output)
+        z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)
         if reward is not None:
             r = reward_logits(reward, (reward_prompt_ids or prompt_ids) + output, head)
-            z = guided_logits(z, r, top_k, beta, reference)
+            z = guided_logits(z, r, top_k, beta, reference, y)
         output.append(int(z.argmax()))
         if output[-1] == eos_token_id:
             break

@@ -108,6 +108,18 @@ def test_refused_by_what_the_engine_announced(extra_args, message):
         validate(**extra_args)
 
 
+def test_too_many_biased_tokens_are_refused():
+    """Model Runner V2 has room for 1024, and would raise in its worker, for everybody."""
+    house = Announcement(True, guides_all=True)
+    for announcement, guided in ((GUIDED, {"extra_args": {"pad_beta": 1.0}}), (house, {})):
+        owner = Owner()
+        channel.announce(announcement, owner)
+        fits, too_many = (dict.fromkeys(range(n), 1.0) for n in (1024, 1025))
+        PADLogitsProcessor.validate_params(vllm.SamplingParams(logit_bias=fits, **guided))
+        with pytest.raises(ValueError, match="logit_bias: 1025 tokens; a guided request may bias at most 1024"):
+            PADLogitsProcessor.validate_params(vllm.SamplingParams(logit_bias=too_many, **guided))
+
+
 def test_preferences_are_bounded_in_the_reward_models_tokens(models):
     owner = Owner()
     tokenizer = {"pretrained_model_name_or_path": str(models.reward)}

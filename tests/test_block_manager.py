@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pad_vllm.reward.backend import copy_blocks
 from pad_vllm.reward.block_manager import BlockManager, Copy
 
 BLOCK_SIZE = 4
@@ -28,6 +29,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.lengths: dict[int, int] = {}
         # What the model would have written: block -> the tokens from the context's begin to the block's end.
         self.content: dict[int, tuple[int, ...]] = {}
+        self.cache = torch.full((num_blocks, BLOCK_SIZE), -1)  # as a KV cache holds it
 
     @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
     @rule(prompt=TOKENS, num_shared=st.integers(0, 2 * BLOCK_SIZE))
@@ -91,6 +93,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 assert source.blocks[at].block_id == source_block
             else:
                 assert list(self.content[source_block][: len(shared)]) == shared
+        held = [copy for copy in copies if copy.source.index not in cold]
+        copy_blocks([self.cache], [(copy.source_block, copy.block) for copy in held])
+        for _, _, target, block in held:
+            tail = target.prompt_ids[target.num_shared // BLOCK_SIZE * BLOCK_SIZE : target.num_shared]
+            assert self.cache[block, : len(tail)].tolist() == tail
 
     def write(self, index: int, compute_from: int | None) -> None:
         """Do to ``content`` what a forward does to the KV cache, and see that what is reused is what it should be."""
@@ -106,6 +113,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 assert self.content[block.block_id] == tokens[:end], "a context's blocks were written by another"
             else:
                 self.content[block.block_id] = tokens[:end]
+                written = tokens[i * BLOCK_SIZE : end]
+                self.cache[block.block_id, : len(written)] = torch.tensor(written)
 
     @invariant()
     def every_block_is_free_or_held(self) -> None:
@@ -168,6 +177,28 @@ def test_a_shared_head_that_ends_within_a_block_is_copied():
     blocks.add(0, [*head, 40, 30], num_shared=10)
     _, cold = blocks.admit([0], [12])
     assert [num_computed for _, num_computed in cold] == [8], "nobody else holds it under its name"
+
+
+def test_a_block_may_be_copied_and_copied_into_at_once():
+    """It is shared with one newcomer, and then taken from its context for another: it is read before it is written."""
+    blocks = manager(1 + 5)
+    heads = [[1, 1, 1, 1, 2, 3], [5, 5, 5, 5, 6, 7]]
+    for index, head in enumerate([*heads, *heads]):
+        blocks.add(index, [*head, 8, 9], num_shared=6)
+    for index in (0, 1):
+        blocks.begin_step()
+        blocks.admit([index], [8])
+    lost, kept = (blocks.contexts[index].blocks[1].block_id for index in (0, 1))
+    cache = torch.arange(6)[:, None].repeat(1, BLOCK_SIZE)
+    blocks.begin_step()
+    assert blocks.admit([2, 3], [8, 8])[0] == 2
+    pairs = [(copy.source_block, copy.block) for copy in blocks.take_copies()]
+    assert [source for source, _ in pairs] == [lost, kept]
+    assert pairs[1][1] == lost
+    for order in (pairs, pairs[::-1]):
+        copied = cache.clone()
+        copy_blocks([copied], order)
+        assert [int(copied[target, 0]) for _, target in pairs] == [lost, kept]
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from pad_vllm import internals, releases
 from pad_vllm.commands.check import check
@@ -75,6 +76,15 @@ def test_a_base_model_that_does_not_fit_is_named(models, config, capsys):
 def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
     assert check(json.dumps({"reward_model": str(models.named)} | change), str(models.base), 950) == 1
     assert words in capsys.readouterr().out
+
+
+def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path, capsys):
+    config = AutoConfig.for_model("jamba", architectures=["JambaForCausalLM"], vocab_size=512, eos_token_id=1)
+    config.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(models.reward / name)
+    assert check(json.dumps({"reward_model": str(tmp_path)}), None, None) == 1
+    assert "JambaForCausalLM cannot be a reward model: its layers, or some, keep a recurrent" in capsys.readouterr().out
 
 
 def test_broken_folders_are_named(models, tmp_path, capsys):

@@ -249,6 +249,39 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(encode, expect, named_e
     assert named_engine.generate([prompt], GREEDY | guided(preference="formal")) == [expected]
 
 
+def set_embedding(llm, token: int, value: list[float]) -> list[float]:
+    """Of the reward model; returns what was there. What was computed with it is forgotten."""
+    guidance = running_guidance(llm)
+    row = guidance.model.model.model.embed_tokens.weight.data[token]
+    before = row.tolist()
+    row.copy_(torch.tensor(value))
+    guidance.engine.blocks.reset()
+    return before
+
+
+def test_a_reward_that_is_no_number_ends_its_request_and_no_other(models, encode, expect, named_engine):
+    """The reward model's states become NaN for whoever reads one token; nobody looks at them on the host."""
+    good, token = encode(PROMPTS[0]), 400
+    expected = expect(good, preference="formal")
+    assert token not in expected
+    bad = [*encode(PROMPTS[1]), token]
+    sound = named_engine.call(set_embedding, token, [float("nan")] * 64)
+    try:
+        ended, guided_on, unguided = named_engine.generate(
+            [bad, good, bad],
+            [
+                {"temperature": 0.0, "max_tokens": 8} | guided(preference="formal"),
+                GREEDY | guided(preference="formal"),
+                GREEDY,
+            ],
+        )
+    finally:
+        named_engine.call(set_embedding, token, sound)
+    assert ended == [models.tokenizer.eos_token_id]
+    assert guided_on == expected
+    assert unguided == oracle.generate(models.base_model, bad, MAX_TOKENS)
+
+
 def break_reward_model(llm) -> None:
     """Make the reward model's next forward fail, once."""
     model = running_guidance(llm).model

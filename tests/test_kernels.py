@@ -21,9 +21,11 @@ def problem(num_rows: int, vocab_size: int = 97, hidden_size: int = 16, seed: in
 
 
 SENTINEL = 7.0
+END = 20
+"""End token of the first guided row; those of the others follow."""
 
 
-def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, kwargs, num_shards=1):
+def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
     """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
     rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
     from pad_vllm.kernels import fused
@@ -48,7 +50,7 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
                 )
             if kwargs.get("bias") is not None:
                 kwargs = kwargs | {"bias": kwargs["bias"][mine]} if num_shards > 1 else kwargs
-            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, **kwargs)
+            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, **kwargs)
             outputs.append(out.clone())
             assert (wide[:, :20] == SENTINEL).all()
             assert (wide[:, 20 + num_cols :] == SENTINEL).all()
@@ -75,8 +77,9 @@ def run(request, interpreter):
         top_k = torch.as_tensor(top_k).expand(len(rows))
         beta = torch.as_tensor(1.0 if beta is None else beta).expand(len(rows))
         reference = torch.as_tensor(1.0 if reference is None else reference).expand(len(rows))
+        ends = END + torch.arange(len(rows))
         kwargs = {"vocab_size": logits.shape[1], "max_top_k": int(top_k.max()) if len(rows) else 1} | kwargs
-        arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, kwargs, num_shards)
+        arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards)
         return interpreter.run(run_guide, *arguments) if request.param == "triton" else run_guide(*arguments)
 
     return run
@@ -145,16 +148,115 @@ def test_infinite_and_nan_logits_are_no_candidates(run):
     logits[1] = NEG_INF
     out = run(logits, hidden, lm_head, top_k=5)
     torch.testing.assert_close(out[0], expected_row(logits[0], hidden[0], lm_head, 5, 1.0))
-    assert (out[1] == NEG_INF).all()
+    assert ends(out[1], END + 1), "no candidate"
     torch.testing.assert_close(out[2], expected_row(logits[2], hidden[2], lm_head, 5, 1.0))
 
 
-def test_a_nan_hidden_state_does_not_spread_to_other_rows(run):
-    logits, hidden, lm_head = problem(3)
-    hidden[1, 0] = float("nan")
-    out = run(logits, hidden, lm_head, top_k=5)
-    for i in (0, 2):
-        torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, 5, 1.0))
+def ends(row: torch.Tensor, token: int) -> bool:
+    """Whether nothing but ``token`` can follow."""
+    return row[token] == 0 and row.isneginf().sum() == len(row) - 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_whose_reward_is_not_finite_gets_its_end_token_and_nothing_else(bad, num_shards, run):
+    """Also where one candidate's is, as the end token itself; no other row notices."""
+    logits, hidden, lm_head = problem(5)
+    hidden[1, 0] = bad
+    logits[3, END + 3] = 30
+    logits[4, END + 3] = NEG_INF
+    lm_head[END + 3, 0] = bad
+    hidden[:, 0] = torch.where(hidden[:, 0].isfinite(), hidden[:, 0].abs(), bad)
+    out = run(logits, hidden, lm_head, top_k=5, beta=0.7, num_shards=num_shards)
+    assert ends(out[1], END + 1)
+    assert ends(out[3], END + 3)
+    good = [i for i in (0, 2, 4) if END + 3 not in logits[i].topk(5).indices]
+    assert 4 in good
+    for i in good:
+        torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, 5, 0.7))
+
+
+def control(y, num_slots: int, slots: list[int], requests: dict[int, dict]):
+    """What requests make of the base logits, and the step's ``controls``. ``requests``: slot -> ``bias``,
+    ``penalties``, ``prompt``, ``output``, ``drafts``."""
+    from pad_vllm.kernels.reference import Controls, OutputTokens
+
+    width = 600
+    num_bias, bias_ids = torch.zeros(num_slots, dtype=torch.int32), torch.zeros(num_slots, width, dtype=torch.int32)
+    bias, penalties = torch.full((num_slots, width), 50.0), torch.tensor([[0.0, 0.0, 1.0]]).repeat(num_slots, 1)
+    prompt_mask = torch.zeros(num_slots, -(-y.shape[1] // 32), dtype=torch.int32)
+    histories, begin, end = torch.full((num_slots, 900), 3, dtype=torch.int32), [], []
+    drafts, z = torch.full((len(slots), 3), -1, dtype=torch.int32), y.clone()
+    for row, slot in enumerate(slots):
+        asked = {"bias": {}, "penalties": (0.0, 0.0, 1.0), "prompt": [], "output": [], "drafts": []}
+        asked |= requests.get(slot, {})
+        ids = list(asked["bias"])
+        num_bias[slot], bias_ids[slot, : len(ids)] = len(ids), torch.tensor(ids, dtype=torch.int32)
+        bias[slot, : len(ids)] = torch.tensor(list(asked["bias"].values()))
+        penalties[slot] = torch.tensor(asked["penalties"])
+        for token in set(asked["prompt"]):
+            prompt_mask[slot, token // 32] |= torch.tensor(1 << (token % 32)).int()
+        begin.append(5)
+        end.append(5 + len(asked["output"]))
+        histories[slot, 5 : end[-1]] = torch.tensor(asked["output"], dtype=torch.int32)
+        drafts[row, : len(asked["drafts"])] = torch.tensor(asked["drafts"], dtype=torch.int32)
+        seen = asked["output"] + asked["drafts"]
+        z[row] = oracle.penalized(oracle.biased(y[row], asked["bias"]), asked["prompt"], seen, *asked["penalties"])
+    index = torch.tensor(slots)
+    output = OutputTokens(histories, index, torch.tensor(begin), torch.tensor(end), drafts)
+    if all(request.get("penalties") is None for request in requests.values()):
+        output = None
+    return z, Controls(index, num_bias, bias_ids, bias, penalties, prompt_mask, output)
+
+
+MANY = list(range(90)) * 9
+CONTROLS = [
+    {1: {"bias": {5: 100.0}}},
+    {1: {"bias": {5: -100.0, 31: 2.0, 96: -2.0}}, 0: {"bias": {i: 0.1 * i for i in range(90)}}},
+    {1: {"penalties": (0.7, 0.0, 1.0), "output": [1, 1, 2, 31]}},
+    {1: {"penalties": (0.0, -0.4, 1.0), "output": MANY, "drafts": [3, 3, 5]}},
+    {1: {"penalties": (0.0, 0.0, 1.7), "prompt": [0, 31, 32, 63, 64, 95, 96], "output": [7, 7]}},
+    {1: {"penalties": (0.0, 0.0, 0.6), "prompt": list(range(0, 97, 2)), "drafts": [9, 9, 11]}},
+    {
+        2: {
+            "penalties": (1.0, 0.5, 1.3),
+            "prompt": list(range(40)),
+            "output": MANY[:50],
+            "drafts": [60],
+            "bias": {3: 4.0},
+        },
+        0: {"penalties": (-0.5, 0.2, 0.8), "prompt": [4, 4], "output": [4], "bias": {4: -30.0, 9: 5.5}},
+        3: {"bias": dict.fromkeys(range(90), 1.5)},
+    },
+]
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("requests", CONTROLS, ids=range(len(CONTROLS)))
+def test_the_reward_does_not_see_bias_and_penalties(beta, requests, run):
+    """Candidates by z, the reward against y, for requests with and without controls in one batch."""
+    y, hidden, lm_head = problem(5)
+    slots = [3, 1, 0, 2, 4]
+    z, controls = control(y, 6, slots, requests)
+    expected = [oracle.guided_logits(z[i], lm_head @ hidden[i], 6, beta, y=y[i]) if i < 4 else z[i] for i in range(5)]
+    assert not torch.equal(z, y)
+    for num_shards in (1, 2):
+        out = run(
+            z, hidden, lm_head, top_k=torch.tensor([6, 6, 6, 6, 0]), beta=beta, controls=controls, num_shards=num_shards
+        )
+        for i in range(5):
+            torch.testing.assert_close(out[i], expected[i], rtol=1e-4, atol=1e-4)
+
+
+def test_absurd_penalties_stay_finite(run):
+    y, hidden, lm_head = problem(3)
+    every = {"prompt": list(range(97)), "output": []}
+    requests = {i: every | {"penalties": (0.0, 0.0, r)} for i, r in enumerate((1e-37, 3e38, 1e-5))}
+    z, controls = control(y, 3, [0, 1, 2], requests)
+    out = run(z, hidden, lm_head, top_k=6, controls=controls)
+    for i in range(3):
+        assert ends(out[i], END + i) or (out[i].isfinite().sum() == z[i].isfinite().sum().clamp(max=6))
+        assert not out[i].isnan().any()
 
 
 def test_bias_soft_cap_and_scale(run):
@@ -286,9 +388,10 @@ def fuzz_fused(max_examples: int) -> None:
         lm_head = torch.randn(vocab_size, 8, generator=generator)
         beta, mode = torch.full((len(rows),), data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))), torch.ones(len(rows))
         outputs = []
+        ends = torch.arange(len(rows)) % vocab_size
         for step in (in_torch.guide_, fused.guide_):
             out = logits.clone()
-            step(out, hidden, lm_head, rows, top_k, beta, mode, max_top_k=12, vocab_size=vocab_size)
+            step(out, hidden, lm_head, rows, top_k, beta, mode, ends, max_top_k=12, vocab_size=vocab_size)
             outputs.append(out)
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, equal_nan=True)
 

@@ -79,8 +79,15 @@ def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list
 def test_decoding_reads_nothing_back(models, encode):
     params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     prompts = [encode(f"answer {i}") for i in range(4)]
-    asked = [params, *[params | guided(preference="formal", weights=[1.0, 0.0, 0.5])] * 2, params | guided(beta=0.5)]
     for drafts in (0, 2):
+        controls = {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
+        controls |= {} if drafts else {"logit_bias": {7: 2.0}}  # vLLM refuses it beside drafts
+        asked = [
+            params,
+            params | guided(preference="formal", weights=[1.0, 0.0, 0.5]),
+            params | guided(preference="formal", weights=[1.0, 0.0, 0.5]) | controls,
+            params | guided(beta=0.5),
+        ]
         speculative = {"method": "draft_model", "model": str(models.base), "num_speculative_tokens": drafts}
         engine = Engine(
             "v2",

@@ -1,7 +1,7 @@
 """vLLM's sampling features beside guidance, on both runners.
 
-What vLLM does to the base logits (bias, penalties, bad words, grammar) is in z; what it does to choose a token (min-p,
-top-p, seeds, stop) sees the guided logits.
+What vLLM masks (allowed tokens, bad words, grammar, min_tokens) is no candidate; bias and penalties are in z, and not
+in what the reward is compared with; what chooses a token (min-p, top-p, seeds, stop) sees the guided logits.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ def engine(models, runner):
 
 @pytest.fixture(scope="module")
 def answer(models, compose):
-    """The oracle's answer to a request for PREFERENCE, with z adjusted."""
+    """The oracle's answer to a request for PREFERENCE; the runners are held against the same."""
+    known: dict[str, list[int]] = {}
 
-    def ask(prompt, adjust=None, **settings):
-        return oracle.generate(
-            models.base_model,
-            prompt,
-            MAX_TOKENS,
-            reward=models.reward_model,
-            reward_prompt_ids=compose(prompt, PREFERENCE),
-            adjust=adjust,
-            **settings,
-        )
+    def ask(prompt, max_tokens=MAX_TOKENS, **settings):
+        key = repr((prompt, max_tokens, settings))
+        if key not in known or "mask" in settings:
+            known[key] = oracle.generate(
+                models.base_model,
+                prompt,
+                max_tokens,
+                reward=models.reward_model,
+                reward_prompt_ids=compose(prompt, PREFERENCE),
+                **settings,
+            )
+        return known[key]
 
     return ask
 
@@ -69,72 +72,92 @@ def generate_logprobs(llm, prompt: list[int], params: dict) -> list[dict[int, fl
     return [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
 
 
-def penalize(prompt: list[int], presence: float, frequency: float, repetition: float):
-    """The penalties of the OpenAI API and of CTRL, one token at a time."""
-
-    def adjust(z: torch.Tensor, output: list[int]) -> torch.Tensor:
-        z = z.clone()
-        for token in set(prompt) | set(output):
-            z[token] = z[token] / repetition if z[token] > 0 else z[token] * repetition
-        for token in set(output):
-            z[token] -= frequency * output.count(token) + presence
-        return z
-
-    return adjust
+BETAS = (0.5, 1.0, 1.2, 1.5)
+NEUTRAL = (0.0, 0.0, 1.0)
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
-def test_penalties_are_in_z(models, encode, answer, engine):
-    """V1 applies them after custom processors, V2 before; guided output must not depend on it."""
-    penalties = [(0.7, 0.4, 1.3), (0.0, 0.0, 1.0), (-0.5, 0.2, 0.8), (0.0, 0.0, 1.5)]
+def controls(free: list[int]) -> list[tuple[dict[int, float], tuple[float, float, float]]]:
+    """``logit_bias``, and presence, frequency and repetition penalty: alone and together. ``free``: what would be
+    generated without them."""
+    first = free[:4]
+    return [
+        ({7: 100.0}, NEUTRAL),
+        (dict.fromkeys([*free[6:9], 40, 41, 42], 2.0), NEUTRAL),
+        (dict.fromkeys(first, -2.0), NEUTRAL),
+        (dict.fromkeys(first, -100.0), NEUTRAL),
+        ({}, (1.5, 0.0, 1.0)),
+        ({}, (0.0, 0.9, 1.0)),
+        ({}, (0.0, 0.0, 1.4)),
+        ({}, (-0.8, -0.2, 0.8)),
+        (dict.fromkeys([*free[2:5], 50], 3.0), (0.7, 0.4, 1.3)),
+    ]
+
+
+def test_bias_and_penalties_mean_the_same_at_every_beta(encode, answer, engine):
+    """The oracle's answer, greedy, at every strength: a bias of 100 chooses its token, as without guidance."""
     prompts = [encode(text) for text in PROMPTS]
-    names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+    cases = [
+        (prompt, beta, logit_bias, penalties)
+        for prompt, beta in zip(prompts, BETAS, strict=True)
+        for logit_bias, penalties in controls(answer(prompt, beta=beta))
+    ]
     params = [
-        GREEDY | guided(preference=PREFERENCE, beta=0.7) | dict(zip(names, values, strict=True)) for values in penalties
+        GREEDY
+        | {"max_tokens": 12, "logit_bias": logit_bias or None}
+        | dict(zip(PENALTIES, penalties, strict=True))
+        | guided(preference=PREFERENCE, beta=beta)
+        for _, beta, logit_bias, penalties in cases
     ]
-    unguided = GREEDY | dict(zip(names, penalties[0], strict=True))
-    *out, other = engine.generate([*prompts, prompts[0]], [*params, unguided])
+    out = engine.generate([prompt for prompt, *_ in cases], params)
+    for got, (prompt, beta, logit_bias, penalties) in zip(out, cases, strict=True):
+        expected = answer(prompt, 12, beta=beta, logit_bias=logit_bias, penalties=penalties)
+        assert got == expected, (beta, logit_bias, penalties)
+        if 100.0 in logit_bias.values():
+            assert got == [7] * 12
+        if -100.0 in logit_bias.values():
+            assert not set(got) & set(logit_bias)
+
+
+def test_controls_of_some_requests_do_not_touch_others(models, encode, answer, engine):
+    """Guided and unguided, with and without controls in one batch; then slots are used again by requests without."""
+    prompts = [encode(text) for text in PROMPTS]
+    controlled = GREEDY | {"logit_bias": {9: 4.0}} | dict(zip(PENALTIES, (0.6, 0.3, 1.2), strict=True))
+    asked = guided(preference=PREFERENCE)
+    out = engine.generate(prompts, [controlled | asked, GREEDY | asked, controlled, GREEDY])
+    settings = {"logit_bias": {9: 4.0}, "penalties": (0.6, 0.3, 1.2)}
     assert out == [
-        answer(p, penalize(p, *values), beta=0.7, top_k=10) for p, values in zip(prompts, penalties, strict=True)
+        answer(prompts[0], **settings),
+        answer(prompts[1]),
+        oracle.generate(models.base_model, prompts[2], MAX_TOKENS, **settings),
+        oracle.generate(models.base_model, prompts[3], MAX_TOKENS),
     ]
-    assert other == oracle.generate(
-        models.base_model, prompts[0], MAX_TOKENS, adjust=penalize(prompts[0], *penalties[0])
-    )
+    assert engine.generate(prompts[:2], GREEDY | asked) == [answer(prompt) for prompt in prompts[:2]]
 
 
-def test_bias_bad_words_and_allowed_tokens_are_in_z(models, encode, answer, engine):
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+def test_bad_words_and_allowed_tokens_are_no_candidates(models, encode, answer, engine, beta):
     prompt = encode(PROMPTS[0])
-    free = answer(prompt)
-    banned, forced = free[0], free[3]
-    allowed = sorted(set(range(20, 120)))
-
-    def mask(tokens, keep: bool):
-        def adjust(z, output):
-            hit = torch.zeros(len(z), dtype=torch.bool)
-            hit[list(tokens)] = True
-            return z.masked_fill(~hit if keep else hit, float("-inf"))
-
-        return adjust
-
-    def bias(z, output):
-        return z + torch.nn.functional.one_hot(torch.tensor(forced), len(z)) * 5.0
-
-    asked = GREEDY | guided(preference=PREFERENCE)
-    word = models.tokenizer.decode([banned])
-    assert models.tokenizer.encode(word, add_special_tokens=False) == [banned]
-    out = engine.generate(
-        [prompt] * 3,
-        [
-            asked | {"bad_words": [word]},
-            asked | {"allowed_token_ids": allowed},
-            asked | {"logit_bias": {forced: 5.0}},
-        ],
+    words = {token: models.tokenizer.decode([token]) for token in answer(prompt, beta=beta)}
+    banned, word = next(
+        (token, word)
+        for token, word in words.items()
+        if word == word.strip() and models.tokenizer.encode(word, add_special_tokens=False) == [token]
     )
-    assert banned not in out[0]
+    allowed = range(20, 120)
+    asked = GREEDY | guided(preference=PREFERENCE, beta=beta)
+    out = engine.generate([prompt] * 2, [asked | {"bad_words": [word]}, asked | {"allowed_token_ids": list(allowed)}])
     with_space = models.tokenizer.encode(" " + word, add_special_tokens=False)
     bad = {banned, *(with_space if len(with_space) == 1 else [])}
-    assert out[0] == answer(prompt, mask(bad, keep=False))
-    assert out[1] == answer(prompt, mask(allowed, keep=True))
-    assert out[2] == answer(prompt, bias)
+    assert out == [
+        answer(prompt, beta=beta, mask=without(bad)),
+        answer(prompt, beta=beta, mask=without(set(range(512)) - set(allowed))),
+    ]
+    assert banned not in out[0]
+
+
+def without(tokens: set[int]):
+    return lambda y, output: y.index_fill(0, torch.tensor(sorted(tokens)), float("-inf"))
 
 
 def test_several_completions_are_those_of_several_requests(encode, engine):
@@ -161,42 +184,43 @@ def test_logprobs_are_of_the_guided_distribution(models, encode, compose, engine
     assert set(first) == set(expected.topk(3).indices.tolist())
 
 
-def test_min_p_and_top_p_cut_the_guided_distribution(models, encode, compose, engine, runner):
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+def test_min_p_and_top_p_cut_the_guided_distribution(models, encode, compose, engine, runner, beta):
     """Both leave the tokens of the guided distribution that they should, and no other."""
-    prompt, temperature, min_p, top_p = encode(PROMPTS[3]), 1.0, 0.2, 0.6
+    prompt, temperature, min_p, top_p = encode(PROMPTS[0]), 2.0, 0.2, 0.6
     with torch.no_grad():
         z = models.base_model(torch.tensor([prompt])).logits[0, -1]
         r = oracle.reward_logits(models.reward_model, compose(prompt, PREFERENCE))
-    p = oracle.guided_logits(z, r, top_k=10, beta=0.2).softmax(0)
+    p = (oracle.guided_logits(z, r, top_k=10, beta=beta) / temperature).softmax(0)
     by_min_p = set(torch.nonzero(p >= min_p * p.max()).flatten().tolist())
     order = p.argsort(descending=True)
     by_top_p = set(order[: int((p[order].cumsum(0) < top_p).sum()) + 1].tolist())
     assert 1 < len(by_min_p) < 10
     assert 1 < len(by_top_p) < 10
-    asked = {"temperature": temperature, "max_tokens": 1, **guided(preference=PREFERENCE, beta=0.2)}
+    asked = {"temperature": temperature, "max_tokens": 1, **guided(preference=PREFERENCE, beta=beta)}
     cuts = [({"min_p": min_p}, by_min_p), ({"top_p": top_p}, by_top_p)]
     if runner == "v2":  # vLLM's top-p kernel uses what the Triton interpreter lacks
         cuts = cuts[:1]
     for cut, tokens in cuts:
-        out = engine.generate([prompt] * 60, [asked | cut | {"seed": seed} for seed in range(60)])
+        out = engine.generate([prompt] * 40, [asked | cut | {"seed": seed} for seed in range(40)])
         chosen = {tokens_out[0] for tokens_out in out}
         assert len(chosen) > 1
         assert chosen <= tokens
 
 
-def test_stop_token_and_min_tokens(encode, answer, engine):
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+def test_stop_token_and_min_tokens(encode, answer, engine, beta):
     prompt = encode(PROMPTS[2])
-    free = answer(prompt)
+    free = answer(prompt, beta=beta)
     stop = free[5]
-    asked = GREEDY | guided(preference=PREFERENCE)
-    (stopped,) = engine.generate([prompt], asked | {"stop_token_ids": [stop]})
+    asked = GREEDY | guided(preference=PREFERENCE, beta=beta) | {"stop_token_ids": [stop]}
+    stopped, later = engine.generate([prompt] * 2, [asked, asked | {"min_tokens": 12}])
     assert stopped == free[: free.index(stop) + 1]
 
-    def not_yet(z, output):
-        return z.index_fill(0, torch.tensor([1, stop]), float("-inf")) if len(output) < 12 else z
+    def not_yet(y, output):
+        return y.index_fill(0, torch.tensor([1, stop]), float("-inf")) if len(output) < 12 else y
 
-    (later,) = engine.generate([prompt], asked | {"stop_token_ids": [stop], "min_tokens": 12})
-    expected = answer(prompt, not_yet)
+    expected = answer(prompt, beta=beta, mask=not_yet)
     end = next((i for i, token in enumerate(expected) if token == stop), len(expected))
     assert later == expected[: end + 1]
     assert len(later) >= 12
@@ -212,7 +236,8 @@ def test_structured_output_is_always_valid(models, encode, engine, runner):
         "required": ["a", "b"],
         "additionalProperties": False,
     }
-    out = engine.call(generate_json, [encode(f"answer {i}") for i in range(8)], schema, guided(preference=PREFERENCE))
+    asked = [guided(preference=PREFERENCE, beta=beta) for beta in (0.5, 1.0, 1.5)] * 3
+    out = engine.call(generate_json, [encode(f"answer {i}") for i in range(9)], schema, asked)
     for tokens in out:
         answer = json.loads(models.tokenizer.decode(tokens, skip_special_tokens=True))
         assert set(answer) == {"a", "b"}
@@ -220,7 +245,7 @@ def test_structured_output_is_always_valid(models, encode, engine, runner):
         assert answer["b"] in ("x", "y")
 
 
-def generate_json(llm, prompts: list[list[int]], schema: dict, extra: dict) -> list[list[int]]:
+def generate_json(llm, prompts: list[list[int]], schema: dict, asked: list[dict]) -> list[list[int]]:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -232,7 +257,7 @@ def generate_json(llm, prompts: list[list[int]], schema: dict, extra: dict) -> l
             structured_outputs=StructuredOutputsParams(json=schema),
             **extra,
         )
-        for seed in range(len(prompts))
+        for seed, extra in enumerate(asked)
     ]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]

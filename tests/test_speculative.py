@@ -17,6 +17,7 @@ PROMPTS = [
     "answer",
     "[Instruction] say why",
 ]
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 
 
@@ -42,14 +43,22 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
         {"preference": f"{i} {PREFERENCES[i % 2]}{more}", "beta": 0.5} if i % 3 else {} for i in range(len(prompts))
     ]
     params = [greedy(32, **pad) for pad in asked]
+    # A row of a draft counts the drafts before it, too. (vLLM refuses logit_bias where there are drafts.)
+    penalties = (0.5, 0.6, 1.2)
+    controlled = dict(zip(PENALTIES, penalties, strict=True))
     try:
         out = engine.generate(prompts, params)
+        mixed = engine.generate(prompts, [p | controlled if i % 2 else p for i, p in enumerate(params)])
         alone = engine.generate(prompts[1:2], params[1:2])  # every row of the batch guided
         accepted, stats = engine.call(metric, "vllm:spec_decode_num_accepted_tokens"), engine.call(engine_stats)
     finally:
         engine.close()
     assert out == [
         expect(prompt, guided=bool(pad), max_tokens=32, **pad) for prompt, pad in zip(prompts, asked, strict=True)
+    ]
+    assert mixed == [
+        expect(prompt, guided=bool(pad), max_tokens=32, **pad, **({"penalties": penalties} if i % 2 else {}))
+        for i, (prompt, pad) in enumerate(zip(prompts, asked, strict=True))
     ]
     assert alone == out[1:2]
     assert accepted > 0

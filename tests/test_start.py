@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engine import A_CORE_EACH, PLUGIN, Engine, Worker, set_environment
 from tests.models import make_heads, make_model
@@ -51,9 +52,19 @@ def broken(tmp_path_factory, models) -> dict[str, Path]:
         "tokens": other_tokens,
         "vocabulary": make_model(root / "vocabulary", seed=3, vocab_size=256),
         "short": make_model(root / "short", seed=4, max_position_embeddings=280),
+        "nan": make_nan(root / "nan"),
         "big_head": big_head,
         "empty": empty,
     }
+
+
+def make_nan(path: Path) -> Path:
+    """A model that says NaN of everything, as one trained in bfloat16 may in float16."""
+    make_model(path, seed=6)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -66,6 +77,10 @@ def test_bad_configuration_stops_the_start(models, broken, runner):
         "tokenizer": ({"reward_model": str(broken["tokens"])}, ["its tokenizer is not that of the base model", "here"]),
         "vocabulary": ({"reward_model": str(broken["vocabulary"])}, ["a vocabulary of 256"]),
         "positions": ({"reward_model": str(broken["short"])}, ["280 positions", "max_model_len of 256", "or less"]),
+        "nan": (
+            {"reward_model": str(broken["nan"])},
+            ["hidden states are not finite numbers in float32; set pad.dtype"],
+        ),
         "heads": (
             {"reward_model": reward, "heads": str(broken["big_head"])},
             ["head 'a' has weight [32, 32]", "hidden size is 64"],

@@ -231,8 +231,10 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     base = engine.model_config
     reward = load_model_config(config, base)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(config, {"pretrained_model_name_or_path": config.reward_model} | where, base)
-    check_vocabulary(config.reward_model, reward.get_vocab_size(), base.get_vocab_size(), tokenizer)
+    tokenizer_args = {"pretrained_model_name_or_path": config.reward_model} | where
+    tokens = load_tokenizer(config, tokenizer_args, base, reward.get_vocab_size())
+    tokenizer = tokens.tokenizer
+    check_vocabulary(config.reward_model, reward.get_vocab_size(), base.get_vocab_size(), tokens)
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after) if tokenizer else None
     room = fit_context(config, reward, base.max_model_len, template)
     for name, persona in config.personas.items():
@@ -254,6 +256,6 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
             f"takes {one_context} bytes of the reward model's KV cache"
         )
     return (
-        f"{Path(model).name}: same tokens; runner V{1 + engine.use_v2_model_runner}; {base.max_model_len:,} tokens of "
+        f"{Path(model).name}: {tokens}; runner V{1 + engine.use_v2_model_runner}; {base.max_model_len:,} tokens of "
         f"context, and preferences of up to {room:,}"
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announced
 from pad_vllm.config import read_pad
-from pad_vllm.params import PAD, check_int, check_persona, check_weights
+from pad_vllm.params import MAX_LOGIT_BIAS, PAD, check_int, check_logit_bias, check_persona, check_weights
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def validate(sampling_params: SamplingParams) -> None:
     if asked is None:
         _validate_unasked(sampling_params, vllm_config)
         return
+    check_logit_bias(sampling_params.logit_bias)
     engines = list(announced().values())
     if vllm_config is not None:  # of several in this process; on another machine, it has an id of its own
         engines = [engine for engine in engines if engine.instance_id == vllm_config.instance_id] or engines
@@ -59,7 +60,9 @@ def validate(sampling_params: SamplingParams) -> None:
 
 def _validate_unasked(sampling_params: SamplingParams, vllm_config: VllmConfig | None) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
-    if is_beam_search(sampling_params) and any(engine.guides_all for engine in announced().values()):
+    is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
+    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and any(engine.guides_all for engine in announced().values()):
+        check_logit_bias(sampling_params.logit_bias)
         raise ValueError(
             "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
             "every request (pad.default_persona)"

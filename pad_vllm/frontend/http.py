@@ -9,12 +9,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pad_vllm.channel import announced
 from pad_vllm.params import is_known, is_ours
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-UNGUIDED_ENDPOINTS = ("/cohere/", "/generative_scoring")
+SCORING_ENDPOINTS = ("/generative_scoring", "/v1/systemone")
+"""Heads of paths that answer by log-probabilities of the base model, which leave guidance out."""
+UNGUIDED_ENDPOINTS = ("/cohere/", *SCORING_ENDPOINTS)
 """Heads of paths whose requests carry no arguments of plugins."""
 NOT_ARGUMENTS = frozenset(
     {
@@ -37,6 +40,16 @@ def misplaced(body: Any, path: str = "") -> str | None:
         allowed, shown = ("sampling_params", "extra_args"), '{"sampling_params": {"extra_args": {"pad_...": ...}}}'
     found = next((where for where in _asked(body) if tuple(where.split(".")[:-1]) != allowed), None)
     return found and f"{found}: guidance goes into {'.'.join(allowed)}, as in {shown}; elsewhere it would be ignored"
+
+
+def unguided(path: str) -> str | None:
+    """What is wrong with a request to ``path`` that asks for nothing, where everybody was to be guided."""
+    if path.startswith(SCORING_ENDPOINTS) and any(engine.guides_all for engine in announced().values()):
+        return (
+            "pad.default_persona: this server guides every request, and this endpoint answers by log-probabilities of "
+            "the base model"
+        )
+    return None
 
 
 def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ("",)) -> Iterator[str]:
@@ -71,6 +84,7 @@ class RefuseMisplaced:
         while not received or (received[-1]["type"] == "http.request" and received[-1].get("more_body")):
             received.append(await receive())
         words = _read(b"".join(message.get("body", b"") for message in received), scope["path"])
+        words = words or unguided(scope["path"])
         if words:
             from starlette.responses import JSONResponse
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
@@ -56,6 +57,7 @@ __all__ = [
     "LMHead",
     "PagedModel",
     "block_hasher",
+    "copy_blocks",
     "reward_model_config",
     "to_device",
 ]
@@ -119,14 +121,14 @@ def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
 
 
 def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden.
+    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden. In which format it is
+    stored is its own affair.
 
     Raises ValueError (or what vLLM raises) when the model cannot be found or read.
     """
     settings: dict[str, Any] = {
         "dtype": base.dtype,
         "seed": base.seed,
-        "config_format": base.config_format,
         "runner": "generate",
         "enforce_eager": base.enforce_eager,
         "skip_tokenizer_init": True,
@@ -173,6 +175,7 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
     # Compiled as the base model is. A platform chooses its own form of this mode, from this mode alone.
     compiled = base.compilation_config.mode not in (None, CompilationMode.NONE)
     mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
+    # The reward model's files are its own; only that there are none to be read (to measure) holds for both.
     load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
     # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
     attention_config = copy.copy(base.attention_config)
@@ -194,6 +197,22 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         kv_events_config=None,
         additional_config={},
     )
+
+
+@torch.inference_mode()
+def copy_blocks(kv_caches: Iterable[torch.Tensor], pairs: list[tuple[int, int]]) -> None:
+    """Copy blocks of every layer's KV cache, as if all at once.
+
+    Args:
+        kv_caches: [num_blocks, ...] each.
+        pairs: (from, to). A block may be both: its context lost it to another in the same step. What is read is what
+            was there before.
+    """
+    if not pairs:
+        return
+    for cache in kv_caches:
+        source, target = to_device(np.array(pairs).T, cache.device, torch.int64)
+        cache[target] = cache.index_select(0, source)  # a copy of all of them, before the first is written
 
 
 class _BackboneLoader(DefaultModelLoader):
@@ -352,20 +371,45 @@ class PagedModel:
     def num_blocks(self) -> int:
         return self.kv_cache_config.num_blocks
 
-    def lm_head(self) -> LMHead:
-        """The reward model's own output head. Raises ValueError where the architecture hides it."""
-        model = self.model.get_language_model() if hasattr(self.model, "get_language_model") else self.model
-        head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
-        weight = getattr(head, "weight", None)
-        if processor is None or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+    @torch.inference_mode()
+    def lm_head(self, hidden_states: torch.Tensor) -> LMHead:
+        """What the architecture makes its logits with: whatever it hands to vLLM's LogitsProcessor, which in some is
+        not called ``lm_head`` (tied embeddings).
+
+        Args:
+            hidden_states: [1, hidden_size], to see it being done.
+
+        Raises:
+            ValueError: it has no such matrix.
+        """
+        calls: list[tuple[LogitsProcessor, tuple, dict]] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, LogitsProcessor)
+        ]
+        try:
+            self.model.compute_logits(hidden_states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        name = type(self.model).__name__
+        if len(calls) != 1:
             raise ValueError(
-                f"pad.reward_model: the output head of {type(self.model).__name__} is not a plain [vocabulary, hidden] "
-                "matrix, whose rows PAD needs for its candidates"
+                f"pad.reward_model: {name} computes its logits in a way of its own, not for candidates alone"
+            )
+        processor, args, kwargs = calls[0]
+        head, _, bias = (*args, *[None] * 3)[:3]
+        weight = getattr(head, "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"pad.reward_model: the output head of {name} is not a plain [vocabulary, hidden] matrix, whose rows "
+                "PAD needs for its candidates"
             )
         shards = get_tensor_model_parallel_world_size() > 1
         return LMHead(
             weight[: head.num_org_embeddings_per_partition],
-            getattr(head, "bias", None),
+            kwargs.get("embedding_bias", bias),
             processor.soft_cap,
             processor.scale,
             head.shard_indices.org_vocab_start_index,
@@ -400,14 +444,6 @@ class PagedModel:
             raise ValueError(
                 f"pad.reward_model: {type(self.model).__name__} cannot be run on token ids alone: {error}"
             ) from error
-
-    @torch.inference_mode()
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks of the KV cache, in all layers; (from, to). No block is both."""
-        if pairs:
-            source, target = to_device(np.array(pairs).T, self.device, torch.int64)
-            for cache in self.kv_caches.values():  # [blocks, heads, tokens, key and value]
-                cache[target] = cache[source]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pad_vllm.reward.backend import ForwardBatch, PagedModel, to_device
+from pad_vllm.reward.backend import ForwardBatch, PagedModel, copy_blocks, to_device
 from pad_vllm.reward.block_manager import BlockManager, Context
 
 
@@ -135,19 +135,21 @@ class RewardEngine:
         copies = {copy.target.index: copy for copy in self.blocks.take_copies()}
         coming = {piece.index for piece in pieces}
         held = [copy for copy in copies.values() if copy.source.index not in coming]
-        self.model.copy_blocks([(copy.source_block, copy.block) for copy in held])  # before anything is written
+        copy_blocks(
+            self.model.kv_caches.values(), [(copy.source_block, copy.block) for copy in held]
+        )  # before anything is written
         now: dict[int, Piece] = {}
         pairs: list[tuple[int, int]] = []
         for piece in pieces:
             copy = copies.get(piece.index)
             if copy is not None and copy.source.index in coming:
                 if copy.source.index in now:
-                    self.model.copy_blocks(pairs)
+                    copy_blocks(self.model.kv_caches.values(), pairs)
                     self._compute_pieces(list(now.values()), rows)
                     now, pairs = {}, []
                 pairs.append((copy.source_block, copy.block))
             now[piece.index] = piece
-        self.model.copy_blocks(pairs)
+        copy_blocks(self.model.kv_caches.values(), pairs)
         return list(now.values())
 
     def _missing(self, context: Context, num_computed: int, rows: ContextRows) -> Piece:

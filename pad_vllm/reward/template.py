@@ -54,8 +54,9 @@ class PromptTemplate:
         check_prompt_template(template)
         self.tokenizer = tokenizer
         self.before, self.after = template.split(PROMPT)
+        # Control tokens are not always marked special, as <think> and <tool_call>; runs of spaces are added too.
         self.special_tokens = frozenset(tokenizer.all_special_tokens) | {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
         }
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(self.special_tokens)))
         self.insert_after = self._encode(insert_after) if insert_after else []
@@ -71,7 +72,7 @@ class PromptTemplate:
 
         Args:
             prompt_ids: the base model's prompt, token ids.
-            preference: plain text; never becomes a special token.
+            preference: plain text; never becomes a special or an added token.
 
         Returns:
             ``bos? + insert_after? + before(preference) + rest of prompt_ids + after(preference)``. A preference is
@@ -106,7 +107,22 @@ class PromptTemplate:
         return sum(map(len, self.encode_preference(preference)))
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+        if plain and len(text) > 1 and self._num_special(ids):
+            # Added tokens that are not marked special are found all the same: never show the tokenizer a whole one.
+            return [i for part in self._cut(text) for i in self._encode(part, plain=True)]
+        return ids
+
+    def _cut(self, text: str) -> list[str]:
+        """``text`` in parts, each special token that it spells divided after its first character."""
+        parts = [""]
+        for piece in self._split_special(text):
+            if piece in self.special_tokens and len(piece) > 1:
+                parts[-1] += piece[0]
+                parts.append("")
+                piece = piece[1:]
+            parts[-1] += piece
+        return parts if len(parts) > 1 else [text[: len(text) // 2], text[len(text) // 2 :]]
 
     def _encode_preference(self, preference: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids before and after the prompt.

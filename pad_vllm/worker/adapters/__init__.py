@@ -1,6 +1,6 @@
 """The runner adapters: which rows of a step are guided, and where the tokens of their requests are.
 
-An adapter tells :class:`~pad_vllm.guidance.Guidance` what vLLM's runner does to its requests. Nothing here may raise
+An adapter tells :class:`~pad_vllm.worker.guidance.Guidance` what vLLM's runner does to its requests. Nothing may raise
 once the engine runs: an exception in a logits processor ends the engine for every client. A request that cannot be
 guided gets end tokens instead: it ends at once (with ``ignore_eos``, once it has its length of them), and is never
 answered without guidance.
@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.worker.board import Board
-from pad_vllm.worker.guidance import Guidance
+from pad_vllm.worker.guidance import Guidance, SamplingControls
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ class RequestState:
     """A request in the batch that asked for guidance; ``failed`` once it can no longer be given."""
 
     params: GuidanceParams | None
+    controls: SamplingControls
     stop_token_id: int
     context: Context | None = None
     """Its index is the request's slot; None until the request has begun."""
@@ -49,19 +50,22 @@ class Adapter:
     def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
         """None for a request that is not guided."""
         stop = sampling_params.stop_token_ids or sorted(sampling_params.all_stop_token_ids) or [0]
+        controls = SamplingControls.of(sampling_params)
         try:
             params = self.resolve(PAD.from_extra_args(sampling_params.extra_args))
-            return None if params is None else RequestState(params, stop[0])
+            return None if params is None else RequestState(params, controls, stop[0])
         except Exception:
             logger.exception("A request for PAD guidance got past admission and cannot be guided: ending it.")
-            state = RequestState(None, stop[0])
+            state = RequestState(None, controls, stop[0])
             self.fail([state])
             return state
 
     def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
         """Give a request its context, once its prompt is known. Returns whether it is guided."""
         try:
-            state.context = self.guidance.new_request(slot, state.params, prompt_ids)
+            state.context = self.guidance.new_request(
+                slot, state.params, state.controls, prompt_ids, state.stop_token_id
+            )
         except Exception:
             logger.exception("PAD cannot guide a request: ending it.")
             self.fail([state])

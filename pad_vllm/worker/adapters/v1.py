@@ -11,14 +11,13 @@ from vllm.model_executor.layers.utils import apply_penalties, get_token_bin_coun
 from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
+from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.backend import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
-
-NO_PENALTIES = (0.0, 0.0, 1.0)
 
 
 @dataclass(eq=False)
@@ -27,16 +26,15 @@ class V1RequestState(RequestState):
 
     prompt_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
-    penalties: tuple[float, float, float] | None = None
-    """Presence, frequency, repetition; None where they change nothing."""
 
 
 class V1Batch:
     """The guided requests, as long as they stay in their rows."""
 
-    def __init__(self, rows: dict[int, V1RequestState], device: torch.device) -> None:
+    def __init__(self, rows: dict[int, V1RequestState], vocab_size: int, device: torch.device) -> None:
         self.states = list(rows.values())
-        self.penalized = {row: state for row, state in rows.items() if state.penalties is not None}
+        penalize = any(state.controls.penalizes for state in self.states)
+        self.penalties = Penalties(rows, vocab_size, device) if penalize else None
         slots = np.array([state.context.index for state in self.states], np.int64)
         self.layout = Layout(
             slots=slots,
@@ -83,13 +81,7 @@ class V1Adapter(Adapter):
         state = self.new_state(params)
         if state is None:
             return None
-        penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-        return V1RequestState(
-            **vars(state),
-            prompt_ids=prompt_ids or [],
-            output_ids=output_ids,
-            penalties=penalties if penalties != NO_PENALTIES else None,
-        )
+        return V1RequestState(**vars(state), prompt_ids=prompt_ids or [], output_ids=output_ids)
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
@@ -116,12 +108,12 @@ class V1Adapter(Adapter):
 
     def _guide(self, logits: torch.Tensor) -> None:
         if self.batch is None:
-            self.batch = V1Batch(self.rows, self.guidance.device)
+            self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
         batch = self.batch
         last_ids = batch.last_ids()
         if min(last_ids) < 0:
             raise RuntimeError("the runner does not show a request's last token")
-        penalties = Penalties(batch.penalized, logits) if batch.penalized else None
+        penalties = batch.penalties
         if penalties is not None:
             penalties.apply_(logits)
         device, num_tokens = self.guidance.device, batch.num_tokens()
@@ -134,6 +126,7 @@ class V1Adapter(Adapter):
                 positions=to_device(num_tokens - 1, device, torch.int64),
                 token_ids=to_device(last_ids, device, torch.int64),
                 output_ids=lambda slot: batch.by_slot[slot].output_ids,
+                output_tokens=lambda: penalties.output_tokens(),
             ),
         )
         if penalties is not None:
@@ -141,32 +134,50 @@ class V1Adapter(Adapter):
 
 
 class Penalties:
-    """Presence, frequency and repetition penalties of some rows.
+    """Presence, frequency and repetition penalties of the guided rows that have them.
 
     V1's sampler applies them after custom logits processors, and PAD's z has them in (as on Model Runner V2). So they
     are applied to z, and what guidance made of it is mapped to that which the sampler will penalize into it. A
     penalty is a map of each token's logit by itself, and keeps its sign up to the subtraction: it can be inverted.
 
     Args:
-        states: row of the logits -> request, those with penalties.
-        logits: [N, V].
+        rows: row of the logits -> request, all guided ones.
+        vocab_size: of the base model; with this id, which is no token, vLLM pads.
+        device: of the logits.
     """
 
-    def __init__(self, states: dict[int, V1RequestState], logits: torch.Tensor) -> None:
-        vocab_size, device = logits.shape[1], logits.device
-        self.rows = to_device(list(states), device, torch.int64)
-        values = to_device([state.penalties for state in states.values()], device, torch.float32)
+    def __init__(self, rows: dict[int, V1RequestState], vocab_size: int, device: torch.device) -> None:
+        penalized = {row: state for row, state in rows.items() if state.controls.penalizes}
+        place = {row: i for i, row in enumerate(penalized)}
+        self.vocab_size, self.device = vocab_size, device
+        self.rows = to_device(list(penalized), device, torch.int64)
+        self.places = to_device([place.get(row, 0) for row in rows], device, torch.int64)
+        """[R] int64: of all guided rows; those without penalties count nothing, and have any place"""
+        values = to_device([state.controls.penalties for state in penalized.values()], device, torch.float32)
         self.presence, self.frequency, self.repetition = values.unbind(1)
-        # vLLM pads with the first id that is no token.
-        self.prompt_ids, self.output_ids = (
-            make_tensor_with_pad(ids, pad=vocab_size, dtype=torch.int64, device="cpu").to(device)
-            for ids in ([s.prompt_ids for s in states.values()], [s.output_ids for s in states.values()])
-        )
+        self.prompt_ids = self._pad([state.prompt_ids for state in penalized.values()])
+        self._outputs = [state.output_ids for state in penalized.values()]
+        self.output_ids = self.prompt_ids[:, :0]
+
+    def _pad(self, token_ids: list[list[int]]) -> torch.Tensor:
+        return make_tensor_with_pad(token_ids, pad=self.vocab_size, dtype=torch.int64, device="cpu").to(self.device)
 
     def apply_(self, logits: torch.Tensor) -> None:
-        """Penalize, in place, by vLLM's own function."""
+        """Penalize, in place, by vLLM's own function; with the tokens that there are by now."""
+        self.output_ids = self._pad(self._outputs)
         logits[self.rows] = apply_penalties(
             logits[self.rows], self.prompt_ids, self.output_ids, self.presence, self.frequency, self.repetition
+        )
+
+    def output_tokens(self) -> OutputTokens:
+        """What :meth:`apply_` counted, for the guidance step."""
+        lengths = to_device([len(ids) for ids in self._outputs], self.device, torch.int64)
+        return OutputTokens(
+            token_ids=self.output_ids,
+            rows=self.places,
+            begin=torch.zeros_like(self.places),
+            end=lengths[self.places],
+            draft_ids=self.places.new_empty(len(self.places), 0, dtype=torch.int32),
         )
 
     def invert_(self, logits: torch.Tensor) -> None:

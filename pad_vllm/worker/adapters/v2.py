@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
+from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.backend import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
@@ -104,8 +105,23 @@ class V2Adapter(Adapter):
             positions=positions,
             token_ids=ctx.input_ids[layout.rows],
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
+            output_tokens=lambda: self._output_tokens(ctx, layout),
         )
         self.guidance.apply(logits, batch)
+
+    def _output_tokens(self, ctx: LogitsContext, layout: Layout) -> OutputTokens:
+        """The tokens that penalties count, where they are: settled ones in the runner's state, drafts in the step's."""
+        local = ctx.expanded_local_pos[layout.rows].unsqueeze(1)
+        before = torch.arange(self.guidance.max_rows_per_request - 1, device=self.guidance.device)
+        drafts = ctx.input_ids[(layout.rows.unsqueeze(1) - before).clamp(min=0)]
+        slots = layout.row_slots.clamp(max=self.req_states.max_num_reqs - 1)
+        return OutputTokens(
+            token_ids=self.req_states.all_token_ids.gpu,
+            rows=slots,
+            begin=self.req_states.prompt_len.gpu[slots].long(),
+            end=ctx.pos[layout.rows] - local.squeeze(1) + 1,
+            draft_ids=drafts.where(before < local, -1).int(),
+        )
 
     def _layout(self, ctx: LogitsContext, guided: np.ndarray) -> Layout:
         """``guided``: places in ``ctx.idx_mapping_np`` of the requests to guide."""
