@@ -219,13 +219,12 @@ class Guidance:
             raise ValueError(
                 f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
             )
-        composed, num_shared = prompt_ids, 0
+        composed, shared = prompt_ids, ()
         if params.preference is not None:
-            num_shared = self.template.num_shared_tokens(prompt_ids, params.preference)
-            composed = self.template.compose(composed, params.preference)
+            composed, shared = self.template.compose_shared(prompt_ids, params.preference)
         self._write_slot(slot, params, prompt_ids, composed)
         self.stats.guided_requests += 1
-        return self.engine.blocks.add(slot, composed, num_shared)
+        return self.engine.blocks.add(slot, composed, shared)
 
     def free(self, context: Context) -> None:
         """A request left the batch."""
