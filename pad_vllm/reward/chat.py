@@ -47,11 +47,12 @@ class Seam(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A preference goes between ``ids[:start]`` and ``ids[end:]``; the seam has the text of ``ids[start:end]``."""
+    """A preference goes between ``ids[:start]`` and ``ids[end:]``; the seam has the text of ``ids[start:end]``, and is
+    None in a plain prompt."""
 
     start: int
     end: int
-    seam: Seam = Seam()
+    seam: Seam | None = None
     ends_system: bool = False
     """It stands at the end of a system message, which users may share."""
 
@@ -94,7 +95,7 @@ class ChatFormat:
         openers = (*self.openers, *self.system_openers)
         self._longest = max(map(len, openers))
         ids = {piece: token_id for token_id, piece in self._atoms.items()}
-        self._first_atoms = {ids[opener[0]] for opener in openers if opener[0] in ids and opener[0] != self._bos}
+        self._first_atoms = {ids[opener[0]] for opener in openers if opener and opener[0] in ids.keys() - {self._bos}}
         if not self.bos_once:
             self._first_atoms.add(tokenizer.bos_token_id)
         self._closing_atoms = {ids[closer[-1]] for closer in self.closers if closer[-1] in ids}
@@ -105,9 +106,10 @@ class ChatFormat:
         for start in (0, 1) if has_bos else (0,):
             if (place := self._at(prompt_ids, start)) is not None:
                 return place
-        if not self.looks_like_chat(prompt_ids):
+        start = int(has_bos and self.bos_once)
+        if not self.looks_like_chat(prompt_ids) or prompt_ids[start] in self._first_atoms:
             return None
-        # A template may write more before the first message, such as tools.
+        # Something else stands before the first message, such as tools.
         starts = (i for i, token_id in enumerate(prompt_ids) if token_id in self._first_atoms)
         return next((place for start in starts if (place := self._at(prompt_ids, start)) is not None), None)
 
@@ -190,7 +192,7 @@ class ChatFormat:
         for role in ROLES:
             message = {"role": role, "content": FIRST}
             parts = self._split([message], FIRST) or self._split([message, {"role": "user", "content": SECOND}], FIRST)
-            if parts is not None and parts[0] not in ("", self._bos):
+            if parts is not None and self._says_something(parts[0]):
                 heads[role] = parts[0]
         return heads
 
@@ -224,16 +226,31 @@ class ChatFormat:
         else:
             return  # merged into another message
         for role in written:
-            del heads[role]
+            head = self._bare(heads.pop(role), stable, follows[role])
+            if head is not None:
+                heads[role] = head
         self.system_openers = (stable,) if stable == "" else self._with_and_without_bos(stable)
-        self.closers = tuple(sorted(map(self._to_first_atom, closers)))
+        self.closers = tuple({self._to_first_atom(closer) for closer in closers})
         self._strips_system = self._strips("system", "right")
+
+    def _says_something(self, head: str) -> bool:
+        """Whether it is more than BOS and white space."""
+        words = head.removeprefix(self._bos)
+        return any(ord(c) >= ATOM for c in words) or bool(self._text(words).strip())
 
     def _is_written(self, head: str, opener: str, follows: str) -> bool:
         """Whether ``head``, of a conversation without a system message, begins with one all the same."""
         rest = head.removeprefix(opener)
         own = opener not in ("", self._bos) or rest != follows
         return head.startswith(opener) and rest.endswith(follows) and own
+
+    def _bare(self, head: str, opener: str, follows: str) -> str | None:
+        """``head`` without the system message before it, which another template might not have written: from the added
+        token with which messages begin."""
+        bos = self._bos if self.bos_once and head.startswith(self._bos) else ""
+        first = opener.removeprefix(bos)[:1]
+        at = follows.rfind(first) if first and ord(first) >= ATOM else -1
+        return bos + follows[at:] if at >= 0 else None
 
     def _between(self, role: str, **variant: Any) -> tuple[str, str] | None:
         """Before the content of a system message, and between it and that of the next."""

@@ -105,7 +105,7 @@ class PromptTemplate:
         """As :meth:`compose`, with what of it others may share."""
         before, after = self.encode_preference(preference)
         place, num_shared = self._place(prompt_ids), len(before)
-        if place.seam != Seam():
+        if place.seam is not None:
             joined = self._join(preference, place.seam)
             if joined is None:
                 place = place._replace(end=place.start)
