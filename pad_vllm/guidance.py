@@ -16,13 +16,14 @@ from vllm.logger import init_logger
 
 from pad_vllm import kernels
 from pad_vllm.admission import Announcement, check_weights
-from pad_vllm.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
+from pad_vllm.compatibility import beta_warning, check_vocabulary, fit_context, load_model_config, load_tokenizers
 from pad_vllm.config import PADConfig
 from pad_vllm.metrics import Board, Stats
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.backend import PagedModel, to_device
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import ContextRows, RewardEngine
+from pad_vllm.reward.folder import locate_defaults
 from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
 
@@ -130,12 +131,12 @@ class Guidance:
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        tokenizer = load_tokenizer(config, self.tokenizer_args, base)
+        tokenizer, chat_tokenizer = load_tokenizers(config, self.tokenizer_args, base)
         self.reward_vocab_size, self.base_vocab_size = model_config.get_vocab_size(), base.get_vocab_size()
         self.vocab_size = check_vocabulary(config.reward_model, self.reward_vocab_size, self.base_vocab_size, tokenizer)
         self.template = None
         if tokenizer is not None:
-            self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
+            self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after, chat_tokenizer)
         self.max_preference_tokens = fit_context(config, model_config, base.max_model_len, self.template)
         if self.template is not None:
             self.template.max_preference_tokens = self.max_preference_tokens
@@ -143,6 +144,9 @@ class Guidance:
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
         self.head_names = self.heads.names if self.heads else ()
+        is_trained = self.heads is not None or locate_defaults(config.reward_model, config.revision) is not None
+        if (warning := beta_warning(config, model_config, base, is_trained)) is not None:
+            logger.warning(warning)
         scheduler = vllm_config.scheduler_config
         max_num_batched_tokens = config.max_num_batched_tokens or min(
             DEFAULT_MAX_NUM_BATCHED_TOKENS, scheduler.max_num_batched_tokens
@@ -361,3 +365,5 @@ class Guidance:
             num_tokens / self.model.max_model_len,
             self.model.max_model_len,
         )
+        if self.template is not None:
+            logger.info("PAD: what the reward model reads: %r", self.template.example(self.config.example_preference))
