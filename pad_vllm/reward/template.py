@@ -202,10 +202,8 @@ class PromptTemplate:
         """Ids of text that follows other text: without the space that some tokenizers write before a text."""
         if not self.chat.adds_prefix:
             return self._fill(template, preference)
-        if template.startswith(" "):
-            return self._fill(template[1:], preference)
-        ids = self._fill(template, preference)
-        return ids[1:] if self.chat.pieces(ids[:1]) == ["▁"] else ids
+        newline, ids = tuple(self._encode("\n")), self._fill("\n" + template, preference)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._fill(template, preference)
 
     def _fill(self, template: str, preference: str) -> tuple[int, ...]:
         ids = self._encode(template.replace(PREFERENCE, preference))
