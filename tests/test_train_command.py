@@ -51,6 +51,7 @@ def weights_of(folder):
 def undisturbed(base, pairs, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "reward"
     train(config_of(base, pairs, output), quiet=True)
+    assert json.loads((output / "pad.json").read_text()) == {"prompt_template": PROMPT_TEMPLATE, "reference": "base"}
     return weights_of(output)
 
 
