@@ -179,6 +179,15 @@ def test_the_prompts_words_never_become_the_templates():
     assert template.num_seam_tokens == SEAM_TOKENS
 
 
+def test_ids_that_stand_for_no_token_are_left_alone():
+    """An embedding is often padded beyond the tokenizer."""
+    template = PromptTemplate(tokenizer_of("chatml"), LINE)
+    before = list(template.encode_preference(PREFERENCE)[0])
+    assert template.compose([10**6, 5], PREFERENCE) == [*before, 10**6, 5]
+    opener = render("chatml", messages_of(["user:a"]))[:3]
+    assert template.compose([*opener, 10**6], PREFERENCE) == [*opener, *before, 10**6]
+
+
 def test_a_tokenizer_without_a_chat_template_has_no_format():
     assert chat_format(make_chat_tokenizer(FAMILIES["chatml"]._replace(template=None))) is None
 

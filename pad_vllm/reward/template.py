@@ -132,10 +132,13 @@ class PromptTemplate:
         has_bos = bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id
         head = self.insert_after
         if self.chat is not None:
-            if (place := self.chat.find(prompt_ids)) is not None:
-                return place
-            if self.chat.looks_like_chat(prompt_ids):
-                self._warn("A prompt begins with no message that the chat template writes")
+            try:
+                if (place := self.chat.find(prompt_ids)) is not None:
+                    return place
+                if self.chat.looks_like_chat(prompt_ids):
+                    self._warn("A prompt begins with no message that the chat template writes")
+            except Exception as error:  # of a tokenizer, at an id that it does not know: nothing may raise here
+                self._warn(f"A prompt cannot be read as a chat ({error!r})")
         for start in (0, int(has_bos)):
             if head and list(prompt_ids[start : start + len(head)]) == head:
                 return Place(start + len(head), start + len(head))
