@@ -27,7 +27,7 @@ from typing import Any
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import models, world
-from pad_vllm.demo.models import ARCHITECTURES, PAD_CONFIG, Recipe
+from pad_vllm.demo.models import ARCHITECTURES, Recipe
 from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
 from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
@@ -115,7 +115,7 @@ def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed:
         for name, user in some_users.items():
             records = (own_record(user["wanted"], rng) for _ in range(30))
             data = models.write_records(Path(folder, f"{name}.jsonl"), records)
-            fits[name] = fit(str(reward), data, **PAD_CONFIG)
+            fits[name] = fit(str(reward), data)
     return {name: found._asdict() for name, found in fits.items()}
 
 
@@ -151,7 +151,7 @@ def run(
             own = people if first else {n: {k: v for k, v in u.items() if k != "dpo"} for n, u in people.items()}
             config = EvaluationConfig(
                 base=str(path),
-                pad={"reward_model": str(reward.reward), **PAD_CONFIG},
+                pad={"reward_model": str(reward.reward)},
                 users=own,
                 checker="pad_vllm.demo.world:check",
                 betas=BETAS,

@@ -21,6 +21,7 @@ from pad_vllm.params import (
     check_text,
     did_you_mean,
 )
+from pad_vllm.reward.folder import locate_defaults, read_defaults
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 
 REFERENCES = ("base", "none")
@@ -97,7 +98,8 @@ class PADConfig:
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> PADConfig | None:
-        """Read vLLM's ``additional_config``, and the files it names; None when it does not configure PAD.
+        """Read vLLM's ``additional_config``, the files it names, and the defaults that the reward model brings; None
+        when it does not configure PAD. A key that is given, if only as null, overrides the reward model's default.
 
         Raises:
             ValueError: ``pad`` is malformed; the message names the key, the value and what is allowed.
@@ -111,7 +113,21 @@ class PADConfig:
                 raise ValueError(f"pad.{key}: no such key; {did_you_mean(str(key), known)}")
         if pad.get("reward_model") is None:
             raise ValueError("pad.reward_model is missing: give the path or hub id of the reward model")
-        return cls(**{key: value for key, value in pad.items() if value is not None})
+        given = {key: value for key, value in pad.items() if value is not None}
+        path = cls._locate_defaults(given)
+        defaults = {key: value for key, value in read_defaults(path).items() if key not in pad} if path else {}
+        try:
+            return cls(**defaults, **given)
+        except ValueError as error:
+            if any(str(error).startswith(f"pad.{key}") for key in defaults):
+                raise ValueError(f"{path}: {error}") from None
+            raise
+
+    @staticmethod
+    def _locate_defaults(given: Mapping[str, Any]) -> Path | None:
+        reward_model, revision = given["reward_model"], given.get("revision")
+        texts = isinstance(reward_model, str) and isinstance(revision, str | None)
+        return locate_defaults(reward_model, revision) if texts else None  # else refused with its name
 
     def _read_personas(self, personas: Any) -> dict[str, PAD]:
         if isinstance(personas, str):
@@ -137,6 +153,12 @@ class PADConfig:
                 raise ValueError(f"{key}: {error}") from None
             read[name] = persona
         return read
+
+    @property
+    def example_preference(self) -> str:
+        """A text to show where preferences stand: of the first persona that has one."""
+        texts = (persona.preference for persona in self.personas.values() if persona.preference is not None)
+        return next(texts, "Be concise.")
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
         """What a request gets: its own fields over its persona's (or the default one's) over the configuration's.

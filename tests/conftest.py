@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import logging as std_logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,17 @@ class Models:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """``caplog`` of pad-vllm's own lines, whatever vLLM or a command has made of the loggers above."""
+    logger = std_logging.getLogger("vllm.pad_vllm")
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(std_logging.INFO, logger=logger.name)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])

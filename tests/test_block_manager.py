@@ -32,10 +32,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.cache = torch.full((num_blocks, BLOCK_SIZE), -1)  # as a KV cache holds it
 
     @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
-    @rule(prompt=TOKENS, num_shared=st.integers(0, 2 * BLOCK_SIZE))
-    def add(self, prompt: list[int], num_shared: int) -> None:
+    @rule(prompt=TOKENS, shared=st.lists(st.integers(0, 3 * BLOCK_SIZE), max_size=2).map(sorted))
+    def add(self, prompt: list[int], shared: list[int]) -> None:
         index = next(i for i in range(MAX_CONTEXTS) if i not in self.lengths)
-        self.blocks.add(index, prompt, num_shared)
+        self.blocks.add(index, prompt, shared)
         self.lengths[index] = len(prompt)
 
     @precondition(lambda self: self.lengths)
@@ -70,7 +70,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             admitted, cold = blocks.admit(line, lengths)
             assert admitted >= 1
             starts = {context.index: num_computed for context, num_computed in cold}
-            self.copy(blocks.take_copies(), list(starts))
+            self.copy(blocks.take_copies(), starts)
             for index in line[:admitted]:
                 context = blocks.contexts[index]
                 assert len(context.blocks) * BLOCK_SIZE >= self.lengths[index]
@@ -81,10 +81,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 assert row == [block.block_id for block in blocks.contexts[index].blocks]
             del line[:admitted], lengths[:admitted]
 
-    def copy(self, copies: list[Copy], cold: list[int]) -> None:
+    def copy(self, copies: list[Copy], starts: dict[int, int]) -> None:
         """See that what is copied is what the target would have computed."""
+        cold = list(starts)
         for source, source_block, target, block in copies:
-            at, shared = target.num_shared // BLOCK_SIZE, target.prompt_ids[: target.num_shared]
+            num_shared = starts[target.index]
+            assert num_shared in target.shared
+            at, shared = num_shared // BLOCK_SIZE, target.prompt_ids[:num_shared]
             assert target.blocks[at].block_id == block
             assert self.blocks.pool.blocks[block].ref_cnt == 1, "a copy would be written into another's block"
             assert source.prompt_ids[: len(shared)] == shared
@@ -96,7 +99,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         held = [copy for copy in copies if copy.source.index not in cold]
         copy_blocks([self.cache], [(copy.source_block, copy.block) for copy in held])
         for _, _, target, block in held:
-            tail = target.prompt_ids[target.num_shared // BLOCK_SIZE * BLOCK_SIZE : target.num_shared]
+            end = starts[target.index]
+            tail = target.prompt_ids[end // BLOCK_SIZE * BLOCK_SIZE : end]
             assert self.cache[block, : len(tail)].tolist() == tail
 
     def write(self, index: int, compute_from: int | None) -> None:
@@ -166,7 +170,7 @@ def test_a_shared_head_that_ends_within_a_block_is_copied():
     blocks = manager()
     head = list(range(10))
     for index in range(3):
-        blocks.add(index, [*head, 20 + index, 30], num_shared=10)
+        blocks.add(index, [*head, 20 + index, 30], shared=[10])
     blocks.begin_step()
     _, cold = blocks.admit([0, 1, 2], [12, 12, 12])
     assert [num_computed for _, num_computed in cold] == [0, 10, 10]
@@ -174,7 +178,7 @@ def test_a_shared_head_that_ends_within_a_block_is_copied():
     assert [(c.source, c.source_block) for c in blocks.take_copies()] == [(first, first.blocks[2].block_id)] * 2
     assert not blocks.take_copies()
     blocks.remove(first)
-    blocks.add(0, [*head, 40, 30], num_shared=10)
+    blocks.add(0, [*head, 40, 30], shared=[10])
     _, cold = blocks.admit([0], [12])
     assert [num_computed for _, num_computed in cold] == [8], "nobody else holds it under its name"
 
@@ -184,7 +188,7 @@ def test_a_block_may_be_copied_and_copied_into_at_once():
     blocks = manager(1 + 5)
     heads = [[1, 1, 1, 1, 2, 3], [5, 5, 5, 5, 6, 7]]
     for index, head in enumerate([*heads, *heads]):
-        blocks.add(index, [*head, 8, 9], num_shared=6)
+        blocks.add(index, [*head, 8, 9], shared=[6])
     for index in (0, 1):
         blocks.begin_step()
         blocks.admit([index], [8])
@@ -199,6 +203,21 @@ def test_a_block_may_be_copied_and_copied_into_at_once():
         copied = cache.clone()
         copy_blocks([copied], order)
         assert [int(copied[target, 0]) for _, target in pairs] == [lost, kept]
+
+
+def test_a_system_prompt_is_copied_where_the_preference_is_another():
+    """Both end within a block: of two users with one preference the second has both, the third the system prompt."""
+    blocks = manager()
+    system = list(range(6))
+    for index, preference in enumerate(([20, 21, 22], [20, 21, 22], [30, 31, 32])):
+        blocks.add(index, [*system, *preference, 40 + index, 50], shared=[6, 9])
+    blocks.begin_step()
+    _, cold = blocks.admit([0, 1, 2], [11, 11, 11])
+    assert [num_computed for _, num_computed in cold] == [0, 9, 6]
+    assert [copy.source.index for copy in blocks.take_copies()] == [0, 0]
+    for index in range(3):
+        blocks.remove(blocks.contexts[index])
+    assert not blocks.tails
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pad_vllm.cli import main
 from pad_vllm.demo import models, world
-from pad_vllm.demo.models import PAD_CONFIG, TINY
+from pad_vllm.demo.models import PROMPT_TEMPLATE, TINY
 from pad_vllm.reward.heads import load_heads
 from pad_vllm.training import trainer
 from pad_vllm.training.export import convert
@@ -40,7 +40,7 @@ def pairs(tmp_path_factory):
 def config_of(base, pairs, output, **settings):
     stage = Stage(lr=1e-3, batch_size=8)
     settings = {"save_steps": 2, "backbone": stage, "heads": stage} | settings
-    return TrainingConfig(str(pairs), str(base), str(output), **PAD_CONFIG, **settings)
+    return TrainingConfig(str(pairs), str(base), str(output), prompt_template=PROMPT_TEMPLATE, **settings)
 
 
 def weights_of(folder):
@@ -51,6 +51,7 @@ def weights_of(folder):
 def undisturbed(base, pairs, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "reward"
     train(config_of(base, pairs, output), quiet=True)
+    assert json.loads((output / "pad.json").read_text()) == {"prompt_template": PROMPT_TEMPLATE, "reference": "base"}
     return weights_of(output)
 
 
@@ -99,8 +100,7 @@ def test_killed_while_a_checkpoint_is_written(base, pairs, undisturbed, tmp_path
 def test_the_command_killed_by_the_system(base, pairs, undisturbed, tmp_path):
     command = [sys.executable, "-m", "pad_vllm.cli", "train", str(pairs), "--model", str(base)]
     command += ["--output", str(tmp_path / "reward"), "--save-steps", "2", "--batch-size", "8"]
-    command += ["--backbone-lr", "1e-3", "--insert-after", PAD_CONFIG["insert_after"]]
-    command += ["--prompt-template", PAD_CONFIG["prompt_template"]]
+    command += ["--backbone-lr", "1e-3", "--prompt-template", PROMPT_TEMPLATE]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "reward.unfinished" / "backbone"
     while process.poll() is None and not list(checkpoints.glob("checkpoint-*/complete")):

@@ -211,8 +211,11 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     from vllm.engine.arg_utils import EngineArgs
 
     from pad_vllm.reward.backend import derive_vllm_config
+    from pad_vllm.reward.folder import locate_defaults
+    from pad_vllm.reward.heads import tensor_names_beside
     from pad_vllm.reward.template import PromptTemplate
     from pad_vllm.worker.compatibility import (
+        beta_warning,
         check_vocabulary,
         fit_context,
         load_model_config,
@@ -235,7 +238,9 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     tokens = load_tokenizer(config, tokenizer_args, base, reward.get_vocab_size())
     tokenizer = tokens.tokenizer
     check_vocabulary(config.reward_model, reward.get_vocab_size(), base.get_vocab_size(), tokens)
-    template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after) if tokenizer else None
+    template = None
+    if tokenizer is not None:
+        template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
     room = fit_context(config, reward, base.max_model_len, template)
     for name, persona in config.personas.items():
         if template is not None and persona.preference is not None:
@@ -248,6 +253,8 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
         derive_vllm_config(engine, reward, engine.scheduler_config.max_num_batched_tokens)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}") from None
+    is_trained = any(find(config.reward_model, config.revision) for find in (locate_defaults, tensor_names_beside))
+    warning = beta_warning(config, reward, base, is_trained)
     layers = reward.get_num_layers(engine.parallel_config) * reward.get_num_kv_heads(engine.parallel_config)
     one_context = reward.max_model_len * layers * reward.get_head_size() * 2 * reward.dtype.itemsize
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < one_context:
@@ -258,4 +265,6 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     return (
         f"{Path(model).name}: {tokens}; runner V{1 + engine.use_v2_model_runner}; {base.max_model_len:,} tokens of "
         f"context, and preferences of up to {room:,}"
+        + (f"\n          the reward model reads: {template.example(config.example_preference)!r}" if template else "")
+        + (f"\n          warning: {warning}" if warning else "")
     )

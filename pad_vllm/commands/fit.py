@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="new-user", help="of the persona (default %(default)s)")
     parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
     parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
-    parser.add_argument("--prompt-template", help="as in the server's configuration")
-    parser.add_argument("--insert-after", help="as in the server's configuration")
+    parser.add_argument("--prompt-template", help="default: as the reward model's pad.json says")
+    parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
 
 
 def run(name, columns, prompt_template, **settings) -> int:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
     parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
     parser.add_argument("--prompt-template", help="as in the server's configuration")
-    parser.add_argument("--insert-after", help="as in the server's configuration")
+    parser.add_argument("--insert-after", help="where other than the chat template's messages say; goes into pad.json")
     parser.add_argument(
         "--max-length", type=int, help="longer comparisons are left out (default: the model's positions)"
     )

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from pad_vllm.demo import world
-from pad_vllm.reward import template
+from pad_vllm.reward import chat, template
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 from pad_vllm.training import data, heads, objective, train, trainer
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
@@ -49,9 +49,9 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PAD_CONFIG = {"insert_after": USER, "prompt_template": "{preference} {prompt}"}
-"""What the server's ``pad`` configuration must say for these models, beside ``reward_model``: a preference stands
-before the question, where the base models have met one."""
+PROMPT_TEMPLATE = "{preference} {prompt}"
+"""A preference stands before the question, where the base models have met one; the reward model's ``pad.json`` says so
+to the server."""
 
 NUM_POSITIONS = 512
 ARCHITECTURES = ("llama", "qwen", "neox")
@@ -248,7 +248,7 @@ def _train_reward(folder: Path, base: Path, seed: int, recipe: Recipe) -> None:
             seed=seed,
             backbone=recipe.backbone,
             heads=recipe.heads,
-            **PAD_CONFIG,
+            prompt_template=PROMPT_TEMPLATE,
         )
         print("Training the reward model", flush=True)
         with torch.random.fork_rng(devices=[]):
@@ -290,7 +290,7 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recip
 
 def _fingerprint(seed: int, recipe: Recipe) -> str:
     """A hash of everything that determines the models."""
-    modules = (world, template, data, heads, objective, train, trainer)
+    modules = (world, chat, template, data, heads, objective, train, trainer)
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
     digest = hashlib.sha256(repr((seed, dataclasses.astuple(recipe), versions)).encode())
     for source in (__file__, *(module.__file__ for module in modules)):

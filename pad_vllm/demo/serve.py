@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pad_vllm.demo import world
 from pad_vllm.demo.client import stream_side_by_side
-from pad_vllm.demo.models import PAD_CONFIG, DemoModels, build
+from pad_vllm.demo.models import DemoModels, build
 from pad_vllm.demo.show import MAX_TOKENS, USERS
 
 MODEL = "demo"
@@ -47,9 +47,7 @@ def serve(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | No
     satisfied = True
     with tempfile.TemporaryDirectory(prefix="pad-vllm-demo-") as folder:
         config = Path(folder, "pad.json")
-        config.write_text(
-            json.dumps({"reward_model": str(models.reward), **PAD_CONFIG, "personas": personas}, indent=1)
-        )
+        config.write_text(json.dumps({"reward_model": str(models.reward), "personas": personas}, indent=1))
         console.print("The server's personas, of which a client names one:")
         for name, persona in personas.items():
             console.print(f"  [bold]{name}[/]: {persona['preference']}")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pad_vllm.demo import world
-from pad_vllm.demo.models import PAD_CONFIG, DemoModels, build
+from pad_vllm.demo.models import DemoModels, build
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -75,7 +75,7 @@ def start(models: DemoModels) -> LLM:
         enforce_eager=True,
         kv_cache_memory_bytes=256 << 20,
         logits_processors=["pad_vllm:PADLogitsProcessor"],
-        additional_config={"pad": {"reward_model": str(models.reward), **PAD_CONFIG}},
+        additional_config={"pad": {"reward_model": str(models.reward)}},
     )
 
 

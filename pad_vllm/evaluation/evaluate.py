@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pad_vllm.config import PADConfig
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.evaluation.judgement import Judgement
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
 from pad_vllm.reward.heads import HEAD_FILES
-from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
+from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, prompt_ids
 from pad_vllm.training.trainer import score_answers
 
@@ -191,10 +192,9 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
             plans[name] = (weighed, requests)
 
     settings = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": config.seed}
+    pad = PADConfig.from_additional_config({"pad": config.pad})
     template = PromptTemplate(
-        AutoTokenizer.from_pretrained(config.pad["reward_model"]),
-        config.pad.get("prompt_template") or DEFAULT_PROMPT_TEMPLATE,
-        config.pad.get("insert_after"),
+        AutoTokenizer.from_pretrained(pad.reward_model), pad.prompt_template, pad.insert_after, tokenizer
     )
     found = generate(
         config.base,

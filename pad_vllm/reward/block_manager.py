@@ -43,10 +43,10 @@ class Context:
     block_hashes: list[BlockHash]
     """Of the prompt's full blocks, without the prompt's last token: what ``BlockPool.cache_full_blocks`` reads."""
     blocks: list[KVCacheBlock] = field(default_factory=list)
-    num_shared: int = 0
-    """Tokens at the prompt's head that others may share: what stands before the user's own words."""
-    tail: Tail | None = None
-    """Under which the block is known to others in which ``num_shared`` ends."""
+    shared: tuple[int, ...] = ()
+    """After how many tokens of the prompt something ends that others may have in common, in ascending order."""
+    tails: list[Tail] = field(default_factory=list)
+    """Under which its blocks in which that ends are known to others."""
     was_computed: bool = False
     """Whether it ever held blocks: what it then lacks is computed again."""
 
@@ -100,17 +100,20 @@ class BlockManager:
         """Part of the blocks that contexts hold, from 0 to 1."""
         return self.pool.get_usage()
 
-    def add(self, index: int, prompt_ids: list[int], num_shared: int = 0) -> Context:
-        """Begin a context at ``index``, which must be free; others may share the first ``num_shared`` tokens."""
+    def add(self, index: int, prompt_ids: list[int], shared: Sequence[int] = ()) -> Context:
+        """Begin a context at ``index``, which must be free.
+
+        ``shared``: after how many tokens something ends that others may have in common, in ascending order.
+        """
         assert self.contexts[index] is None
+        # Copying waits for the source's forward. A few tokens are computed sooner, unless a preference is among them.
+        ends = {min(n, len(prompt_ids) - 1) for n in shared if n >= self.block_size or n == shared[-1]}
         hashes: list[BlockHash] = []
         # The last token is left out: the step that scores the first candidates computes it, for its hidden state.
         for start in range(0, len(prompt_ids) - self.block_size, self.block_size):
             parent = hashes[-1] if hashes else None
             hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
-        self.contexts[index] = context = Context(
-            index, prompt_ids, hashes, num_shared=min(num_shared, len(prompt_ids) - 1)
-        )
+        self.contexts[index] = context = Context(index, prompt_ids, hashes, shared=tuple(sorted(ends)))
         return context
 
     def remove(self, context: Context) -> None:
@@ -120,9 +123,9 @@ class BlockManager:
 
     def release(self, context: Context) -> None:
         """Take a context's blocks away."""
-        if context.tail is not None:
-            del self.tails[context.tail]
-            context.tail = None
+        for tail in context.tails:
+            del self.tails[tail]
+        context.tails.clear()
         self.pool.free_blocks(reversed(context.blocks))
         context.blocks = []
         self.num_held[context.index] = 0
@@ -232,20 +235,22 @@ class BlockManager:
     def _share_tail(self, context: Context, num_cached: int) -> int:
         """Let a context have what its shared head has beyond its last full block, from another that holds it, or let
         others have it from this one. Returns how many tokens it need not compute for that."""
-        at = context.num_shared // self.block_size
-        tokens = tuple(context.prompt_ids[at * self.block_size : context.num_shared])
-        if not tokens:
-            return 0
-        tail = context.block_hashes[at - 1] if at else None, tokens
-        source = self.tails.get(tail)
-        if source is None:
-            self.tails[tail], context.tail = context, tail
-            return 0
-        if num_cached != at:  # it has that block already, or lacks others before it
-            return 0
-        self.copies.append(Copy(source, source.blocks[at].block_id, context, context.blocks[at].block_id))
-        self.stats.num_prefix_hit_tokens += len(tokens)
-        return len(tokens)
+        num_copied = 0
+        for num_shared in reversed(context.shared):
+            at = num_shared // self.block_size
+            tokens = tuple(context.prompt_ids[at * self.block_size : num_shared])
+            if not tokens:
+                continue
+            tail = context.block_hashes[at - 1] if at else None, tokens
+            source = self.tails.get(tail)
+            if source is None:
+                self.tails[tail] = context
+                context.tails.append(tail)
+            elif num_cached == at and not num_copied:  # else it has that block already, or lacks others before it
+                self.copies.append(Copy(source, source.blocks[at].block_id, context, context.blocks[at].block_id))
+                num_copied = len(tokens)
+        self.stats.num_prefix_hit_tokens += num_copied
+        return num_copied
 
     def _write_table(self) -> None:
         """Bring the device's block table up to date with the blocks just given."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
+
+from pad_vllm.reward.folder import files_beside
 
 HEAD_FILES = ("value_head.safetensors", "heads.safetensors")
 """Where heads are looked for beside a model, in this order."""
@@ -48,30 +49,16 @@ def locate_heads(heads: str | None, reward_model: str, revision: str | None) -> 
         if not Path(heads).is_file():
             raise ValueError(f"pad.heads={heads!r}: no such file")
         return Path(heads)
-    return next(iter(_files_beside(reward_model, revision)), None)
+    return next(iter(files_beside(reward_model, revision, HEAD_FILES)), None)
 
 
 def tensor_names_beside(reward_model: str, revision: str | None) -> frozenset[str]:
     """Names of all tensors in value-head files beside a model: vLLM's loader would take them for the backbone's."""
     names: set[str] = set()
-    for path in _files_beside(reward_model, revision):
+    for path in files_beside(reward_model, revision, HEAD_FILES):
         with safe_open(path, framework="pt") as file:
             names.update(file.keys())
     return frozenset(names)
-
-
-def _files_beside(reward_model: str, revision: str | None) -> list[Path]:
-    """The value-head files in a model's directory or repository."""
-    settings = dict.fromkeys(
-        (
-            "_raise_exceptions_for_missing_entries",
-            "_raise_exceptions_for_connection_errors",
-            "_raise_exceptions_for_gated_repo",
-        ),
-        False,
-    )
-    found = [cached_file(reward_model, name, revision=revision, **settings) for name in HEAD_FILES]
-    return [Path(path) for path in found if path is not None]
 
 
 def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu") -> ValueHeads:

@@ -2,7 +2,8 @@
 
 The released PAD code wraps the user's turn in text and tokenizes the result. A server sees token ids, not text, so
 here the template is encoded once around its ``{prompt}`` hole and spliced into the base model's own ids: what the
-base model read is what the reward model reads, whatever chat template made it.
+base model read is what the reward model reads, whatever chat template made it. :mod:`pad_vllm.reward.chat` finds where
+in a chat that is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +38,19 @@ def check_prompt_template(template: str) -> None:
         raise ValueError(f"must contain {PREFERENCE}, or a preference could not enter the reward model's prompt")
 
 
+SEAM_TOKENS = 8
+"""How many tokens more a preference may take in a chat than in a plain prompt: a blank line, words cut in two."""
+EXAMPLE = "How do I keep tomatoes fresh?"
+
+
+class Composed(NamedTuple):
+    """The reward model's prompt; ``shared``: after how many of its ids something ends that others may have in common,
+    in ascending order: a system message, the preference."""
+
+    ids: list[int]
+    shared: tuple[int, ...]
+
+
 class PromptTemplate:
     """Splices a preference into a base prompt's token ids.
 
@@ -42,7 +58,8 @@ class PromptTemplate:
         tokenizer: the reward model's tokenizer (its ids are the base model's ids).
         template: text with one ``{prompt}`` and at least one ``{preference}``.
         insert_after: text whose ids, when they open the prompt, keep their place before the inserted ones; for
-            putting the preference inside the user turn of a chat template.
+            putting the preference elsewhere than where the chat template's messages say.
+        chat_tokenizer: the one whose chat template renders the prompts; ``tokenizer`` when absent.
     """
 
     def __init__(
@@ -50,6 +67,7 @@ class PromptTemplate:
         tokenizer: PreTrainedTokenizerBase,
         template: str = DEFAULT_PROMPT_TEMPLATE,
         insert_after: str | None = None,
+        chat_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_prompt_template(template)
         self.tokenizer = tokenizer
@@ -60,12 +78,15 @@ class PromptTemplate:
         }
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(self.special_tokens)))
         self.insert_after = self._encode(insert_after) if insert_after else []
+        self._chat_tokenizer = chat_tokenizer or tokenizer
+        self.chat = None if insert_after else chat_format(self._chat_tokenizer)
         self.max_preference_tokens: int | None = None
         """Bound of what a preference may add to the template's own tokens."""
         self._warned = False
         self._num_own = sum(map(len, self._encode_preference("")))
         # A server's users share a few preferences: encode each once. One too long raises, and is not kept.
         self.encode_preference = lru_cache(maxsize=4096)(self._encode_preference)
+        self._join = lru_cache(maxsize=4096)(self._encode_seam)
 
     def compose(self, prompt_ids: Sequence[int], preference: str) -> list[int]:
         """The reward model's prompt for a base prompt under a preference.
@@ -75,36 +96,71 @@ class PromptTemplate:
             preference: plain text; never becomes a special or an added token.
 
         Returns:
-            ``bos? + insert_after? + before(preference) + rest of prompt_ids + after(preference)``. A preference is
-            inserted after a leading BOS, and after the ids of ``insert_after`` where they follow it.
+            In a chat (:mod:`pad_vllm.reward.chat`), the text before ``{prompt}`` stands at the end of a leading system
+            message's content, after a blank line, or else at the start of the first message's. A plain prompt is
+            ``bos? + insert_after? + before(preference) + rest of prompt_ids + after(preference)``.
         """
+        return self.compose_shared(prompt_ids, preference).ids
+
+    def compose_shared(self, prompt_ids: Sequence[int], preference: str) -> Composed:
+        """As :meth:`compose`, with what of it others may share."""
         before, after = self.encode_preference(preference)
-        at = self.insertion_point(prompt_ids)
-        return [*prompt_ids[:at], *before, *prompt_ids[at:], *after]
+        place, num_shared = self._place(prompt_ids), len(before)
+        if place.seam is not None:
+            joined = self._join(preference, place.seam)
+            if joined is None:
+                place = place._replace(end=place.start)
+            else:
+                before, num_shared = joined
+        ids = [*prompt_ids[: place.start], *before, *prompt_ids[place.end :], *after]
+        shared = place.start + num_shared
+        return Composed(ids, (place.start, shared) if place.ends_system else (shared,))
 
-    def num_shared_tokens(self, prompt_ids: Sequence[int], preference: str) -> int:
-        """How many ids at the head of a composed prompt are the same for whatever the user says."""
-        return self.insertion_point(prompt_ids) + len(self.encode_preference(preference)[0])
+    def example(self, preference: str) -> str:
+        """A composed prompt as text: a question in the chat template, or as it stands where there is none."""
+        tokenizer = self._chat_tokenizer
+        if getattr(tokenizer, "chat_template", None):
+            message = {"role": "user", "content": EXAMPLE}
+            try:
+                ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+            except Exception as error:  # a template raises what it likes
+                return f"the chat template refuses a question ({' '.join(str(error).split())})"
+        else:
+            ids = tokenizer.encode(EXAMPLE)
+        return self.tokenizer.decode(self.compose(ids, preference))
 
-    def insertion_point(self, prompt_ids: Sequence[int]) -> int:
-        """How many ids at the head of ``prompt_ids`` stay before the preference."""
-        bos = int(bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id)
+    def _place(self, prompt_ids: Sequence[int]) -> Place:
+        has_bos = bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id
         head = self.insert_after
-        for start in (0, bos):
+        if self.chat is not None:
+            try:
+                if (place := self.chat.find(prompt_ids)) is not None:
+                    return place
+                if self.chat.looks_like_chat(prompt_ids):
+                    self._warn("A prompt begins with no message that the chat template writes")
+            except Exception as error:  # of a tokenizer, at an id that it does not know: nothing may raise here
+                self._warn(f"A prompt cannot be read as a chat ({error!r})")
+        for start in (0, int(has_bos)):
             if head and list(prompt_ids[start : start + len(head)]) == head:
-                return start + len(head)
-        if head and not self._warned:
+                return Place(start + len(head), start + len(head))
+        if head:
+            self._warn(f"A prompt does not begin with insert_after={self.tokenizer.decode(head)!r} (ids {head})")
+        # A BOS that begins every message would be torn from the role behind it.
+        at = int(has_bos and (self.chat is None or self.chat.bos_once))
+        return Place(at, at)
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
             self._warned = True
-            logger.warning(
-                "A prompt does not begin with insert_after=%r (ids %s): the preference goes to its head.",
-                self.tokenizer.decode(head),
-                head,
-            )
-        return bos
+            logger.warning("%s: the preference goes to its head.", what)
 
     def num_added_tokens(self, preference: str) -> int:
-        """How many ids :meth:`compose` adds to a prompt."""
+        """How many ids :meth:`compose` adds to a plain prompt; to a chat, up to :attr:`num_seam_tokens` more."""
         return sum(map(len, self.encode_preference(preference)))
+
+    @property
+    def num_seam_tokens(self) -> int:
+        return SEAM_TOKENS if self.chat is not None else 0
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
@@ -138,6 +194,35 @@ class PromptTemplate:
                     f"pad_preference: {num_tokens} tokens, at most {self.max_preference_tokens} are allowed"
                 )
         return before, after
+
+    def _encode_seam(self, preference: str, seam: Seam) -> tuple[tuple[int, ...], int] | None:
+        """Ids of the text before the prompt with its seam, and how many of them do not hang on the text after it; None
+        where they cannot be joined: the text before the prompt then stands as in a plain prompt."""
+        plain = self.encode_preference(preference)[0]
+        before = self.before.lstrip() if seam.strip_left else self.before
+        before = before.rstrip() if seam.strip_right else before
+        if before.startswith(PREFERENCE) and seam.strip_left:
+            preference = preference.lstrip()
+        if before.endswith(PREFERENCE) and seam.strip_right:
+            preference = preference.rstrip()
+        if not before.strip():
+            return None
+        text = seam.left + seam.lead + before
+        whole = text + seam.right
+        ids, joined = self._running(text, preference), self._running(whole, preference)
+        fits = len(joined) <= len(plain) + SEAM_TOKENS + bool(seam.left or seam.right)
+        # The prompt's own words spell neither a special token nor the hole, not even with the template's help.
+        plain_words = whole.count(PREFERENCE) == before.count(PREFERENCE)
+        if not (fits and plain_words and self._num_special(joined) == self._num_special(plain)):
+            return None
+        return joined, num_common(ids, joined)
+
+    def _running(self, template: str, preference: str) -> tuple[int, ...]:
+        """Ids of text that follows other text: without the space that some tokenizers write before a text."""
+        if not self.chat.adds_prefix:
+            return self._fill(template, preference)
+        newline, ids = tuple(self._encode("\n")), self._fill("\n" + template, preference)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._fill(template, preference)
 
     def _fill(self, template: str, preference: str) -> tuple[int, ...]:
         ids = self._encode(template.replace(PREFERENCE, preference))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pad_vllm.reward.folder import DEFAULTS_FILE, read_defaults, write_defaults
 from pad_vllm.reward.heads import RELEASED_HEAD
 
 HEADS_FILE = "heads.safetensors"
@@ -45,12 +46,14 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     heads: Mapping[str, torch.Tensor] | None = None,
     record: Mapping | None = None,
+    defaults: Mapping | None = None,
 ) -> Path:
     """Write a reward model that the plugin loads.
 
     Args:
         heads: ``<name>.weight`` and ``<name>.bias``, in the order in which users give their weights.
         record: how it was made, for ``training.json``.
+        defaults: how it is to be used, for ``pad.json``.
     """
     with whole_folder(Path(target)) as folder:
         model.save_pretrained(folder)
@@ -59,6 +62,8 @@ def export(
             save_heads(folder / HEADS_FILE, heads)
         if record is not None:
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        if defaults is not None:
+            write_defaults(folder, defaults)
     return Path(target)
 
 
@@ -103,7 +108,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
             },
         )
         tokenizer = _tokenizer(source)
-    return export(target, model, tokenizer, heads or None)
+    defaults = read_defaults(source / DEFAULTS_FILE) if (source / DEFAULTS_FILE).exists() else None
+    return export(target, model, tokenizer, heads or None, defaults=defaults)
 
 
 def _backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:

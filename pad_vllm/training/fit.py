@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pad_vllm.config import PADConfig
 from pad_vllm.reward.heads import load_heads, locate_heads
-from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
+from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
@@ -42,7 +43,7 @@ def fit(
     data: str | Path,
     *,
     heads: str | None = None,
-    prompt_template: str = DEFAULT_PROMPT_TEMPLATE,
+    prompt_template: str | None = None,
     insert_after: str | None = None,
     columns: dict[str, str] | None = None,
     split: str = "train",
@@ -57,6 +58,7 @@ def fit(
         reward_model: folder of a reward model with named heads, as ``pad-vllm train`` writes it.
         data: the user's comparisons; see :mod:`pad_vllm.training.data`.
         heads: a file of heads, where it is not beside the model.
+        prompt_template, insert_after: where other than the reward model's ``pad.json`` says.
 
     Raises:
         ValueError: no heads to weigh, or fewer comparisons than folds.
@@ -69,7 +71,9 @@ def fit(
     value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
     if len(value_heads.names) < 2:
         raise ValueError(f"{path}: a single head, {value_heads.names[0]!r}; there is nothing to mix")
-    template = PromptTemplate(tokenizer, prompt_template, insert_after)
+    given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
+    pad = PADConfig.from_additional_config({"pad": {key: value for key, value in given.items() if value is not None}})
+    template = PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
     max_length = model.config.get_text_config().max_position_embeddings
     pairs = encode(read_comparisons(data, columns, split), tokenizer, template, max_length)
     if len(pairs) < NUM_FOLDS:

@@ -59,7 +59,8 @@ class TrainingConfig:
         stages: of :data:`STAGES`; None: the backbone, and the heads if any comparison has labels.
         eval_data: comparisons to measure accuracy on. None: a twentieth of ``data``, which is then not trained on.
         columns, split: as :func:`~pad_vllm.training.data.read_comparisons` takes them.
-        prompt_template, insert_after: how a preference enters; the server's configuration must say the same.
+        prompt_template, insert_after: how a preference enters; written to the reward model's ``pad.json``, from where
+            the server reads it.
         max_length: tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
         lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end. 0: all weights.
@@ -161,7 +162,9 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         metrics["heads"] = measure_heads(headed, reference, eval_pairs)
         heads = headed.tensors()
     record = {"settings": dataclasses.asdict(config), "metrics": metrics, "num_comparisons": len(pairs)}
-    export(output, model.to(dtype), tokenizer, heads, record)
+    defaults = {"prompt_template": config.prompt_template, "insert_after": config.insert_after, "reference": "base"}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
+    export(output, model.to(dtype), tokenizer, heads, record, defaults)
     shutil.rmtree(work)
     return metrics
 

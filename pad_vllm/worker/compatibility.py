@@ -14,11 +14,14 @@ from vllm.config import ModelConfig
 
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.backend import reward_model_config
+from pad_vllm.reward.folder import DEFAULTS_FILE
 from pad_vllm.reward.template import PromptTemplate
 
 MAX_PREFERENCE_TOKENS = 1024
 """No longer than this, whatever the reward model could hold: a preference is a text, not a document."""
 MIN_PREFERENCE_TOKENS = 16
+MUCH_SMALLER = 8
+"""How many times smaller than the base a reward model is that should not choose alone."""
 
 
 def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
@@ -73,6 +76,8 @@ class SharedTokens:
     """None where the engine runs without one (skip_tokenizer_init) and there is none."""
     foreign: dict[int, str] = field(default_factory=dict)
     """Added and special tokens of the base model without a counterpart: never candidates."""
+    chat_tokenizer: PreTrainedTokenizerBase | None = None
+    """The one whose chat template renders the prompts: the base's, where it has a template."""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{token!r} ({i})" for i, token in list(self.foreign.items())[:20])
@@ -99,7 +104,7 @@ def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: Mode
             return SharedTokens(None)
         raise ValueError(f"pad.reward_model={config.reward_model!r}: no tokenizer: {one_paragraph(error)}") from error
     if base.skip_tokenizer_init:
-        return SharedTokens(tokenizer)
+        return SharedTokens(tokenizer, chat_tokenizer=tokenizer)
     try:
         theirs = AutoTokenizer.from_pretrained(
             base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
@@ -132,7 +137,8 @@ def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: Mode
             f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take "
             "a reward model with the same end of turn"
         )
-    return SharedTokens(tokenizer, foreign)
+    has_template = bool(getattr(theirs, "chat_template", None))
+    return SharedTokens(tokenizer, foreign, theirs if has_template else tokenizer)
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -184,7 +190,7 @@ def fit_context(
     Raises:
         ValueError: it has too few positions; with the numbers.
     """
-    added = template.num_added_tokens("") if template else 0
+    added = template.num_added_tokens("") + template.num_seam_tokens if template else 0
     room = model_config.max_model_len - base_max_model_len - added
     if room < (MIN_PREFERENCE_TOKENS if template else 0):
         raise ValueError(
@@ -196,6 +202,32 @@ def fit_context(
     preference = min(room, MAX_PREFERENCE_TOKENS) if template else 0
     model_config.max_model_len = base_max_model_len + added + preference
     return preference
+
+
+def beta_warning(config: PADConfig, reward: ModelConfig, base: ModelConfig, is_trained: bool) -> str | None:
+    """What to tell an operator whose default beta leaves too much to the reward model; None where it does not.
+
+    ``is_trained``: something beside the reward model says that it was trained for this.
+    """
+    if config.reference != "base" or config.beta < 1:
+        return None
+    doubts = [] if is_trained else [f"nothing beside it says that it was trained for this ({DEFAULTS_FILE}, heads)"]
+    sizes = [_body_size(model) for model in (base, reward)]
+    if min(sizes) > 0 and sizes[0] >= MUCH_SMALLER * sizes[1]:
+        doubts.append(f"it is about {sizes[0] / sizes[1]:.0f} times smaller than the base model")
+    if not doubts:
+        return None
+    return (
+        f"With pad.reference 'base' and pad.beta {config.beta:g} the reward model alone, {config.reward_model!r}, "
+        f"chooses among the base model's candidates, and {' and '.join(doubts)}: answers may lose what the base model "
+        "knows. Compare them with those at a pad.beta of 0.3 to 0.8."
+    )
+
+
+def _body_size(model: ModelConfig) -> int:
+    """What the number of a transformer's weights grows with, embeddings apart."""
+    layers = getattr(model.hf_text_config, "num_hidden_layers", None)
+    return layers * model.get_hidden_size() ** 2 if isinstance(layers, int) else 0
 
 
 def one_paragraph(error: Exception) -> str:

@@ -23,11 +23,12 @@ from pad_vllm.params import MAX_LOGIT_BIAS, PAD, GuidanceParams, check_logit_bia
 from pad_vllm.reward.backend import PagedModel, to_device
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import ContextRows, RewardEngine
+from pad_vllm.reward.folder import locate_defaults
 from pad_vllm.reward.heads import load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.stats import Stats
 from pad_vllm.worker.board import Board
-from pad_vllm.worker.compatibility import check_vocabulary, fit_context, load_model_config, load_tokenizer
+from pad_vllm.worker.compatibility import beta_warning, check_vocabulary, fit_context, load_model_config, load_tokenizer
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -195,7 +196,9 @@ class Guidance:
         """tokens below ``vocab_size`` that are no candidates"""
         self.template = None
         if tokenizer is not None:
-            self.template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
+            self.template = PromptTemplate(
+                tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer
+            )
         self.max_preference_tokens = fit_context(config, model_config, base.max_model_len, self.template)
         if self.template is not None:
             self.template.max_preference_tokens = self.max_preference_tokens
@@ -203,6 +206,9 @@ class Guidance:
         heads_path = locate_heads(config.heads, config.reward_model, config.revision)
         self.heads = load_heads(heads_path, model_config.get_hidden_size(), device) if heads_path else None
         self.head_names = self.heads.names if self.heads else ()
+        is_trained = self.heads is not None or locate_defaults(config.reward_model, config.revision) is not None
+        if (warning := beta_warning(config, model_config, base, is_trained)) is not None:
+            logger.warning(warning)
         scheduler = vllm_config.scheduler_config
         max_num_batched_tokens = config.max_num_batched_tokens or min(
             DEFAULT_MAX_NUM_BATCHED_TOKENS, scheduler.max_num_batched_tokens
@@ -283,10 +289,9 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        composed, num_shared = prompt_ids, 0
+        composed, shared = prompt_ids, ()
         if params.preference is not None:
-            num_shared = self.template.num_shared_tokens(prompt_ids, params.preference)
-            composed = self.template.compose(composed, params.preference)
+            composed, shared = self.template.compose_shared(prompt_ids, params.preference)
         low, high = min(composed), max(composed)
         if low < 0 or high >= self.reward_vocab_size:
             raise ValueError(
@@ -296,7 +301,7 @@ class Guidance:
         self._write_slot(slot, params, prompt_ids, composed, end_id)
         self.slots.write_controls(slot, controls, prompt_ids)
         self.stats.guided_requests += 1
-        return self.engine.blocks.add(slot, composed, num_shared)
+        return self.engine.blocks.add(slot, composed, shared)
 
     def free(self, context: Context) -> None:
         """A request left the batch."""
@@ -463,3 +468,5 @@ class Guidance:
             num_tokens / self.model.max_model_len,
             self.model.max_model_len,
         )
+        if self.template is not None:
+            logger.info("PAD: what the reward model reads: %r", self.template.example(self.config.example_preference))

@@ -1,0 +1,95 @@
+"""``pad.json``: the defaults that a reward model brings; and the beta that it should not meet untrained."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from pad_vllm.commands.check import check
+from pad_vllm.config import PADConfig
+from pad_vllm.reward.folder import read_defaults, write_defaults
+from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
+from pad_vllm.worker.compatibility import beta_warning
+
+OWN = {"prompt_template": "{preference}: {prompt}", "insert_after": "<|user|>", "beta": 0.5, "top_k": 20}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_defaults(tmp_path, OWN)
+    return tmp_path
+
+
+def configure(folder, **pad) -> PADConfig:
+    return PADConfig.from_additional_config({"pad": {"reward_model": str(folder), **pad}})
+
+
+def test_the_servers_configuration_overrides_the_reward_models(folder):
+    config = configure(folder)
+    assert {key: getattr(config, key) for key in OWN} == OWN
+    assert config.reference == "base"
+    given = configure(folder, beta=1.5, insert_after=None, prompt_template=None, reference="none")
+    assert (given.beta, given.top_k, given.reference) == (1.5, 20, "none")
+    assert (given.insert_after, given.prompt_template) == (None, DEFAULT_PROMPT_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "pad.json: cannot be read"),
+        ("[]", "pad.json: must be an object, not list"),
+        ('{"max_top_k": 3}', "pad.json: max_top_k: a reward model's defaults are prompt_template, insert_after"),
+        ('{"beta": "strong"}', "pad.json: pad.beta='strong'"),
+        ('{"prompt_template": "{prompt}"}', "pad.json: pad.prompt_template='{prompt}': must contain {preference}"),
+        ('{"top_k": 65}', "pad.json: pad.top_k=65: must be between 1 and 64"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, words):
+    (tmp_path / "pad.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        configure(tmp_path)
+
+
+def test_what_the_server_got_wrong_is_not_the_files_fault(folder):
+    with pytest.raises(ValueError, match=r"^pad\.beta=-1"):
+        configure(folder, beta=-1)
+    with pytest.raises(ValueError, match=r"^pad\.reward_model=3"):
+        PADConfig.from_additional_config({"pad": {"reward_model": 3}})
+
+
+def test_check_shows_where_the_preference_stands(models, capsys):
+    pad = {"reward_model": str(models.reward), "personas": {"terse": {"preference": "be concise"}}}
+    assert check(json.dumps(pad), str(models.base), 256) == 0
+    out = capsys.readouterr().out
+    assert "reads: '<s><|user|>[Guidelines] Your task" in out
+    assert "[Principles] be concise [Instruction] How do I keep tomatoes fresh?<|assistant|>'" in out
+    assert "warning: With pad.reference 'base' and pad.beta 1 the reward model alone" in out
+    assert check(json.dumps(pad | {"beta": 0.8}), str(models.base), 256) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pad", "sizes", "is_trained", "words"),
+    [
+        ({}, (4096, 32, 4096, 32), True, None),
+        ({}, (4096, 32, 4096, 32), False, "nothing beside it says that it was trained"),
+        ({}, (4096, 32, 2048, 16), True, "about 8 times smaller than the base model"),
+        ({}, (4096, 32, 2048, 20), True, None),
+        ({"beta": 0.8}, (4096, 32, 512, 8), False, None),
+        ({"reference": "none"}, (4096, 32, 512, 8), False, None),
+    ],
+)
+def test_who_is_warned_of_beta(pad, sizes, is_trained, words):
+    def model(hidden_size, layers):
+        text_config = SimpleNamespace(num_hidden_layers=layers)
+        return SimpleNamespace(hf_text_config=text_config, get_hidden_size=lambda: hidden_size)
+
+    warning = beta_warning(PADConfig("reward", **pad), model(*sizes[2:]), model(*sizes[:2]), is_trained)
+    assert warning is None if words is None else words in warning
+
+
+def test_defaults_are_read_as_written(folder):
+    assert read_defaults(folder / "pad.json") == OWN
