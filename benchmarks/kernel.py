@@ -35,8 +35,8 @@ TOP_K = (10, 40)
 FLUSH_BYTES = 2**28
 
 
-def composite_(logits, hidden_states, lm_head, rows, top_k, beta, reference, *, max_top_k, vocab_size):
-    """The step as one would write it first; every row has the same k."""
+def composite_(logits, hidden_states, lm_head, rows, top_k, beta, reference, end_ids, *, max_top_k, vocab_size):
+    """The step as one would write it first; every row has the same k, and nothing ever fails."""
     z, ids = logits[rows].topk(max_top_k, dim=-1)
     r = (hidden_states @ lm_head.T).gather(1, ids).float()
     reward = r.log_softmax(-1) - reference.unsqueeze(1) * z.log_softmax(-1)
@@ -55,13 +55,13 @@ def problem(num_rows: int, vocab_size: int, hidden_size: int, top_k: int, device
     rows = torch.arange(num_rows, device=device)
     k = torch.full_like(rows, top_k)
     beta = torch.full((num_rows,), 0.8, device=device)
-    args = (hidden, lm_head, rows, k, beta, torch.ones_like(beta))
+    args = (hidden, lm_head, rows, k, beta, torch.ones_like(beta), torch.zeros_like(rows))
     return args, {"max_top_k": top_k, "vocab_size": vocab_size}, logits
 
 
 def check(args, kwargs, logits) -> float:
     """Largest difference from the float64 reference, over the candidates; which must be the same ones."""
-    hidden, lm_head, _, _, beta, ref = args
+    hidden, lm_head, _, _, beta, ref, _ = args
     ours = logits.clone()
     fused.guide_(ours, *args, **kwargs)
     z, ids = logits.double().topk(kwargs["max_top_k"], dim=-1)

@@ -32,8 +32,11 @@ TOP_K = (16, 64)
 """What the launcher rounds k of 10, and the default max_top_k, up to."""
 SLICES = 16
 TYPES = {
-    **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr"), "*fp32"),
-    **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr"), "*i64"),
+    **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr", "y_ptr"), "*fp32"),
+    **dict.fromkeys(("penalties_ptr", "logit_bias_ptr"), "*fp32"),
+    **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr", "end_ids_ptr", "slots_ptr"), "*i64"),
+    **dict.fromkeys(("output_rows_ptr", "output_begin_ptr", "output_end_ptr"), "*i64"),
+    **dict.fromkeys(("num_bias_ptr", "bias_ids_ptr", "prompt_mask_ptr", "output_ptr", "draft_ids_ptr"), "*i32"),
     **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
     **dict.fromkeys(("soft_cap", "scale"), "fp32"),
 }
@@ -47,12 +50,14 @@ def configurations(K: int):
     yield "select", fused.select_kernel, {"K": K, "BLOCK": fused.BLOCK_V}, fused.SELECT_WARPS
     yield "score", fused.score_kernel, whole, fused.SCORE_WARPS
     yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
-    yield (
-        "reweight, sharded",
-        fused.reweight_kernel,
-        {"K": K, "NUM_KEYS": SLICES * K, "HAS_SOFT_CAP": False},
-        fused.REWEIGHT_WARPS,
-    )
+    keys = {"K": K, "NUM_KEYS": SLICES * K}
+    undo = keys | {"BLOCK": fused.TILE // K, "HAS_PENALTIES": True}
+    yield "undo controls", fused.undo_controls_kernel, undo, fused.CONTROLS_WARPS
+    for name, controls in (
+        ("reweight, sharded", {"HAS_CONTROLS": False, "y_ptr": None}),
+        ("reweight", {"HAS_CONTROLS": True}),
+    ):
+        yield name, fused.reweight_kernel, keys | controls | {"HAS_SOFT_CAP": False}, fused.REWEIGHT_WARPS
 
 
 def compile_ahead(kernel, constants: dict, num_warps: int, target: GPUTarget) -> tuple[Any, str]:

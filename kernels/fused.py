@@ -207,7 +207,7 @@ def undo_controls_kernel(
     slots_ptr,  # [R] int64
     num_bias_ptr,  # [S] int32
     bias_ids_ptr,  # [S, max_bias] int32
-    bias_ptr,  # [S, max_bias] float32
+    logit_bias_ptr,  # [S, max_bias] float32
     max_bias,
     penalties_ptr,  # [S, 3] float32
     prompt_mask_ptr,  # [S, ceil(V / 32)] int32
@@ -254,7 +254,7 @@ def undo_controls_kernel(
         for start in range(0, num_bias, BLOCK):
             at = slot * max_bias + start + block
             tokens = tl.load(bias_ids_ptr + at, mask=start + block < num_bias, other=-1)
-            bias = tl.load(bias_ptr + at, mask=start + block < num_bias, other=0.0)
+            bias = tl.load(logit_bias_ptr + at, mask=start + block < num_bias, other=0.0)
             y -= tl.sum(tl.where(tokens[None, :] == ids[:, None], bias[None, :], 0.0), 1)
         tl.store(y_ptr + row_idx * K + place, tl.minimum(tl.maximum(y, -LARGEST_LOGIT), LARGEST_LOGIT))
 

@@ -64,10 +64,16 @@ MEMBERS = {
         *("validate_params", "add_request", "apply_staged_writes", "apply"),
     ),
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsContext": (
-        *("idx_mapping_np", "expanded_idx_mapping", "pos", "input_ids", "seq_lens_upper_bound_np"),
+        *("idx_mapping_np", "expanded_idx_mapping", "expanded_local_pos", "pos", "input_ids"),
+        *("seq_lens_upper_bound_np",),
     ),
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcRequestState": (
         *("device", "max_num_reqs", "prefill_len", "prompt_len", "total_len", "all_token_ids"),
+    ),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("soft_cap", "scale"),
+    "vllm.config:ModelConfig": (
+        *("is_attention_free", "is_hybrid", "is_encoder_decoder", "attention_chunk_size"),
+        *("architectures", "try_get_generation_config"),
     ),
     "vllm.config:VllmConfig": ("additional_config", "use_v2_model_runner", "num_speculative_tokens"),
     "vllm.model_executor.model_loader:DefaultModelLoader": ("_prepare_weights", "_get_weights_iterator"),

@@ -29,7 +29,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.lengths: dict[int, int] = {}
         # What the model would have written: block -> the tokens from the context's begin to the block's end.
         self.content: dict[int, tuple[int, ...]] = {}
-        self.cache = torch.full((num_blocks, BLOCK_SIZE), -1)  # as a KV cache holds it
+        self.cache = torch.full((num_blocks, BLOCK_SIZE), -1.0)  # as a KV cache holds it
 
     @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
     @rule(prompt=TOKENS, shared=st.lists(st.integers(0, 3 * BLOCK_SIZE), max_size=2).map(sorted))
@@ -101,7 +101,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for _, _, target, block in held:
             end = starts[target.index]
             tail = target.prompt_ids[end // BLOCK_SIZE * BLOCK_SIZE : end]
-            assert self.cache[block, : len(tail)].tolist() == tail
+            assert self.cache[block, : len(tail)].tolist() == [float(token) for token in tail]
 
     def write(self, index: int, compute_from: int | None) -> None:
         """Do to ``content`` what a forward does to the KV cache, and see that what is reused is what it should be."""
@@ -118,7 +118,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             else:
                 self.content[block.block_id] = tokens[:end]
                 written = tokens[i * BLOCK_SIZE : end]
-                self.cache[block.block_id, : len(written)] = torch.tensor(written)
+                self.cache[block.block_id, : len(written)] = torch.tensor(written, dtype=torch.float)
 
     @invariant()
     def every_block_is_free_or_held(self) -> None:
@@ -193,7 +193,7 @@ def test_a_block_may_be_copied_and_copied_into_at_once():
         blocks.begin_step()
         blocks.admit([index], [8])
     lost, kept = (blocks.contexts[index].blocks[1].block_id for index in (0, 1))
-    cache = torch.arange(6)[:, None].repeat(1, BLOCK_SIZE)
+    cache = torch.arange(6.0)[:, None].repeat(1, BLOCK_SIZE)
     blocks.begin_step()
     assert blocks.admit([2, 3], [8, 8])[0] == 2
     pairs = [(copy.source_block, copy.block) for copy in blocks.take_copies()]

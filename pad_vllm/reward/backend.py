@@ -57,6 +57,7 @@ __all__ = [
     "LMHead",
     "PagedModel",
     "block_hasher",
+    "clear_blocks",
     "copy_blocks",
     "reward_model_config",
     "to_device",
@@ -212,7 +213,17 @@ def copy_blocks(kv_caches: Iterable[torch.Tensor], pairs: list[tuple[int, int]])
         return
     for cache in kv_caches:
         source, target = to_device(np.array(pairs).T, cache.device, torch.int64)
-        cache[target] = cache.index_select(0, source)  # a copy of all of them, before the first is written
+        read = cache.index_select(0, source)  # all of them, before the first is written
+        # Behind the shared tokens the source has its own, which may be NaN.
+        cache[target] = read.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@torch.inference_mode()
+def clear_blocks(kv_caches: Iterable[torch.Tensor], block_ids: list[int]) -> None:
+    """Zero blocks of every layer's KV cache, [num_blocks, ...] each."""
+    if block_ids:
+        for cache in kv_caches:
+            cache.index_fill_(0, to_device(block_ids, cache.device, torch.int64), 0)
 
 
 class _BackboneLoader(DefaultModelLoader):
@@ -305,6 +316,9 @@ class PagedModel:
         with set_current_vllm_config(self.vllm_config):
             self.model = load_model(self.vllm_config, not_backbone)
             self._init_kv_cache(kv_cache_memory_bytes, base)
+        # Its kernel multiplies what is behind a sequence's end in its last block by 0, and NaN stays NaN. Those of GPUs
+        # do not load it.
+        self.attends_behind_end = current_platform.is_cpu()
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         self.max_model_len = model_config.max_model_len
         self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)

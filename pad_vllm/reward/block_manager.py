@@ -86,6 +86,7 @@ class BlockManager:
         self.tails: dict[Tail, Context] = {}
         self.copies: list[Copy] = []
         """To be made before anything that was admitted is computed."""
+        self.new_blocks: list[int] = []
         self._unwritten: list[tuple[Context, int]] = []  # from which of its blocks on
         self._clock = 0
         self._step_began = 0
@@ -136,6 +137,7 @@ class BlockManager:
             if context is not None:
                 self.release(context)
         self.copies.clear()
+        self.new_blocks.clear()
         self.pool.reset_prefix_cache()
 
     def begin_step(self) -> None:
@@ -184,7 +186,9 @@ class BlockManager:
             if victims and victims[0] is context:
                 del victims[0]
             if missing > 0:
-                context.blocks += self.pool.get_new_blocks(missing)
+                new_blocks = self.pool.get_new_blocks(missing)
+                context.blocks += new_blocks
+                self.new_blocks += [block.block_id for block in new_blocks]
             if is_cold:
                 self._share_prefix(context, num_blocks)
                 cold.append((context, num_blocks * self.block_size + self._share_tail(context, num_blocks)))
@@ -201,6 +205,11 @@ class BlockManager:
         """What was decided since the last call."""
         copies, self.copies = self.copies, []
         return copies
+
+    def take_new_blocks(self) -> list[int]:
+        """Those given since the last call: what is in them is another context's."""
+        new_blocks, self.new_blocks = self.new_blocks, []
+        return new_blocks
 
     def _num_blocks(self, num_tokens: np.ndarray | int) -> np.ndarray | int:
         return np.minimum(-(-num_tokens // self.block_size), self.table.shape[1])

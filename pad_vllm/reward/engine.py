@@ -8,13 +8,13 @@ tokens that are rejected leave no trace: the next step writes over their keys an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from pad_vllm.reward.backend import ForwardBatch, PagedModel, copy_blocks, to_device
+from pad_vllm.reward.backend import ForwardBatch, PagedModel, clear_blocks, copy_blocks, to_device
 from pad_vllm.reward.block_manager import BlockManager, Context
 
 
@@ -117,6 +117,8 @@ class RewardEngine:
             pieces = [self._missing(context, num_computed, rows) for context, num_computed in cold]
             if self.blocks.copies:
                 pieces = self._copy(pieces, rows)
+            else:
+                self._clear_new_blocks()
             if admitted == len(rows.contexts):
                 return self._compute(pieces, rows)
             if index is None:
@@ -138,6 +140,7 @@ class RewardEngine:
         copy_blocks(
             self.model.kv_caches.values(), [(copy.source_block, copy.block) for copy in held]
         )  # before anything is written
+        self._clear_new_blocks(but={copy.block for copy in copies.values()})
         now: dict[int, Piece] = {}
         pairs: list[tuple[int, int]] = []
         for piece in pieces:
@@ -151,6 +154,12 @@ class RewardEngine:
             now[piece.index] = piece
         copy_blocks(self.model.kv_caches.values(), pairs)
         return list(now.values())
+
+    def _clear_new_blocks(self, but: Collection[int] = ()) -> None:
+        """Where attention reads on behind a sequence, take away what others left there; ``but`` are copied into."""
+        new_blocks = self.blocks.take_new_blocks()
+        if self.model.attends_behind_end:
+            clear_blocks(self.model.kv_caches.values(), [block for block in new_blocks if block not in but])
 
     def _missing(self, context: Context, num_computed: int, rows: ContextRows) -> Piece:
         """What must be computed of a context before its first row."""
