@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pad_vllm.reward.backend import copy_blocks
 from pad_vllm.reward.block_manager import BlockManager, Copy
+from pad_vllm.reward.device import copy_blocks
 
 BLOCK_SIZE = 4
 MAX_BLOCKS = 6

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 from pad_vllm.config import PADConfig
-from pad_vllm.worker.compatibility import check_vocabulary, load_model_config, load_tokenizer
+from pad_vllm.worker.compatibility import load_model_config
+from pad_vllm.worker.tokens import check_vocabulary, load_tokenizer
 from tests import oracle
 from tests.engine import PLUGIN, Engine, greedy, pad_config
 from tests.models import make_model, make_tokenizer

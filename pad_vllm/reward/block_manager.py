@@ -8,14 +8,17 @@ ends within a block, the block is copied from another context that holds it, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_tokens, init_none_hash
 
-from pad_vllm.reward.backend import BlockHash, BlockPool, KVCacheBlock, block_hasher, to_device
+from pad_vllm.reward.device import to_device
 
 Tail = tuple[BlockHash | None, tuple[int, ...]]
 """Tokens that begin a block, behind the hash of the block before it."""
@@ -271,3 +274,9 @@ class BlockManager:
         self._unwritten.clear()
         if ids:
             self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
+
+
+def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
+    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids) -> hash."""
+    init_none_hash(sha256)
+    return lambda parent, token_ids: hash_block_tokens(sha256, parent, token_ids)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pad_vllm.reward.backend import ForwardBatch, PagedModel, clear_blocks, copy_blocks, to_device
 from pad_vllm.reward.block_manager import BlockManager, Context
+from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
+from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ContextRows:
     lengths: np.ndarray | None
     """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
     index: torch.Tensor
-    """[R] int64, on the device: each row's context; a context's rows follow each other. ``no_context`` for a row of
+    """[R] int64, on the device: each row's context; a context's rows follow each other. ``no_slot`` for a row of
     which nothing is wanted"""
     positions: torch.Tensor
     """[R] int64, on the device: where in its context the row's token is"""
@@ -85,7 +86,7 @@ class RewardEngine:
         self.blocks = BlockManager(
             model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
         )
-        self.no_context = max_num_contexts
+        self.no_slot = max_num_contexts
         self.stats = EngineStats()
 
     def step(self, rows: ContextRows) -> torch.Tensor:

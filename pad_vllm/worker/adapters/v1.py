@@ -12,9 +12,10 @@ from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
 from pad_vllm.kernels import OutputTokens
-from pad_vllm.reward.backend import to_device
+from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
-from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
