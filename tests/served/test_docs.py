@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HEADS
-from tests.engine import OFFLINE
-from tests.models import make_heads, make_model
-from tests.server import FORK, wait_until_healthy
+from tests.support.engine import OFFLINE
+from tests.support.models import make_heads, make_model
+from tests.support.server import FORK, wait_until_healthy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PIP = 'pip() { python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
 """pip installs into a folder here, and not over the environment that the tests run in."""

@@ -14,7 +14,7 @@ import torch
 from pad_vllm.benchmarks import loops
 from pad_vllm.benchmarks.methods import Cell, guidance, prompts
 from pad_vllm.benchmarks.record import Record
-from tests.engine import OFFLINE
+from tests.support.engine import OFFLINE
 
 
 def test_the_loops_generate_what_the_oracle_does(models, encode):

@@ -18,7 +18,7 @@ from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.frontend import admission
 from pad_vllm.reward.template import PromptTemplate
-from tests.malformed import GOOD, malformed
+from tests.support.malformed import GOOD, malformed
 
 pytestmark = pytest.mark.every_release
 

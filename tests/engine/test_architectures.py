@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests import oracle
-from tests.engine import PLUGIN, Engine, greedy, pad_config
-from tests.models import make_model
+from tests.support.engine import PLUGIN, Engine, greedy, pad_config
+from tests.support.models import make_model
 
 TIED = {"tie_word_embeddings": True, "head_dim": 32}
 GEMMA = TIED | {"pad_token_id": 2, "query_pre_attn_scalar": 32, "final_logit_softcapping": 6.0}

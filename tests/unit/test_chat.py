@@ -8,9 +8,9 @@ import pytest
 
 from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, SEAM_TOKENS, PromptTemplate
-from tests.chats import FAMILIES, make_chat_tokenizer
-from tests.engine import Engine, engine_stats, greedy, pad_config
-from tests.models import make_model
+from tests.support.chats import FAMILIES, make_chat_tokenizer
+from tests.support.engine import Engine, engine_stats, greedy, pad_config
+from tests.support.models import make_model
 
 PREFERENCE = "concise, formal"
 LINE = "Heed {preference}.\n\n{prompt}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FORBIDDEN = {
     # Different processes: what they share stands at the root, what they tell each other in channel.py.
     "pad_vllm/frontend": ("pad_vllm.worker",),

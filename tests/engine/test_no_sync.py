@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engine import PLUGIN, Engine, guided, pad_config, running_guidance
+from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_guidance
 
 pytestmark = pytest.mark.every_release
 

@@ -9,7 +9,9 @@ import pytest
 
 from pad_vllm.demo import world
 from pad_vllm.demo.show import USERS
-from tests.engine import Worker
+from tests.support.engine import Worker
+
+pytestmark = pytest.mark.first  # trains the models that others read
 
 
 def measure_demo() -> dict[str, tuple[float, float]]:

@@ -9,7 +9,7 @@ import pytest
 
 from pad_vllm import internals, releases
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_tested_is_what_the_tests_run():

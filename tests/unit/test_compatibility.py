@@ -13,8 +13,8 @@ from vllm.engine.arg_utils import EngineArgs
 from pad_vllm.config import PADConfig
 from pad_vllm.worker.compatibility import check_vocabulary, load_model_config, load_tokenizer
 from tests import oracle
-from tests.engine import PLUGIN, Engine, greedy, pad_config
-from tests.models import make_model, make_tokenizer
+from tests.support.engine import PLUGIN, Engine, greedy, pad_config
+from tests.support.models import make_model, make_tokenizer
 
 CONTROL = ["<think>", "</think>", "<tool_response>"]
 KNOWN = len(make_tokenizer())

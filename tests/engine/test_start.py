@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.engine import A_CORE_EACH, PLUGIN, Engine, Worker, set_environment
-from tests.models import make_heads, make_model
+from tests.support.engine import A_CORE_EACH, PLUGIN, Engine, Worker, set_environment
+from tests.support.models import make_heads, make_model
 
 
 def start_and_fail(cases: list[dict], base: str, runner: str) -> list[str]:

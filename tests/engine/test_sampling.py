@@ -13,7 +13,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
-from tests.engine import PLUGIN, Engine, engine_stats, guided, pad_config
+from tests.support.engine import PLUGIN, Engine, engine_stats, guided, pad_config
 
 MAX_TOKENS = 32
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}

@@ -9,7 +9,7 @@ import triton
 
 from benchmarks.kernel_resources import measure
 
-TABLE = Path(__file__).parent.parent / "benchmarks" / "results" / "kernel-resources.json"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel-resources.json"
 
 
 def test_ahead_of_time_compilation():

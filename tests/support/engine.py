@@ -74,7 +74,7 @@ class Worker:
     """
 
     def __init__(self, preloaded: bool = False) -> None:
-        multiprocessing.set_forkserver_preload(["tests.preload"])
+        multiprocessing.set_forkserver_preload(["tests.support.preload"])
         context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
         self._pool = ProcessPoolExecutor(1, context, _inherit, (dict(os.environ),))
 

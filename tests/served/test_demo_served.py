@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.engine import OFFLINE
-from tests.server import FORK
+from tests.support.engine import OFFLINE
+from tests.support.server import FORK
 
 
 def test_two_users_of_one_server():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.engine import Worker, set_environment
+from tests.support.engine import Worker, set_environment
 
 NEG_INF = float("-inf")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
+from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
 pytestmark = pytest.mark.every_release
 

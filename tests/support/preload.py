@@ -1,6 +1,6 @@
 """What the processes of V1 engines have in common, imported once; see Worker."""
 
-from tests.engine import set_environment
+from tests.support.engine import set_environment
 
 set_environment("v1")
 

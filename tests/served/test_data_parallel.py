@@ -11,8 +11,8 @@ import pytest
 
 from pad_vllm.worker.board import MULTIPROCESS_INTERVAL
 from tests import oracle
-from tests.engine import A_CORE_EACH
-from tests.server import Server
+from tests.support.engine import A_CORE_EACH
+from tests.support.server import Server
 
 PREFERENCE = "concise, formal"
 MAX_TOKENS = 24

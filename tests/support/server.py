@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.engine import OFFLINE
+from tests.support.engine import OFFLINE
 
 FORK = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
 """An engine's process need not import vLLM again."""

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
 from tests.conftest import MIX, Models
-from tests.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
+from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
 
 pytestmark = pytest.mark.every_release
 

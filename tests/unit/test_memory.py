@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pad_vllm.reward.memory import BaseMemory, derive_kv_cache_bytes
-from tests.engine import Engine, Worker, engine_stats, pad_config, set_environment
+from tests.support.engine import Engine, Worker, engine_stats, pad_config, set_environment
 
 
 def derive(base: BaseMemory, **overrides) -> int:

@@ -17,9 +17,9 @@ import pytest
 from pad_vllm.channel import ANNOUNCE_DIR
 from tests import oracle
 from tests.conftest import HEADS, MIX
-from tests.engine import PLUGIN
-from tests.malformed import malformed
-from tests.server import Server
+from tests.support.engine import PLUGIN
+from tests.support.malformed import malformed
+from tests.support.server import Server
 
 pytestmark = pytest.mark.every_release
 
@@ -31,7 +31,7 @@ mixed: {weights: [0.7, -0.2, 0.5], top_k: 8}
 """
 TERSE = {"preference": "concise, formal", "beta": 1.5}
 MAX_TOP_K = 20
-INTERPRETER = Path(__file__).parent / "interpreter"
+INTERPRETER = Path(__file__).parents[1] / "support" / "interpreter"
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
