@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -247,3 +248,8 @@ def without_added(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
     saved = json.loads(tokenizer.to_str())
     saved["added_tokens"] = [entry for entry in saved["added_tokens"] if entry["content"] not in tokens]
     return Tokenizer.from_str(json.dumps(saved))
+
+
+@functools.cache
+def tokenizer_of(family: str):
+    return make_chat_tokenizer(FAMILIES[family])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, SEAM_TOKENS, PromptTemplate
-from tests.support.chats import FAMILIES, make_chat_tokenizer
-from tests.support.engine import Engine, engine_stats, greedy, pad_config
-from tests.support.models import make_model
+from tests.support.chats import FAMILIES, make_chat_tokenizer, tokenizer_of
 
 PREFERENCE = "concise, formal"
 LINE = "Heed {preference}.\n\n{prompt}"
@@ -23,11 +19,6 @@ CONVERSATIONS = {
     "system, turns": ["system:Jump.\n\nFox", "user:a", "assistant:the rain", "user:and the dog?"],
     "system, spaces": ["system: the old town \n", "user:say why"],
 }
-
-
-@functools.cache
-def tokenizer_of(family: str):
-    return make_chat_tokenizer(FAMILIES[family])
 
 
 def messages_of(conversation: list[str]) -> list[dict[str, str]]:
@@ -201,36 +192,3 @@ def test_the_base_models_template_is_the_one_that_counts():
     assert template.example("x") == (
         "<|im_start|>user\nHeed x.\n\nHow do I keep tomatoes fresh?<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    folder = make_model(tmp_path_factory.mktemp("chat") / "model", seed=0, vocab_size=1024)
-    tokenizer_of("chatml").save_pretrained(folder)
-    return folder
-
-
-def test_a_system_prompt_is_computed_once_for_users_of_different_preferences(chat_model):
-    """500 tokens, 16 users, 16 preferences, in one batch: counted."""
-    tokenizer = tokenizer_of("chatml")
-    template = PromptTemplate(tokenizer, "{preference} {prompt}")
-    words = [5 + i % 90 for i in range(497)]
-    (start, end) = (
-        tokenizer.encode(t, add_special_tokens=False)
-        for t in ("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    )
-    assert len(start) == 3
-    prompt = [*start, *words, *end]
-    preferences = [f"{name}, {mood}" for name in ("concise", "formal", "playful", "detailed") for mood in "abcd"]
-    composed = [template.compose_shared(prompt, preference) for preference in preferences]
-    assert {c.shared[0] for c in composed} == {500}
-    pad = pad_config(chat_model, prompt_template="{preference} {prompt}")
-    engine = Engine("v1", chat_model, max_model_len=600, max_num_seqs=16, **pad)
-    try:
-        engine.generate([prompt] * 16, [greedy(1, preference=text) for text in preferences])
-        stats = engine.call(engine_stats)
-        own = sum(len(c.ids) - 500 for c in composed)
-        assert stats["tokens"] == 500 + own
-        assert stats["prefix_hits"] == 15 * 500
-    finally:
-        engine.close()
