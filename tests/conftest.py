@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
-from tests.engine import CORES, set_environment
-from tests.models import make_heads, make_model
+from tests.support.engine import CORES, set_environment
+from tests.support.models import make_heads, make_model
 
 set_environment("v1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each worker's engines on a core of their own
@@ -28,16 +28,19 @@ HEADS = ["concise", "formal", "playful"]
 MIX = (0.7, -0.2, 0.5)
 """Weights of the named heads, wherever a test mixes them."""
 
-SLOW = (
-    "test_demo",  # trains the models that others read
-    *("test_engine", "test_settings", "test_start", "test_lifecycle", "test_speculative", "test_no_sync", "test_soak"),
-)
+TIERS = ("engine", "served", "training", "kernels", "unit")
+"""The folders of the tests, and the markers that these give; those whose files take longest first."""
+
+
+def tier(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest modules first, so that parallel workers end together."""
-    place = {f"tests.{name}": i for i, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.module.__name__, len(SLOW)))
+    """Each test is marked by its folder. The longest files run first, so that parallel workers end together."""
+    for item in items:
+        item.add_marker(tier(item))
+    items.sort(key=lambda item: (item.get_closest_marker("first") is None, TIERS.index(tier(item))))
 
 
 class Models:

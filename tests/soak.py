@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engine import ONE_CONTEXT, Worker, guided, pad_config, set_environment
+from tests.support.engine import ONE_CONTEXT, Worker, guided, pad_config, set_environment
 
 MAX_MODEL_LEN = 256
 PERSONAS = {
@@ -93,7 +93,7 @@ def _resident_mib(worker) -> float:
 
 def _stats(worker) -> dict[str, int]:
     from pad_vllm import PADLogitsProcessor
-    from tests.engine import guidance_stats
+    from tests.support.engine import guidance_stats
 
     (processor,) = PADLogitsProcessor.running()
     return guidance_stats(processor.adapter.guidance)

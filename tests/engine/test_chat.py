@@ -1,0 +1,43 @@
+"""A long system prompt beside preferences: computed once, in the engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from pad_vllm.reward.template import PromptTemplate
+from tests.support.chats import tokenizer_of
+from tests.support.engine import Engine, engine_stats, greedy, pad_config
+from tests.support.models import make_model
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = make_model(tmp_path_factory.mktemp("chat") / "model", seed=0, vocab_size=1024)
+    tokenizer_of("chatml").save_pretrained(folder)
+    return folder
+
+
+def test_a_system_prompt_is_computed_once_for_users_of_different_preferences(chat_model):
+    """500 tokens, 16 users, 16 preferences, in one batch: counted."""
+    tokenizer = tokenizer_of("chatml")
+    template = PromptTemplate(tokenizer, "{preference} {prompt}")
+    words = [5 + i % 90 for i in range(497)]
+    (start, end) = (
+        tokenizer.encode(t, add_special_tokens=False)
+        for t in ("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    )
+    assert len(start) == 3
+    prompt = [*start, *words, *end]
+    preferences = [f"{name}, {mood}" for name in ("concise", "formal", "playful", "detailed") for mood in "abcd"]
+    composed = [template.compose_shared(prompt, preference) for preference in preferences]
+    assert {c.shared[0] for c in composed} == {500}
+    pad = pad_config(chat_model, prompt_template="{preference} {prompt}")
+    engine = Engine("v1", chat_model, max_model_len=600, max_num_seqs=16, **pad)
+    try:
+        engine.generate([prompt] * 16, [greedy(1, preference=text) for text in preferences])
+        stats = engine.call(engine_stats)
+        own = sum(len(c.ids) - 500 for c in composed)
+        assert stats["tokens"] == 500 + own
+        assert stats["prefix_hits"] == 15 * 500
+    finally:
+        engine.close()

@@ -1,0 +1,49 @@
+"""The size of the reward model's KV cache, as an engine takes it where nobody says it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.support.engine import Engine, Worker, engine_stats, pad_config, set_environment
+
+
+def test_the_engine_takes_it_from_its_own_configuration(models):
+    """The base has blocks for 16,384 tokens; a reward context is four times as long as the base's."""
+    engine = Engine("v1", models.base, num_gpu_blocks_override=512, block_size=32, **pad_config(models.reward))
+    try:
+        assert engine.call(engine_stats)["blocks"] == 4 * 512
+    finally:
+        engine.close()
+
+
+def start_without_sizes(base: str, reward: str) -> dict:
+    set_environment("v1")
+    del os.environ["VLLM_CPU_KVCACHE_SPACE"]
+    from vllm import LLM
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
+    llm = LLM(
+        base,
+        dtype="float32",
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        max_model_len=256,
+        max_num_seqs=4096,
+        gpu_memory_utilization=3 * 2**30 / memory,
+        **pad_config(reward),
+    )
+    return engine_stats(llm) | {"base_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}
+
+
+def test_without_a_base_size_both_take_from_one_budget(models):
+    """A CPU's: gpu_memory_utilization of the memory, less what the process has and what the base's weights will."""
+    worker = Worker(preloaded=True)
+    try:
+        stats = worker.run(start_without_sizes, str(models.base), str(models.reward))
+    finally:
+        worker.close()
+    base_tokens, reward_tokens = stats["base_blocks"] * 128, stats["blocks"] * 32
+    assert reward_tokens / 4 == pytest.approx(base_tokens, rel=0.25)  # the base has still to run its first forward

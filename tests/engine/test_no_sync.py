@@ -1,0 +1,106 @@
+"""Model Runner V2's decode path reads nothing back from the device.
+
+On a CPU nothing would wait, so what is watched is the reads themselves: every way in which our own code could look at a
+tensor's values on the host.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_guidance
+
+pytestmark = pytest.mark.every_release
+
+READERS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+READING_OPS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal")
+
+
+def is_ours(frame) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("pad_vllm")
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        frame = sys._getframe(1)
+        if func._schema.name in READING_OPS and is_ours(frame):
+            self.reads.append(f"{func} at {frame.f_code.co_qualname}")
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self._originals = {name: getattr(torch.Tensor, name) for name in READERS}
+        for name, original in self._originals.items():
+
+            def read(tensor, *args, _name=name, _original=original, **kwargs):
+                frame = sys._getframe(1)
+                if is_ours(frame):
+                    self.reads.append(f"{_name} at {frame.f_code.co_qualname}")
+                return _original(tensor, *args, **kwargs)
+
+            setattr(torch.Tensor, name, read)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        for name, original in self._originals.items():
+            setattr(torch.Tensor, name, original)
+        return super().__exit__(*exception)
+
+
+def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list[str], list[str], list[str]]:
+    """Reads in the first step, in ten steps of decoding, and in one after the reward KV cache was lost."""
+    from vllm import SamplingParams
+
+    from pad_vllm.kernels import reference
+
+    reference.reads_are_free = lambda tensor: False  # as on a device
+    for i, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(**asked))
+    reads = []
+    for num_steps, lose in ((1, False), (3, False), (10, False), (1, True)):
+        if lose:
+            running_guidance(llm).engine.blocks.reset()
+        with Watch() as watch:
+            for _ in range(num_steps):
+                llm.llm_engine.step()
+        reads.append(watch.reads)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return reads[0], reads[2], reads[3]
+
+
+def test_decoding_reads_nothing_back(models, encode):
+    params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+    prompts = [encode(f"answer {i}") for i in range(4)]
+    for drafts in (0, 2):
+        controls = {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
+        controls |= {} if drafts else {"logit_bias": {7: 2.0}}  # vLLM refuses it beside drafts
+        asked = [
+            params,
+            params | guided(preference="formal", weights=[1.0, 0.0, 0.5]),
+            params | guided(preference="formal", weights=[1.0, 0.0, 0.5]) | controls,
+            params | guided(beta=0.5),
+        ]
+        speculative = {"method": "draft_model", "model": str(models.base), "num_speculative_tokens": drafts}
+        engine = Engine(
+            "v2",
+            models.base,
+            logits_processors=PLUGIN,
+            max_model_len=128,
+            **({"speculative_config": speculative} if drafts else {}),
+            **pad_config(models.named),
+        )
+        try:
+            first, decoding, lost = engine.call(watch_steps, prompts, asked)
+        finally:
+            engine.close()
+        assert decoding == []
+        assert first, "a new request's tokens are read once, or nothing was watched"
+        assert any("_output_ids" in read for read in lost)

@@ -1,0 +1,413 @@
+"""The guidance step in PyTorch against the oracle, and its edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.support.engine import Worker, set_environment
+
+NEG_INF = float("-inf")
+
+
+def problem(num_rows: int, vocab_size: int = 97, hidden_size: int = 16, seed: int = 0, dtype=torch.float32):
+    """logits [N, V], hidden [N, d], lm_head [V, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
+    lm_head = torch.randn(vocab_size, hidden_size, generator=generator).to(dtype)
+    return logits, hidden, lm_head
+
+
+SENTINEL = 7.0
+END = 20
+"""End token of the first guided row; those of the others follow."""
+
+
+def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
+    """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
+    rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
+    from pad_vllm.kernels import fused
+    from pad_vllm.kernels import reference as in_torch
+
+    step = fused.guide_ if implementation == "triton" else in_torch.guide_
+    in_torch.reads_are_free = lambda tensor: implementation == "reference"
+    num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
+    partial, outputs = [], []
+    for collect in (True, False) if num_shards > 1 else (False,):
+        for shard in range(num_shards):
+            wide = torch.full((len(logits), num_cols + 40), SENTINEL, dtype=logits.dtype)
+            out = wide[:, 20 : 20 + num_cols]
+            out.copy_(logits)
+            mine = slice(shard * shard_size, (shard + 1) * shard_size)
+            if num_shards > 1:
+                kwargs["vocab_start"] = mine.start
+                kwargs["all_reduce"] = (
+                    (lambda scores: partial.append(scores.clone()) or scores)
+                    if collect
+                    else (lambda scores: sum(partial))
+                )
+            if kwargs.get("bias") is not None:
+                kwargs = kwargs | {"bias": kwargs["bias"][mine]} if num_shards > 1 else kwargs
+            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, **kwargs)
+            outputs.append(out.clone())
+            assert (wide[:, :20] == SENTINEL).all()
+            assert (wide[:, 20 + num_cols :] == SENTINEL).all()
+    for output in outputs[-num_shards:]:
+        torch.testing.assert_close(output, outputs[-1], rtol=0, atol=0, equal_nan=True)
+    return outputs[-1]
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process with the Triton interpreter on."""
+    worker = Worker()
+    worker.run(set_environment, "v2")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(params=["reference", "reference as on a device", "triton"])
+def run(request, interpreter):
+    """``guide_`` by either implementation, on a copy; scalars fill tensors."""
+
+    def run(logits, hidden, lm_head, rows=None, *, top_k, beta=None, reference=None, num_shards=1, **kwargs):
+        rows = torch.arange(len(logits)) if rows is None else torch.tensor(rows, dtype=torch.int64)
+        top_k = torch.as_tensor(top_k).expand(len(rows))
+        beta = torch.as_tensor(1.0 if beta is None else beta).expand(len(rows))
+        reference = torch.as_tensor(1.0 if reference is None else reference).expand(len(rows))
+        ends = END + torch.arange(len(rows))
+        kwargs = {"vocab_size": logits.shape[1], "max_top_k": int(top_k.max()) if len(rows) else 1} | kwargs
+        arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards)
+        return interpreter.run(run_guide, *arguments) if request.param == "triton" else run_guide(*arguments)
+
+    return run
+
+
+def expected_row(z, hidden, lm_head, top_k, beta, reference="base", bias=0.0):
+    return oracle.guided_logits(z.float(), lm_head.float() @ hidden.float() + bias, top_k, beta, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reference", ["base", "none"])
+def test_rows_with_their_own_k_and_beta(dtype, reference, run):
+    logits, hidden, lm_head = problem(6, dtype=dtype)
+    top_k, beta = torch.tensor([1, 2, 10, 50, 97, 3]), torch.tensor([0.0, 0.5, 1.0, 1.5, 3.0, 1.0])
+    out = run(logits, hidden, lm_head, top_k=top_k, beta=beta, reference=float(reference == "base"))
+    for i in range(6):
+        expected = expected_row(logits[i], hidden[i], lm_head, int(top_k[i]), beta[i].item(), reference)
+        torch.testing.assert_close(out[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_beta_zero_is_the_base_model_and_one_the_reward_models_choice(run):
+    logits, hidden, lm_head = problem(5)
+    assert torch.equal(run(logits, hidden, lm_head, top_k=10, beta=0.0).argmax(-1), logits.argmax(-1))
+    candidates = logits.topk(10).indices
+    rewarded = (hidden @ lm_head.T).gather(1, candidates).argmax(-1)
+    chosen = run(logits, hidden, lm_head, top_k=10, beta=1.0).argmax(-1)
+    assert torch.equal(chosen, candidates.gather(1, rewarded[:, None])[:, 0])
+
+
+def test_other_rows_are_untouched_to_the_bit(run):
+    logits, hidden, lm_head = problem(5)
+    logits[0, 3], logits[2, 5] = float("nan"), NEG_INF
+    out = run(logits, hidden[:2], lm_head, rows=[3, 1], top_k=4)
+    for i in (0, 2, 4):
+        assert torch.equal(out[i].view(torch.int32), logits[i].view(torch.int32))
+    torch.testing.assert_close(out[3], expected_row(logits[3], hidden[0], lm_head, 4, 1.0))
+    torch.testing.assert_close(out[1], expected_row(logits[1], hidden[1], lm_head, 4, 1.0))
+
+
+def test_masked_tokens_stay_masked_and_shrink_the_candidates(run):
+    logits, hidden, lm_head = problem(2)
+    logits[0] = NEG_INF
+    logits[0, [5, 40]] = torch.tensor([1.0, 2.0])
+    logits[1, ::2] = NEG_INF
+    out = run(logits, hidden, lm_head, top_k=10)
+    assert out[0].isfinite().nonzero().flatten().tolist() == [5, 40]
+    assert not out[1, ::2].isfinite().any()
+    for i in range(2):
+        torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, 10, 1.0))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_ties_go_to_the_lower_token_id(top_k, run):
+    logits, hidden, lm_head = problem(3)
+    logits[0] = 0.0
+    logits[1] = logits[1].round()
+    logits[2, [90, 7, 50, 31]] = 20.0
+    out = run(logits, hidden, lm_head, top_k=top_k)
+    for i in range(3):
+        torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, top_k, 1.0))
+
+
+def test_infinite_and_nan_logits_are_no_candidates(run):
+    logits, hidden, lm_head = problem(3)
+    logits[0, 4], logits[0, 9] = float("inf"), float("nan")
+    logits[1] = NEG_INF
+    out = run(logits, hidden, lm_head, top_k=5)
+    torch.testing.assert_close(out[0], expected_row(logits[0], hidden[0], lm_head, 5, 1.0))
+    assert ends(out[1], END + 1), "no candidate"
+    torch.testing.assert_close(out[2], expected_row(logits[2], hidden[2], lm_head, 5, 1.0))
+
+
+def ends(row: torch.Tensor, token: int) -> bool:
+    """Whether nothing but ``token`` can follow."""
+    return row[token] == 0 and row.isneginf().sum() == len(row) - 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_whose_reward_is_not_finite_gets_its_end_token_and_nothing_else(bad, num_shards, run):
+    """Also where one candidate's is, as the end token itself; no other row notices."""
+    logits, hidden, lm_head = problem(5)
+    hidden[1, 0] = bad
+    logits[3, END + 3] = 30
+    logits[4, END + 3] = NEG_INF
+    lm_head[END + 3, 0] = bad
+    hidden[:, 0] = torch.where(hidden[:, 0].isfinite(), hidden[:, 0].abs(), bad)
+    out = run(logits, hidden, lm_head, top_k=5, beta=0.7, num_shards=num_shards)
+    assert ends(out[1], END + 1)
+    assert ends(out[3], END + 3)
+    good = [i for i in (0, 2, 4) if END + 3 not in logits[i].topk(5).indices]
+    assert 4 in good
+    for i in good:
+        torch.testing.assert_close(out[i], expected_row(logits[i], hidden[i], lm_head, 5, 0.7))
+
+
+def control(y, num_slots: int, slots: list[int], requests: dict[int, dict]):
+    """What requests make of the base logits, and the step's ``controls``. ``requests``: slot -> ``bias``,
+    ``penalties``, ``prompt``, ``output``, ``drafts``."""
+    from pad_vllm.kernels.reference import Controls, OutputTokens
+
+    width = 600
+    num_bias, bias_ids = torch.zeros(num_slots, dtype=torch.int32), torch.zeros(num_slots, width, dtype=torch.int32)
+    bias, penalties = torch.full((num_slots, width), 50.0), torch.tensor([[0.0, 0.0, 1.0]]).repeat(num_slots, 1)
+    prompt_mask = torch.zeros(num_slots, -(-y.shape[1] // 32), dtype=torch.int32)
+    histories, begin, end = torch.full((num_slots, 900), 3, dtype=torch.int32), [], []
+    drafts, z = torch.full((len(slots), 3), -1, dtype=torch.int32), y.clone()
+    for row, slot in enumerate(slots):
+        asked = {"bias": {}, "penalties": (0.0, 0.0, 1.0), "prompt": [], "output": [], "drafts": []}
+        asked |= requests.get(slot, {})
+        ids = list(asked["bias"])
+        num_bias[slot], bias_ids[slot, : len(ids)] = len(ids), torch.tensor(ids, dtype=torch.int32)
+        bias[slot, : len(ids)] = torch.tensor(list(asked["bias"].values()))
+        penalties[slot] = torch.tensor(asked["penalties"])
+        for token in set(asked["prompt"]):
+            prompt_mask[slot, token // 32] |= torch.tensor(1 << (token % 32)).int()
+        begin.append(5)
+        end.append(5 + len(asked["output"]))
+        histories[slot, 5 : end[-1]] = torch.tensor(asked["output"], dtype=torch.int32)
+        drafts[row, : len(asked["drafts"])] = torch.tensor(asked["drafts"], dtype=torch.int32)
+        seen = asked["output"] + asked["drafts"]
+        z[row] = oracle.penalized(oracle.biased(y[row], asked["bias"]), asked["prompt"], seen, *asked["penalties"])
+    index = torch.tensor(slots)
+    output = OutputTokens(histories, index, torch.tensor(begin), torch.tensor(end), drafts)
+    if all(request.get("penalties") is None for request in requests.values()):
+        output = None
+    return z, Controls(index, num_bias, bias_ids, bias, penalties, prompt_mask, output)
+
+
+MANY = list(range(90)) * 9
+CONTROLS = [
+    {1: {"bias": {5: 100.0}}},
+    {1: {"bias": {5: -100.0, 31: 2.0, 96: -2.0}}, 0: {"bias": {i: 0.1 * i for i in range(90)}}},
+    {1: {"penalties": (0.7, 0.0, 1.0), "output": [1, 1, 2, 31]}},
+    {1: {"penalties": (0.0, -0.4, 1.0), "output": MANY, "drafts": [3, 3, 5]}},
+    {1: {"penalties": (0.0, 0.0, 1.7), "prompt": [0, 31, 32, 63, 64, 95, 96], "output": [7, 7]}},
+    {1: {"penalties": (0.0, 0.0, 0.6), "prompt": list(range(0, 97, 2)), "drafts": [9, 9, 11]}},
+    {
+        2: {
+            "penalties": (1.0, 0.5, 1.3),
+            "prompt": list(range(40)),
+            "output": MANY[:50],
+            "drafts": [60],
+            "bias": {3: 4.0},
+        },
+        0: {"penalties": (-0.5, 0.2, 0.8), "prompt": [4, 4], "output": [4], "bias": {4: -30.0, 9: 5.5}},
+        3: {"bias": dict.fromkeys(range(90), 1.5)},
+    },
+]
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("requests", CONTROLS, ids=range(len(CONTROLS)))
+def test_the_reward_does_not_see_bias_and_penalties(beta, requests, run):
+    """Candidates by z, the reward against y, for requests with and without controls in one batch."""
+    y, hidden, lm_head = problem(5)
+    slots = [3, 1, 0, 2, 4]
+    z, controls = control(y, 6, slots, requests)
+    expected = [oracle.guided_logits(z[i], lm_head @ hidden[i], 6, beta, y=y[i]) if i < 4 else z[i] for i in range(5)]
+    assert not torch.equal(z, y)
+    for num_shards in (1, 2):
+        out = run(
+            z, hidden, lm_head, top_k=torch.tensor([6, 6, 6, 6, 0]), beta=beta, controls=controls, num_shards=num_shards
+        )
+        for i in range(5):
+            torch.testing.assert_close(out[i], expected[i], rtol=1e-4, atol=1e-4)
+
+
+def test_absurd_penalties_stay_finite(run):
+    y, hidden, lm_head = problem(3)
+    every = {"prompt": list(range(97)), "output": []}
+    requests = {i: every | {"penalties": (0.0, 0.0, r)} for i, r in enumerate((1e-37, 3e38, 1e-5))}
+    z, controls = control(y, 3, [0, 1, 2], requests)
+    out = run(z, hidden, lm_head, top_k=6, controls=controls)
+    for i in range(3):
+        assert ends(out[i], END + i) or (out[i].isfinite().sum() == z[i].isfinite().sum().clamp(max=6))
+        assert not out[i].isnan().any()
+
+
+def test_bias_soft_cap_and_scale(run):
+    logits, hidden, lm_head = problem(2)
+    bias = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(5))
+    out = run(logits, hidden, lm_head, top_k=10, bias=bias, soft_cap=5.0, scale=0.7)
+    for i in range(2):
+        r = 0.7 * 5.0 * torch.tanh((lm_head @ hidden[i] + bias) / 5.0)
+        torch.testing.assert_close(out[i], oracle.guided_logits(logits[i], r, 10, 1.0))
+
+
+def test_mixed_heads(run):
+    logits, hidden, lm_head = problem(3)
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    mix = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.3, -0.7], [0.0, 1.0, 0.0]])
+    out = run(logits, hidden, lm_head, top_k=10, heads=(weight, bias, mix))
+    mapped = [
+        hidden[0],
+        0.3 * (weight[0] @ hidden[1] + bias[0]) - 0.7 * (weight[1] @ hidden[1] + bias[1]),
+        weight[0] @ hidden[2] + bias[0],
+    ]
+    for i, h in enumerate(mapped):
+        expected = expected_row(logits[i], h, lm_head, 10, 1.0)
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vector_heads_are_diagonal_matrices(run):
+    logits, hidden, lm_head = problem(2)
+    generator = torch.Generator().manual_seed(4)
+    vectors, bias = torch.randn(2, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    mix = torch.tensor([[0.0, 0.3, -0.7], [1.0, 0.0, 0.0]])
+    out = run(logits, hidden, lm_head, top_k=10, heads=(vectors, bias, mix))
+    matrices = torch.stack([torch.diag(vector) for vector in vectors])
+    torch.testing.assert_close(out, run(logits, hidden, lm_head, top_k=10, heads=(matrices, bias, mix)))
+
+
+def test_tensor_parallel_shards_sum_to_the_whole(run):
+    logits, hidden, lm_head = problem(4, vocab_size=100)
+    whole = run(logits, hidden, lm_head, top_k=10)
+    torch.testing.assert_close(run(logits, hidden, lm_head, top_k=10, num_shards=3), whole)
+    for i in range(4):
+        torch.testing.assert_close(whole[i], expected_row(logits[i], hidden[i], lm_head, 10, 1.0))
+
+
+def test_tokens_beyond_the_shared_vocabulary_are_no_candidates(run):
+    logits, hidden, lm_head = problem(2)
+    logits[:, 90:] += 50
+    out = run(logits, hidden, lm_head[:90], top_k=10, vocab_size=90)
+    masked = logits.clone()
+    masked[:, 90:] = NEG_INF
+    r = torch.cat([hidden @ lm_head[:90].T, torch.zeros(2, 7)], dim=1)
+    for i in range(2):
+        torch.testing.assert_close(out[i], oracle.guided_logits(masked[i], r[i], 10, 1.0))
+
+
+def test_bf16_logits(run):
+    """Values to the 8 bits that bf16 has."""
+    logits, hidden, lm_head = problem(3)
+    logits = logits.bfloat16()
+    out = run(logits, hidden[:1], lm_head, rows=[2], top_k=4)
+    expected = expected_row(logits[2], hidden[0], lm_head, 4, 1.0)
+    torch.testing.assert_close(out[2].float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(out[:2], logits[:2])
+
+
+def test_rows_of_top_k_zero_are_left_alone(run):
+    """They stand for rows of which only the device knows that they are not guided."""
+    logits, hidden, lm_head = problem(4)
+    logits[1, 3] = float("nan")
+    out = run(logits, hidden, lm_head, rows=[3, 1, 0, 2], top_k=torch.tensor([5, 0, 0, 5]))
+    assert torch.equal(out[:2].view(torch.int32), logits[:2].view(torch.int32))
+    torch.testing.assert_close(out[3], expected_row(logits[3], hidden[0], lm_head, 5, 1.0))
+    torch.testing.assert_close(out[2], expected_row(logits[2], hidden[3], lm_head, 5, 1.0))
+
+
+def test_no_rows(run):
+    logits, hidden, lm_head = problem(2)
+    assert torch.equal(run(logits, hidden[:0], lm_head, rows=[], top_k=5), logits)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "hidden_size", "top_k"),
+    [
+        (1, 262_144, 32, 10),
+        (2, 100_003, 48, 64),
+        (5, 9001, 100, 1),
+        (3, 2049, 130, 33),
+        (2, 4096, 16, 200),
+        (9, 31, 8, 31),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shapes(run, num_rows, vocab_size, hidden_size, top_k, dtype):
+    """Many slices, slices that do not fill, hidden sizes that are no power of two; float32 accumulation throughout."""
+    logits, hidden, lm_head = problem(num_rows, vocab_size, hidden_size, dtype=dtype)
+    out = run(logits, hidden, lm_head, top_k=top_k, beta=0.8)
+    for i in range(num_rows):
+        expected = expected_row(logits[i], hidden[i], lm_head, top_k, 0.8)
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def fuzz_fused(max_examples: int) -> None:
+    """Rows made to break selection and normalization, by both implementations. In the interpreter's process."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from pad_vllm.kernels import fused
+    from pad_vllm.kernels import reference as in_torch
+
+    values = st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, NEG_INF, float("inf"), float("nan"), 3e38, -3e38, 1e-42, -1e-42, 1e-38]),
+        st.floats(-20, 20, width=32),
+    )
+
+    @settings(max_examples=max_examples, deadline=None, database=None)
+    @given(data=st.data())
+    def equal(data) -> None:
+        num_rows, vocab_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+        row = st.lists(values, min_size=vocab_size, max_size=vocab_size)
+        logits = torch.tensor(data.draw(st.lists(row, min_size=num_rows, max_size=num_rows)))
+        rows = torch.tensor(data.draw(st.permutations(range(num_rows)))[: data.draw(st.integers(1, num_rows))])
+        top_k = torch.tensor(data.draw(st.lists(st.integers(0, 12), min_size=len(rows), max_size=len(rows))))
+        top_k = top_k.clamp(max=vocab_size)
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+        hidden = torch.randn(len(rows), 8, generator=generator)
+        if data.draw(st.booleans()):
+            hidden[0, 0] = data.draw(st.sampled_from([float("nan"), float("inf"), 1e30]))
+        lm_head = torch.randn(vocab_size, 8, generator=generator)
+        beta, mode = torch.full((len(rows),), data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))), torch.ones(len(rows))
+        outputs = []
+        ends = torch.arange(len(rows)) % vocab_size
+        for step in (in_torch.guide_, fused.guide_):
+            out = logits.clone()
+            step(out, hidden, lm_head, rows, top_k, beta, mode, ends, max_top_k=12, vocab_size=vocab_size)
+            outputs.append(out)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+    equal()
+
+
+def test_adversarial_rows(interpreter):
+    interpreter.run(fuzz_fused, 300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values, and a CUDA graph's capture and replay")
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_on_a_gpu(num_rows):
+    from benchmarks.kernel import check, check_graph
+    from benchmarks.kernel import problem as on_gpu
+
+    arguments = on_gpu(num_rows, 128_256, 4096, 10, "cuda")
+    check(*arguments)
+    check_graph(*arguments)

@@ -1,0 +1,155 @@
+"""Every command of the README and the documentation, as it stands there, on the tests' models."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import HEADS
+from tests.support.engine import OFFLINE
+from tests.support.models import make_heads, make_model
+from tests.support.server import FORK, wait_until_healthy
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PIP = 'pip() { python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
+"""pip installs into a folder here, and not over the environment that the tests run in."""
+RUN_ELSEWHERE = ["make demo", "make test"]
+"""test_demo.py and test_demo_served.py run what the one runs; this is the other."""
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """(language, text) of a document's fenced blocks."""
+    text = (ROOT / document).read_text()
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, re.M | re.S)
+    return [(language, textwrap.dedent(body)) for _, language, body in found]
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory) -> Path:
+    """The repository beside a base model and a reward model, under the names that the documents give them."""
+    folder = tmp_path_factory.mktemp("docs") / "checkout"
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    (folder / "base-model").symlink_to(models.base)
+    reward = make_model(folder / "reward-model", seed=1, max_position_embeddings=4096)
+    make_heads(reward / "heads.safetensors", HEADS)
+    return folder
+
+
+def write_pairs(folder: Path, record: str) -> None:
+    """Comparisons of the form that is shown, by several users and by one, and models to begin with."""
+    template = json.loads(record)
+    rng = random.Random(0)
+
+    def comparison(chosen: str, rejected: str) -> dict:
+        words = " ".join(rng.choice("abcdefgh") for _ in range(6))
+        return template | {"prompt": words, "chosen": f"{words} {chosen}", "rejected": f"{words} {rejected}"}
+
+    pairs = [comparison("a", "b"), *(comparison(rng.choice("ab"), rng.choice("cd")) for _ in range(40))]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "ada.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:20]))
+    (folder / "small-model").symlink_to(folder / "base-model")
+    released = make_model(folder / "checkpoint", seed=2)
+    make_heads(released / "value_head.safetensors", ["v_head.summary"])
+
+
+def write_evaluation(folder: Path, text: str) -> None:
+    (folder / "evaluation.yaml").write_text(text)
+    (folder / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": "b c"}\n')
+    (folder / "my_module.py").write_text(
+        "from pad_vllm.evaluation.judgement import Judgement\n"
+        "def check(text, prompt, user):\n"
+        "    return Judgement({'length': float(len(text) < 50)}, True)\n"
+    )
+
+
+FILES = {"json": write_pairs, "yaml": write_evaluation}
+"""What the documents show of a file, for the commands that read it."""
+
+
+def environment(multiprocess: bool = True) -> dict[str, str]:
+    path = f"{BIN}:{os.environ['PATH']}"
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+    settings["VLLM_CPU_CI_ENV"] = "1"  # the documents leave compilation on, which takes a minute here
+    return os.environ | OFFLINE | FORK | {"PATH": path} | settings
+
+
+def run(folder: Path, language: str, body: str) -> str:
+    """Run a block to its end; what it printed."""
+    name = folder / "blocks" / ("block.py" if language == "python" else "block.sh")
+    name.parent.mkdir(exist_ok=True)
+    if language == "python":  # an engine's process imports the script again
+        body = 'if __name__ == "__main__":\n' + textwrap.indent(body, "    ")
+    name.write_text(body if language == "python" else f"set -euo pipefail\n{PIP}{body}")
+    command = [sys.executable if language == "python" else "bash", str(name)]
+    done = subprocess.run(command, cwd=folder, env=environment(multiprocess=False), capture_output=True, text=True)
+    assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "document", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+)
+def test_every_command_runs(folder, document):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server: subprocess.Popen | None = None
+    try:
+        for language, body in blocks(document):
+            if not language:
+                continue  # a formula
+            if language in ("json", "yaml"):
+                FILES[language](folder, body)
+                continue
+            assert language in ("bash", "python"), language
+            if all(line.partition("#")[0].strip() in RUN_ELSEWHERE for line in body.splitlines()):
+                subprocess.run(["make", "--dry-run", "demo", "test"], cwd=ROOT, check=True, capture_output=True)
+            elif body.startswith("vllm serve"):
+                server = stop(server)
+                command = ["bash", "-c", f"exec {body.rstrip()} --port {port}"]
+                log = (folder / "log").open("w")
+                server = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+                wait_until_healthy(server, port, folder / "log", timeout=180)
+            else:
+                body = body.replace("localhost:8000", f"localhost:{port}")
+                body = body.replace("examples/client.py", f"examples/client.py http://localhost:{port}/v1")
+                out = run(folder, language, body)
+                if "examples/client.py" in body:
+                    assert "a typing error: pad_persona='tense': no such persona; did you mean 'terse'?" in out
+    finally:
+        stop(server)
+
+
+def stop(server: subprocess.Popen | None) -> None:
+    if server is not None:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_offline_example(folder):
+    out = run(folder, "bash", "python examples/offline.py")
+    assert [json.loads(f"[{n}]")[0] for n in re.findall(r"'pad_beta': ([\d.]+)", out)] == [0.8]
+    assert "pad_persona" in out
+
+
+def test_what_is_installed(folder):
+    """The wheel has the kernels, and the entry points by which vLLM finds the plugin."""
+    run(folder, "bash", "rm -rf installed && pip install --no-deps .")
+    installed = folder / "installed"
+    assert (installed / "pad_vllm" / "kernels" / "fused.py").exists()
+    assert (installed / "pad_vllm" / "demo" / "serve.py").exists()
+    assert not (installed / "tests").exists()
+    (entry_points,) = installed.glob("pad_vllm-*.dist-info/entry_points.txt")
+    assert "pad = pad_vllm:PADLogitsProcessor" in entry_points.read_text()
