@@ -34,11 +34,11 @@ class GuidedBatch:
 
     layout: Layout
     num_tokens: np.ndarray
-    """[C] int64: tokens of the request, this step's drafts among them, at most"""
+    """[C] int64: the request's tokens, this step's drafts included; an upper bound unless ``exact``"""
     exact: bool
-    """Whether ``num_tokens`` is what the request's one row sees; else it is an upper bound."""
+    """Whether each request has one row, which sees ``num_tokens`` tokens."""
     positions: torch.Tensor
-    """[R] int64, on the device: where in its request the last token is that the row sees"""
+    """[R] int64, on the device: position of the row's last visible token in its request"""
     token_ids: torch.Tensor
     """[R] int32, on the device: that token"""
     output_ids: Callable[[int], Sequence[int]]

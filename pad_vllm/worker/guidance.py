@@ -97,7 +97,7 @@ class Guidance:
     def new_request(
         self, slot: int, params: GuidanceParams, controls: SamplingControls, prompt_ids: list[int], end_id: int
     ) -> Context:
-        """Begin guiding a request in a slot that is free: its context's index.
+        """Begin guiding a request in a slot that is free; returns its context.
 
         Args:
             slot: of the request.
@@ -146,10 +146,10 @@ class Guidance:
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
         hidden_states = self.engine.step(
             ContextRows(
-                contexts=layout.slots,
+                slots=layout.slots,
                 num_tokens=num_tokens,
                 lengths=num_tokens if batch.exact else None,
-                index=layout.row_slots,
+                row_slots=layout.row_slots,
                 positions=batch.positions + params.ints.offset,
                 token_ids=token_ids.int(),
                 history=batch.output_ids,

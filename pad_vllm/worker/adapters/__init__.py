@@ -36,7 +36,7 @@ class RequestState:
     controls: SamplingControls
     stop_token_id: int
     context: Context | None = None
-    """Its index is the request's slot; None until the request has begun."""
+    """In the request's slot; None until the request has begun."""
     failed: bool = False
 
 
