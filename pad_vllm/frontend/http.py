@@ -15,7 +15,7 @@ from pad_vllm.params import is_known, is_ours
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SCORING_ENDPOINTS = ("/generative_scoring", "/v1/systemone")
+SCORING_ENDPOINTS = ("/generative_scoring", "/v1/systemone", "/v1/decisions")
 """Heads of paths that answer by log-probabilities of the base model, which leave guidance out."""
 UNGUIDED_ENDPOINTS = ("/cohere/", *SCORING_ENDPOINTS)
 """Heads of paths whose requests carry no arguments of plugins."""

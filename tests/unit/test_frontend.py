@@ -116,9 +116,13 @@ OTHER_ROUTES = {
 def post_routes(monkeypatch) -> set[str]:
     """Paths of the installed vLLM's API server that take POST, with everything that it can offer."""
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("VLLM_ENABLE_COHERE_API", "1")
