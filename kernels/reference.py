@@ -20,6 +20,7 @@ float32, whatever comes in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -259,8 +260,9 @@ def reweight_(
     log_r = scores.masked_fill(~candidate, NEG_INF).log_softmax(-1)
     reward = log_r - reference.unsqueeze(1) * y.log_softmax(-1)
     guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
-    sound = guided.amax(-1, keepdim=True).isfinite()  # the maximum of a NaN and anything is NaN
-    if not reads_are_free(logits) or not bool(sound.all()):
+    largest_z = guided.amax(-1, keepdim=True)  # of a NaN and anything it is NaN
+    if not reads_are_free(logits) or not math.isfinite(float(largest_z.sum())):
+        sound = largest_z.isfinite()
         ids, guided = torch.where(sound, ids, end_ids.unsqueeze(1)), guided.where(sound, 0.0)
     guided = guided.to(logits.dtype)
     if reads_are_free(logits):
