@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pad_vllm.kernels import controls as undoing
 from pad_vllm.kernels import fused
 
 TARGETS = {
@@ -51,8 +52,8 @@ def configurations(K: int):
     yield "score", fused.score_kernel, whole, fused.SCORE_WARPS
     yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
     keys = {"K": K, "NUM_KEYS": SLICES * K}
-    undo = keys | {"BLOCK": fused.TILE // K, "HAS_PENALTIES": True}
-    yield "undo controls", fused.undo_controls_kernel, undo, fused.CONTROLS_WARPS
+    undo = keys | {"BLOCK": undoing.TILE // K, "HAS_PENALTIES": True}
+    yield "undo controls", undoing.undo_controls_kernel, undo, undoing.WARPS
     for name, controls in (
         ("reweight, sharded", {"HAS_CONTROLS": False, "y_ptr": None}),
         ("reweight", {"HAS_CONTROLS": True}),

@@ -4,12 +4,9 @@
 one read and one write of the row. :func:`score_kernel`, one program a row, merges the slices' candidates, gathers their
 rows of lm_head, takes the dot products with the hidden state in float32, normalizes over the candidates and writes the
 k new logits. With tensor parallelism it stops before it normalizes, and the partial scores are summed over the ranks;
-where requests have a bias or penalties, it stops too, and :func:`undo_controls_kernel` takes these out of the
+where requests have a bias or penalties, it stops too, and :mod:`.controls` takes these out of the
 candidates' logits; then :func:`reweight_kernel` goes on. The semantics are :mod:`.reference`'s, to the tie; shapes
-and names too.
-
-A candidate is one int64 key: its logit's float32 bits, made to order as integers do, above its inverted token id. So
-the largest keys are the largest logits, and of equal ones those with the lower ids.
+and names too. A candidate is one int64 key (:mod:`.keys`).
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import MAX_LOGIT, Controls, map_heads
-
-NO_KEY = tl.constexpr(-(2**63))
-"""Less than the key of any finite logit."""
+from .controls import undo_controls
+from .keys import NO_KEY, from_key, to_key
+from .reference import Controls, map_heads
 
 BLOCK_V = 1024
 """Logits that a program of the first launch holds at a time."""
@@ -35,24 +31,7 @@ MAX_KEYS = 4096
 """Of a row's slices together, which the second launch merges."""
 TILE = 4096
 """Elements of lm_head that a program of the second launch holds at a time, [K, TILE / K]."""
-SELECT_WARPS, SCORE_WARPS, CONTROLS_WARPS, REWEIGHT_WARPS = 4, 8, 4, 1
-LARGEST_LOGIT = tl.constexpr(MAX_LOGIT)
-
-
-@triton.jit
-def to_key(values, ids):
-    """int64 keys of float32 values and their token ids. A zero's sign is dropped: -0.0 and 0.0 are a tie."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-
-
-@triton.jit
-def from_key(keys):
-    """The inverse: (float32 values, int64 token ids)."""
-    ordered = (keys >> 32).to(tl.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+SELECT_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 8, 1
 
 
 @triton.jit
@@ -200,66 +179,6 @@ def score_kernel(
 
 
 @triton.jit
-def undo_controls_kernel(
-    top_k_ptr,  # [R] int64
-    top_k_stride,
-    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
-    slots_ptr,  # [R] int64
-    num_bias_ptr,  # [S] int32
-    bias_ids_ptr,  # [S, max_bias] int32
-    logit_bias_ptr,  # [S, max_bias] float32
-    max_bias,
-    penalties_ptr,  # [S, 3] float32
-    prompt_mask_ptr,  # [S, ceil(V / 32)] int32
-    prompt_mask_stride,
-    output_ptr,  # [H, L], or nothing
-    output_stride,
-    output_rows_ptr,  # [R] int64, or nothing
-    output_begin_ptr,  # [R] int64, or nothing
-    output_end_ptr,  # [R] int64, or nothing
-    draft_ids_ptr,  # [R, num_drafts] int32, or nothing
-    num_drafts,
-    y_ptr,  # [R, K] float32, out
-    K: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_PENALTIES: tl.constexpr,
-):
-    """The candidates' logits before penalties, then before the bias."""
-    row_idx = tl.program_id(0).to(tl.int64)
-    if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
-        place, block = tl.arange(0, K), tl.arange(0, BLOCK)
-        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
-        y, ids = from_key(candidates)
-        ids = tl.where(candidates > NO_KEY, ids, 0).to(tl.int32)
-        slot = tl.load(slots_ptr + row_idx)
-        if HAS_PENALTIES:
-            presence = tl.load(penalties_ptr + slot * 3)
-            frequency = tl.load(penalties_ptr + slot * 3 + 1)
-            repetition = tl.load(penalties_ptr + slot * 3 + 2)
-            if (presence != 0.0) | (frequency != 0.0) | (repetition != 1.0):
-                counts = tl.zeros([K], tl.int32)
-                tokens_ptr = output_ptr + tl.load(output_rows_ptr + row_idx) * output_stride
-                end = tl.load(output_end_ptr + row_idx)
-                for start in range(tl.load(output_begin_ptr + row_idx), end, BLOCK):
-                    tokens = tl.load(tokens_ptr + start + block, mask=start + block < end, other=-1)
-                    counts += tl.sum((tokens[None, :] == ids[:, None]).to(tl.int32), 1)
-                for i in range(num_drafts):
-                    counts += (tl.load(draft_ids_ptr + row_idx * num_drafts + i) == ids).to(tl.int32)
-                prompted = (tl.load(prompt_mask_ptr + slot * prompt_mask_stride + ids // 32) >> (ids % 32)) & 1
-                y += frequency * counts + tl.where(counts > 0, presence, 0.0)
-                unrepeated = tl.where(y > 0, y * repetition, y / repetition)
-                y = tl.where(prompted + counts > 0, unrepeated, y)
-        num_bias = tl.load(num_bias_ptr + slot)
-        for start in range(0, num_bias, BLOCK):
-            at = slot * max_bias + start + block
-            tokens = tl.load(bias_ids_ptr + at, mask=start + block < num_bias, other=-1)
-            bias = tl.load(logit_bias_ptr + at, mask=start + block < num_bias, other=0.0)
-            y -= tl.sum(tl.where(tokens[None, :] == ids[:, None], bias[None, :], 0.0), 1)
-        tl.store(y_ptr + row_idx * K + place, tl.minimum(tl.maximum(y, -LARGEST_LOGIT), LARGEST_LOGIT))
-
-
-@triton.jit
 def reweight_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
@@ -385,33 +304,3 @@ def guide_(
         HAS_SOFT_CAP=soft_cap is not None,
         num_warps=REWEIGHT_WARPS,
     )
-
-
-def undo_controls(keys: torch.Tensor, top_k: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """:func:`.reference.undo_controls`, from the candidates' keys [R, num_slices, K]: [R, K] float32."""
-    num_rows, slices, K = keys.shape
-    y = torch.empty(num_rows, K, device=keys.device)
-    output = controls.output
-    undo_controls_kernel[(num_rows,)](
-        top_k,
-        top_k.stride(0),
-        keys,
-        controls.slots,
-        controls.num_bias,
-        controls.bias_ids,
-        controls.bias,
-        controls.bias.shape[1],
-        controls.penalties,
-        controls.prompt_mask,
-        controls.prompt_mask.stride(0),
-        *((output.token_ids, output.token_ids.stride(0)) if output else (None, 0)),
-        *((output.rows, output.begin, output.end, output.draft_ids) if output else [None] * 4),
-        output.draft_ids.shape[1] if output else 0,
-        y,
-        K=K,
-        NUM_KEYS=slices * K,
-        BLOCK=max(TILE // K, 16),
-        HAS_PENALTIES=output is not None,
-        num_warps=CONTROLS_WARPS,
-    )
-    return y

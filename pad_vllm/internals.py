@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pad_vllm import releases
+from pad_vllm.errors import one_line
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -150,11 +151,6 @@ def check_version() -> None:
     if os.environ.get(ALLOW_UNTESTED) != "1":
         raise ValueError(f"{words} {ALLOW_UNTESTED}=1 starts it all the same")
     logger.warning(words)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's words without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _find(name: str) -> Any:

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from pad_vllm import internals
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announce
 from pad_vllm.config import PADConfig
+from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
 from pad_vllm.params import PAD
 
@@ -79,12 +80,12 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             self._start(config, device_or_req_states)
         except ImportError as error:
             if config is not None:
-                raise ValueError(f"pad cannot run on this vLLM: {internals.one_line(error)}") from error
+                raise ValueError(f"pad cannot run on this vLLM: {one_line(error)}") from error
             announce(Announcement(configured=False), self)  # and change nothing
 
     def _start(self, config: PADConfig | None, device_or_req_states: Any) -> None:
         # Here, so that what moved in a newer vLLM cannot stop an engine that has not asked for guidance.
-        from pad_vllm.reward.backend import is_first_rank
+        from pad_vllm.reward.derive import is_first_rank
         from pad_vllm.worker.adapters.v1 import V1Adapter
         from pad_vllm.worker.adapters.v2 import V2Adapter
         from pad_vllm.worker.board import Board
@@ -97,7 +98,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             check_engine(self.vllm_config, on_v2)
             device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
             guidance = Guidance(config, self.vllm_config, device)
-            resolve = guidance.resolve
+            resolve = guidance.fit.resolve
         self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
         announcement = guidance.announcement() if guidance else Announcement(configured=False)
         path = announce(announcement, self)

@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pad_vllm import internals, releases
-from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
-from pad_vllm.frontend import admission
+from pad_vllm.errors import one_line
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ class Report:
         except Exception as error:
             known = isinstance(error, (ValueError, ImportError))
             self.status = 1
-            print(f"FAILED  {topic}: {error if known else internals.one_line(error)}")
+            print(f"FAILED  {topic}: {error if known else one_line(error)}")
             return None
         shown = describe_config(found) if isinstance(found, PADConfig) else found
         print(f"ok      {topic}: {shown}")
@@ -144,44 +146,26 @@ def describe_config(config: PADConfig) -> str:
 
 
 def check_files(config: PADConfig) -> str:
-    """The reward model's configuration, tokenizer and heads, and the personas against them; no weights are loaded."""
+    """The reward model as it would stand beside a base model of its own kind; no weights are loaded."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from pad_vllm.reward.heads import load_heads, locate_heads
-    from pad_vllm.worker.compatibility import MAX_PREFERENCE_TOKENS, one_paragraph
+    from pad_vllm.worker.compatibility import fit
 
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(config.reward_model, **where).get_text_config()
         AutoTokenizer.from_pretrained(config.reward_model, **where)
     except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_paragraph(error)}") from None
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_line(error)}") from None
     check_weights_are_there(config.reward_model)
-    check_model_config(config)
-    heads_path = locate_heads(config.heads, config.reward_model, config.revision)
-    head_names: tuple[str, ...] = ()
-    if heads_path:
-        import torch
-
-        try:
-            head_names = load_heads(heads_path, model_config.hidden_size, torch.device("cpu")).names
-        except Exception as error:
-            raise ValueError(f"pad.heads: {heads_path} cannot be read: {one_paragraph(error)}") from None
-    accepts = Announcement(
-        configured=True,
-        personas=tuple(config.personas),
-        head_names=head_names,
-        max_top_k=config.max_top_k,
-        max_preference_tokens=MAX_PREFERENCE_TOKENS,
-        tokenizer={"pretrained_model_name_or_path": config.reward_model} | where,
-        prompt_template=config.prompt_template,
-    )
-    for name, persona in config.personas.items():
-        try:
-            admission.check(accepts, persona)
-        except ValueError as error:
-            raise ValueError(f"pad.personas[{name!r}]: {error}") from None
-    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {', '.join(head_names) or 'none'}"
+    try:
+        alone = engine_config(config.reward_model, where)
+    except Exception as error:
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from None
+    alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
+    fits = fit(config, alone)
+    heads = ", ".join(fits.head_names) or "none"
+    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
 
 
 def check_weights_are_there(reward_model: str) -> None:
@@ -190,81 +174,30 @@ def check_weights_are_there(reward_model: str) -> None:
         raise ValueError(f"pad.reward_model={reward_model!r}: no weights in this folder")
 
 
-def check_model_config(config: PADConfig) -> None:
-    """The reward model as vLLM would configure it, whatever base it stands beside."""
+def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
     from vllm.engine.arg_utils import EngineArgs
 
-    from pad_vllm.worker.compatibility import load_model_config, one_paragraph
-
-    try:
-        with contextlib.redirect_stdout(None):
-            alone = EngineArgs(
-                config.reward_model, revision=config.revision, trust_remote_code=config.trust_remote_code
-            ).create_model_config()
-    except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}") from None
-    load_model_config(config, alone)
+    with contextlib.redirect_stdout(None):
+        return EngineArgs(model=model, **arguments).create_engine_config()
 
 
 def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
-    """What the start of an engine would check before it loads weights."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from pad_vllm.reward.backend import derive_vllm_config
-    from pad_vllm.reward.folder import locate_defaults
-    from pad_vllm.reward.heads import tensor_names_beside
-    from pad_vllm.reward.template import PromptTemplate
-    from pad_vllm.worker.compatibility import (
-        beta_warning,
-        check_vocabulary,
-        fit_context,
-        load_model_config,
-        load_tokenizer,
-        one_paragraph,
-    )
+    """What the start of an engine would check before it loads weights, by the same function."""
+    from pad_vllm.worker.compatibility import fit
     from pad_vllm.worker.engine_checks import check_engine
 
     arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
     try:
-        with contextlib.redirect_stdout(None):
-            engine = EngineArgs(model=model, **arguments).create_engine_config()
+        engine = engine_config(model, arguments)
     except Exception as error:
-        raise ValueError(f"{model!r} cannot be read: {internals.one_line(error)}") from None
+        raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
     check_engine(engine, engine.use_v2_model_runner)
-    base = engine.model_config
-    reward = load_model_config(config, base)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer_args = {"pretrained_model_name_or_path": config.reward_model} | where
-    tokens = load_tokenizer(config, tokenizer_args, base, reward.get_vocab_size())
-    tokenizer = tokens.tokenizer
-    check_vocabulary(config.reward_model, reward.get_vocab_size(), base.get_vocab_size(), tokens)
-    template = None
-    if tokenizer is not None:
-        template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
-    room = fit_context(config, reward, base.max_model_len, template)
-    for name, persona in config.personas.items():
-        if template is not None and persona.preference is not None:
-            template.max_preference_tokens = room
-            try:
-                template.encode_preference(persona.preference)
-            except ValueError as error:
-                raise ValueError(f"pad.personas[{name!r}]: {error}") from None
-    try:
-        derive_vllm_config(engine, reward, engine.scheduler_config.max_num_batched_tokens)
-    except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}") from None
-    is_trained = any(find(config.reward_model, config.revision) for find in (locate_defaults, tensor_names_beside))
-    warning = beta_warning(config, reward, base, is_trained)
-    layers = reward.get_num_layers(engine.parallel_config) * reward.get_num_kv_heads(engine.parallel_config)
-    one_context = reward.max_model_len * layers * reward.get_head_size() * 2 * reward.dtype.itemsize
-    if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < one_context:
-        raise ValueError(
-            f"pad.kv_cache_memory_bytes={config.kv_cache_memory_bytes}: one context of {reward.max_model_len} tokens "
-            f"takes {one_context} bytes of the reward model's KV cache"
-        )
+    fits = fit(config, engine)
+    example = fits.template and fits.template.example(config.example_preference)
     return (
-        f"{Path(model).name}: {tokens}; runner V{1 + engine.use_v2_model_runner}; {base.max_model_len:,} tokens of "
-        f"context, and preferences of up to {room:,}"
-        + (f"\n          the reward model reads: {template.example(config.example_preference)!r}" if template else "")
-        + (f"\n          warning: {warning}" if warning else "")
+        f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
+        f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "
+        f"{fits.max_preference_tokens:,}"
+        + (f"\n          the reward model reads: {example!r}" if example else "")
+        + (f"\n          warning: {fits.warning}" if fits.warning else "")
     )

@@ -8,14 +8,17 @@ ends within a block, the block is copied from another context that holds it, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_tokens, init_none_hash
 
-from pad_vllm.reward.backend import BlockHash, BlockPool, KVCacheBlock, block_hasher, to_device
+from pad_vllm.reward.device import to_device
 
 Tail = tuple[BlockHash | None, tuple[int, ...]]
 """Tokens that begin a block, behind the hash of the block before it."""
@@ -37,7 +40,7 @@ class Context:
     A context either holds blocks, and everything before its next token is computed in them, or holds none.
     """
 
-    index: int
+    slot: int
     """Its row of the block table."""
     prompt_ids: list[int]
     block_hashes: list[BlockHash]
@@ -101,12 +104,12 @@ class BlockManager:
         """Part of the blocks that contexts hold, from 0 to 1."""
         return self.pool.get_usage()
 
-    def add(self, index: int, prompt_ids: list[int], shared: Sequence[int] = ()) -> Context:
-        """Begin a context at ``index``, which must be free.
+    def add(self, slot: int, prompt_ids: list[int], shared: Sequence[int] = ()) -> Context:
+        """Begin a context at ``slot``, which must be free.
 
         ``shared``: after how many tokens something ends that others may have in common, in ascending order.
         """
-        assert self.contexts[index] is None
+        assert self.contexts[slot] is None
         # Copying waits for the source's forward. A few tokens are computed sooner, unless a preference is among them.
         ends = {min(n, len(prompt_ids) - 1) for n in shared if n >= self.block_size or n == shared[-1]}
         hashes: list[BlockHash] = []
@@ -114,13 +117,13 @@ class BlockManager:
         for start in range(0, len(prompt_ids) - self.block_size, self.block_size):
             parent = hashes[-1] if hashes else None
             hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
-        self.contexts[index] = context = Context(index, prompt_ids, hashes, shared=tuple(sorted(ends)))
+        self.contexts[slot] = context = Context(slot, prompt_ids, hashes, shared=tuple(sorted(ends)))
         return context
 
     def remove(self, context: Context) -> None:
         """End a context. Its prompt's blocks stay in the cache until the pool needs them."""
         self.release(context)
-        self.contexts[context.index] = None
+        self.contexts[context.slot] = None
 
     def release(self, context: Context) -> None:
         """Take a context's blocks away."""
@@ -129,7 +132,7 @@ class BlockManager:
         context.tails.clear()
         self.pool.free_blocks(reversed(context.blocks))
         context.blocks = []
-        self.num_held[context.index] = 0
+        self.num_held[context.slot] = 0
 
     def reset(self) -> None:
         """Forget everything that was computed."""
@@ -144,12 +147,12 @@ class BlockManager:
         """What is used from now on belongs to a new step."""
         self._step_began = self._clock
 
-    def ready(self, indices: np.ndarray, num_tokens: np.ndarray) -> bool:
+    def ready(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
         """Whether contexts hold the blocks for so many tokens already; then they count as used."""
-        if not (self.num_held[indices] >= self._num_blocks(num_tokens)).all():
+        if not (self.num_held[slots] >= self._num_blocks(num_tokens)).all():
             return False
         self._clock += 1
-        self._last_used[indices] = self._clock
+        self._last_used[slots] = self._clock
         return True
 
     def admit(self, line: Sequence[int], num_tokens: Sequence[int]) -> tuple[int, list[tuple[Context, int]]]:
@@ -160,7 +163,7 @@ class BlockManager:
         soonest); then from the end of the line. The first in line therefore always gets its blocks.
 
         Args:
-            line: indices of contexts.
+            line: slots of contexts.
             num_tokens: how long each may become.
 
         Returns:
@@ -169,8 +172,8 @@ class BlockManager:
         """
         admitted, cold = 0, []
         victims = self._victims(line)
-        for index, length in zip(line, num_tokens, strict=True):
-            context = self.contexts[index]
+        for slot, length in zip(line, num_tokens, strict=True):
+            context = self.contexts[slot]
             is_cold = not context.blocks
             if is_cold:
                 self._reuse_prefix(context)
@@ -195,8 +198,8 @@ class BlockManager:
             if is_cold or missing > 0:
                 self._unwritten.append((context, 0 if is_cold else num_blocks))
             self._clock += 1
-            self._last_used[index] = self._clock
-            self.num_held[index] = len(context.blocks)
+            self._last_used[slot] = self._clock
+            self.num_held[slot] = len(context.blocks)
             admitted += 1
         self._write_table()
         return admitted, cold
@@ -217,10 +220,10 @@ class BlockManager:
     def _victims(self, line: Sequence[int]) -> list[Context]:
         """Whose blocks may be taken, the next to give last; the line's first is the list's first."""
         waiting = set(line)
-        others = [c for c in self.contexts if c is not None and c.blocks and c.index not in waiting]
-        others.sort(key=lambda context: self._last_used[context.index])
-        done = [context for context in others if self._last_used[context.index] > self._step_began]
-        return [self.contexts[index] for index in line] + done + others[: len(others) - len(done)][::-1]
+        others = [c for c in self.contexts if c is not None and c.blocks and c.slot not in waiting]
+        others.sort(key=lambda context: self._last_used[context.slot])
+        done = [context for context in others if self._last_used[context.slot] > self._step_began]
+        return [self.contexts[slot] for slot in line] + done + others[: len(others) - len(done)][::-1]
 
     def _reuse_prefix(self, context: Context) -> None:
         """Start an empty context from the longest cached prefix of its prompt."""
@@ -265,9 +268,15 @@ class BlockManager:
         """Bring the device's block table up to date with the blocks just given."""
         at, ids = [], []
         for context, start in self._unwritten:
-            row = context.index * self.table.shape[1]
+            row = context.slot * self.table.shape[1]
             at += range(row + start, row + len(context.blocks))
             ids += [block.block_id for block in context.blocks[start:]]
         self._unwritten.clear()
         if ids:
             self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
+
+
+def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
+    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids) -> hash."""
+    init_none_hash(sha256)
+    return lambda parent, token_ids: hash_block_tokens(sha256, parent, token_ids)

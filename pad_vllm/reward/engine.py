@@ -14,37 +14,38 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pad_vllm.reward.backend import ForwardBatch, PagedModel, clear_blocks, copy_blocks, to_device
 from pad_vllm.reward.block_manager import BlockManager, Context
+from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
+from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
 
 
 @dataclass
 class ContextRows:
-    """A step: C contexts and R rows, R >= C without drafts R = C."""
+    """A step of C contexts and R rows. Without drafts R = C; with drafts R >= C."""
 
-    contexts: np.ndarray
-    """[C] int64 indices of contexts, distinct"""
+    slots: np.ndarray
+    """[C] int64: the contexts' slots, distinct"""
     num_tokens: np.ndarray
-    """[C] int64: no row of the context is at this position or beyond"""
+    """[C] int64: the context's length with this step's tokens, at most"""
     lengths: np.ndarray | None
     """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
-    index: torch.Tensor
-    """[R] int64, on the device: each row's context; a context's rows follow each other. ``no_context`` for a row of
-    which nothing is wanted"""
+    row_slots: torch.Tensor
+    """[R] int64, on the device: each row's slot; a context's rows follow each other. ``no_slot``: the row is to be
+    left alone"""
     positions: torch.Tensor
-    """[R] int64, on the device: where in its context the row's token is"""
+    """[R] int64, on the device: position of the row's token in its context"""
     token_ids: torch.Tensor
     """[R] int32, on the device"""
     history: Callable[[int], Sequence[int]]
-    """Index of a context -> its generated tokens, the one of its first row the last (none at the end of its prompt).
-    Asked only for a context that has to be computed; may synchronize with the device."""
+    """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
+    Called only for a context that must be computed; may synchronize with the device."""
 
     def select(self, rows: slice | np.ndarray) -> ContextRows:
-        on_device = rows if isinstance(rows, slice) else to_device(rows, self.index.device, torch.int64)
+        on_device = rows if isinstance(rows, slice) else to_device(rows, self.row_slots.device, torch.int64)
         return replace(
             self,
             lengths=None if self.lengths is None else self.lengths[rows],
-            index=self.index[on_device],
+            row_slots=self.row_slots[on_device],
             positions=self.positions[on_device],
             token_ids=self.token_ids[on_device],
         )
@@ -54,7 +55,7 @@ class ContextRows:
 class Piece:
     """Tokens of a context to be computed; their hidden states are not wanted."""
 
-    index: int
+    slot: int
     start: int
     token_ids: Sequence[int]
 
@@ -85,7 +86,7 @@ class RewardEngine:
         self.blocks = BlockManager(
             model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
         )
-        self.no_context = max_num_contexts
+        self.no_slot = max_num_contexts
         self.stats = EngineStats()
 
     def step(self, rows: ContextRows) -> torch.Tensor:
@@ -105,11 +106,11 @@ class RewardEngine:
 
     def _step(self, rows: ContextRows) -> torch.Tensor:
         self.blocks.begin_step()
-        if self.blocks.ready(rows.contexts, rows.num_tokens):
+        if self.blocks.ready(rows.slots, rows.num_tokens):
             return self._compute([], rows)
         hidden_states: torch.Tensor | None = None
-        index: np.ndarray | None = None
-        line, num_tokens = rows.contexts.tolist(), rows.num_tokens.tolist()
+        row_slots: np.ndarray | None = None
+        line, num_tokens = rows.slots.tolist(), rows.num_tokens.tolist()
         while line:
             # A pool too short for all contexts makes several groups of them, which take blocks from each other.
             admitted, cold = self.blocks.admit(line, num_tokens)
@@ -119,14 +120,14 @@ class RewardEngine:
                 pieces = self._copy(pieces, rows)
             else:
                 self._clear_new_blocks()
-            if admitted == len(rows.contexts):
+            if admitted == len(rows.slots):
                 return self._compute(pieces, rows)
-            if index is None:
-                index = rows.index.cpu().numpy()
-            mine = np.flatnonzero(np.isin(index, line[:admitted]))
+            if row_slots is None:
+                row_slots = rows.row_slots.cpu().numpy()
+            mine = np.flatnonzero(np.isin(row_slots, line[:admitted]))
             output = self._compute(pieces, rows.select(mine))
             if hidden_states is None:
-                hidden_states = output.new_zeros(len(index), output.shape[-1])
+                hidden_states = output.new_zeros(len(row_slots), output.shape[-1])
             hidden_states[to_device(mine, output.device, torch.int64)] = output
             del line[:admitted], num_tokens[:admitted]
         return hidden_states
@@ -134,9 +135,9 @@ class RewardEngine:
     def _copy(self, pieces: list[Piece], rows: ContextRows) -> list[Piece]:
         """Copy the blocks that contexts begin with, and return the pieces still to be computed. Where the source of a
         block is a piece of this step, those up to it are computed first."""
-        copies = {copy.target.index: copy for copy in self.blocks.take_copies()}
-        coming = {piece.index for piece in pieces}
-        held = [copy for copy in copies.values() if copy.source.index not in coming]
+        copies = {copy.target.slot: copy for copy in self.blocks.take_copies()}
+        coming = {piece.slot for piece in pieces}
+        held = [copy for copy in copies.values() if copy.source.slot not in coming]
         copy_blocks(
             self.model.kv_caches.values(), [(copy.source_block, copy.block) for copy in held]
         )  # before anything is written
@@ -144,14 +145,14 @@ class RewardEngine:
         now: dict[int, Piece] = {}
         pairs: list[tuple[int, int]] = []
         for piece in pieces:
-            copy = copies.get(piece.index)
-            if copy is not None and copy.source.index in coming:
-                if copy.source.index in now:
+            copy = copies.get(piece.slot)
+            if copy is not None and copy.source.slot in coming:
+                if copy.source.slot in now:
                     copy_blocks(self.model.kv_caches.values(), pairs)
                     self._compute_pieces(list(now.values()), rows)
                     now, pairs = {}, []
                 pairs.append((copy.source_block, copy.block))
-            now[piece.index] = piece
+            now[piece.slot] = piece
         copy_blocks(self.model.kv_caches.values(), pairs)
         return list(now.values())
 
@@ -163,7 +164,7 @@ class RewardEngine:
 
     def _missing(self, context: Context, num_computed: int, rows: ContextRows) -> Piece:
         """What must be computed of a context before its first row."""
-        prompt_ids, generated = context.prompt_ids, rows.history(context.index)
+        prompt_ids, generated = context.prompt_ids, rows.history(context.slot)
         num_before = len(prompt_ids) + len(generated) - 1
         token_ids = prompt_ids[num_computed:num_before]
         num_new = 0 if context.was_computed else len(token_ids)
@@ -171,12 +172,12 @@ class RewardEngine:
         if generated:
             token_ids = [*token_ids, *generated[max(num_computed - len(prompt_ids), 0) : -1]]
         self.stats.num_recomputed_tokens += len(token_ids) - num_new
-        return Piece(context.index, num_computed, token_ids)
+        return Piece(context.slot, num_computed, token_ids)
 
     def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """Compute pieces, then rows, in forwards of at most ``max_num_batched_tokens``; the last pieces and the first
         rows share one."""
-        budget, num_rows = self.max_num_batched_tokens, len(rows.index)
+        budget, num_rows = self.max_num_batched_tokens, len(rows.row_slots)
         pieces = self._compute_pieces(pieces, rows, leave=budget - num_rows)
         if num_rows <= budget:
             return self._forward(pieces, rows)
@@ -196,18 +197,18 @@ class RewardEngine:
 
     def _forward(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """One forward; returns the hidden states of its rows."""
-        num_rows = len(rows.index)
-        index, positions, token_ids = rows.index, rows.positions, rows.token_ids
+        num_rows = len(rows.row_slots)
+        row_slots, positions, token_ids = rows.row_slots, rows.positions, rows.token_ids
         query_start_loc, last_positions = None, positions
         seq_lens = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
         table, block_size = self.blocks.table, self.blocks.block_size
         if pieces:
-            index, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
-        blocks = table[index, positions // block_size].long()
+            row_slots, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
+        blocks = table[row_slots, positions // block_size].long()
         slot_mapping = blocks * block_size + positions % block_size
         if pieces:  # from tokens to sequences
             last = to_device(query_start_loc[1:] - 1, self.model.device, torch.int64)
-            index, last_positions = index[last], positions[last]
+            row_slots, last_positions = row_slots[last], positions[last]
             seq_lens = np.concatenate([seq_lens, [piece.start + len(piece.token_ids) for piece in pieces]])
         hidden_states = self.model.forward(
             ForwardBatch(
@@ -218,7 +219,7 @@ class RewardEngine:
                 seq_lens=(last_positions + 1).int(),
                 seq_lens_upper_bound=seq_lens.astype(np.int32),
                 seq_lens_known=rows.lengths is not None,
-                block_table=table[index],
+                block_table=table[row_slots],
             )
         )
         self.stats.num_forwards += 1
@@ -229,17 +230,17 @@ class RewardEngine:
         self, pieces: list[Piece], rows: ContextRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
         """Rows, then the tokens of pieces: each token's context, its position, itself; and where sequences begin."""
-        device, num_rows = self.model.device, len(rows.index)
+        device, num_rows = self.model.device, len(rows.row_slots)
         ends = np.cumsum([len(piece.token_ids) for piece in pieces])
         host = np.empty((3, ends[-1]), np.int64)
         for piece, end in zip(pieces, ends, strict=True):
             n = len(piece.token_ids)
-            host[0, end - n : end] = piece.index
+            host[0, end - n : end] = piece.slot
             host[1, end - n : end] = np.arange(piece.start, piece.start + n)
             host[2, end - n : end] = piece.token_ids
         of_pieces = to_device(host, device, torch.int64)
         return (
-            torch.cat([rows.index, of_pieces[0]]),
+            torch.cat([rows.row_slots, of_pieces[0]]),
             torch.cat([rows.positions, of_pieces[1]]),
             torch.cat([rows.token_ids, of_pieces[2].int()]),
             np.concatenate([np.arange(num_rows + 1), num_rows + ends]).astype(np.int32),
@@ -253,8 +254,8 @@ def split(pieces: list[Piece], num_tokens: int) -> tuple[list[Piece], list[Piece
         n = len(piece.token_ids)
         if n > num_tokens:
             if num_tokens:
-                now.append(Piece(piece.index, piece.start, piece.token_ids[:num_tokens]))
-            rest = Piece(piece.index, piece.start + num_tokens, piece.token_ids[num_tokens:])
+                now.append(Piece(piece.slot, piece.start, piece.token_ids[:num_tokens]))
+            rest = Piece(piece.slot, piece.start + num_tokens, piece.token_ids[num_tokens:])
             return now, [rest, *pieces[i + 1 :]]
         now.append(piece)
         num_tokens -= n

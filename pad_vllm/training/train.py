@@ -86,20 +86,10 @@ class TrainingConfig:
     heads: Stage = field(default_factory=lambda: Stage(lr=1e-3))
 
 
-def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train, and write the reward model. Started again after it was killed, it goes on where its checkpoints end.
-
-    Returns:
-        What was measured: for each stage the accuracy on comparisons not trained on, over all and by dimension.
-
-    Raises:
-        ValueError: the data (:class:`~pad_vllm.training.data.DataError`), the settings, or a run of other settings left
-            unfinished at the same place.
-        FileExistsError: the output exists.
-    """
-    output = Path(config.output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists")
+def check_settings(config: TrainingConfig) -> None:
+    """Raise ValueError, or FileExistsError, for what can be seen before anything is loaded."""
+    if Path(config.output).exists():
+        raise FileExistsError(f"{config.output} exists")
     if strange := set(config.stages or ()) - set(STAGES):
         raise ValueError(f"stages: {', '.join(sorted(strange))}: there are {', '.join(STAGES)}")
     taken = (
@@ -119,6 +109,21 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("training runs in one process, on one device; see lora_rank for large models")
+
+
+def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
+    """Train, and write the reward model. Started again after it was killed, it goes on where its checkpoints end.
+
+    Returns:
+        What was measured: for each stage the accuracy on comparisons not trained on, over all and by dimension.
+
+    Raises:
+        ValueError: the data (:class:`~pad_vllm.training.data.DataError`), the settings, or a run of other settings left
+            unfinished at the same place.
+        FileExistsError: the output exists.
+    """
+    output = Path(config.output)
+    check_settings(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     model = AutoModelForCausalLM.from_pretrained(config.model)
     reference = AutoModelForCausalLM.from_pretrained(config.reference or config.model).requires_grad_(False)

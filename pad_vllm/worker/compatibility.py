@@ -1,27 +1,123 @@
-"""Whether a reward model fits a base model: configuration, tokenizer, vocabulary, positions.
+"""Whether a reward model fits a base model: configuration, tokens, positions, heads, personas.
 
-What does not fit stops the start, in one paragraph that says what to change.
+:func:`fit` is the one definition: the start loads what it returns, and ``pad-vllm check`` prints it. What does not fit
+stops the start, in one paragraph that says what to change.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from pad_vllm.config import PADConfig
-from pad_vllm.reward.backend import reward_model_config
-from pad_vllm.reward.folder import DEFAULTS_FILE
+from pad_vllm.errors import one_line
+from pad_vllm.params import PAD, GuidanceParams, check_weights
+from pad_vllm.reward.derive import derive_vllm_config, reward_model_config
+from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
+from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_tokenizer
 
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 MAX_PREFERENCE_TOKENS = 1024
 """No longer than this, whatever the reward model could hold: a preference is a text, not a document."""
 MIN_PREFERENCE_TOKENS = 16
 MUCH_SMALLER = 8
 """How many times smaller than the base a reward model is that should not choose alone."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A reward model that fits an engine's base model."""
+
+    config: PADConfig
+    vllm_config: VllmConfig
+    """The reward model's own, its ``max_model_len`` the longest context that it must hold."""
+    tokens: SharedTokens
+    tokenizer_args: dict[str, Any]
+    """Of ``AutoTokenizer.from_pretrained``."""
+    vocab_size: int
+    """Tokens that both models have; of these, ``tokens.foreign`` are not the same."""
+    template: PromptTemplate | None
+    """None where the engine runs without a tokenizer: then there are no text preferences."""
+    max_preference_tokens: int
+    heads: ValueHeads | None
+    """On the host."""
+    not_backbone: frozenset[str]
+    """Tensors in the reward model's folder that are not its backbone's."""
+    warning: str | None
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.vllm_config.model_config
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return self.heads.names if self.heads else ()
+
+    def resolve(self, asked: PAD | None) -> GuidanceParams | None:
+        """A request's guidance, or None where it asks for none.
+
+        Raises:
+            ValueError: this engine cannot do it; the frontend refuses such a request before it gets to an engine.
+        """
+        params = self.config.resolve(asked)
+        if params is None:
+            return None
+        if params.weights is not None:
+            check_weights(params.weights, self.head_names)
+        if params.preference is not None:
+            if self.template is None:
+                raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
+            self.template.encode_preference(params.preference)
+        return params
+
+
+def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
+    """Hold a configured reward model against an engine; reads its files, and no weights but the value heads.
+
+    Raises:
+        ValueError: what does not fit, and what to change.
+    """
+    base = vllm_config.model_config
+    model_config = load_model_config(config, base)
+    tokenizer_args = {
+        "pretrained_model_name_or_path": config.reward_model,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    num_rows = model_config.get_vocab_size()
+    tokens = load_tokenizer(config, tokenizer_args, base, num_rows)
+    vocab_size = check_vocabulary(config.reward_model, num_rows, base.get_vocab_size(), tokens)
+    template = None
+    if tokens.tokenizer is not None:
+        template = PromptTemplate(tokens.tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
+    max_preference_tokens = fit_context(config, model_config, base.max_model_len, template)
+    if template is not None:
+        template.max_preference_tokens = max_preference_tokens
+    heads = read_heads(config, model_config)
+    is_trained = heads is not None or locate_defaults(config.reward_model, config.revision) is not None
+    fits = Fit(
+        config,
+        derive(config, vllm_config, model_config),
+        tokens,
+        tokenizer_args,
+        vocab_size,
+        template,
+        max_preference_tokens,
+        heads,
+        tensor_names_beside(config.reward_model, config.revision),
+        beta_warning(config, model_config, base, is_trained),
+    )
+    check_kv_cache(fits)
+    for name in config.personas:
+        try:
+            fits.resolve(PAD(persona=name))
+        except ValueError as error:
+            raise ValueError(f"pad.personas[{name!r}]: {error}") from None
+    return fits
 
 
 def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
@@ -40,9 +136,7 @@ def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
             **({"dtype": config.dtype} if config.dtype else {}),
         )
     except Exception as error:
-        raise ValueError(
-            f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_paragraph(error)}"
-        ) from error
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error
     check_architecture(config.reward_model, model_config)
     return model_config
 
@@ -68,118 +162,39 @@ def check_architecture(reward_model: str, model_config: ModelConfig) -> None:
             )
 
 
-@dataclass(frozen=True)
-class SharedTokens:
-    """The reward model's tokenizer, and what it does not share with the base model's."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    """None where the engine runs without one (skip_tokenizer_init) and there is none."""
-    foreign: dict[int, str] = field(default_factory=dict)
-    """Added and special tokens of the base model without a counterpart: never candidates."""
-    chat_tokenizer: PreTrainedTokenizerBase | None = None
-    """The one whose chat template renders the prompts: the base's, where it has a template."""
-
-    def __str__(self) -> str:
-        shown = ", ".join(f"{token!r} ({i})" for i, token in list(self.foreign.items())[:20])
-        more = f" and {len(self.foreign) - 20} more" if len(self.foreign) > 20 else ""
-        return f"same tokens but {shown}{more}" if shown else "same tokens"
-
-
-def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: ModelConfig, num_rows: int) -> SharedTokens:
-    """The reward model's tokenizer, once it is known to be the base model's.
-
-    Ordinary tokens must be the same. Added and special ones differ between members of a family, and a token that the
-    reward model does not know is no candidate.
-
-    Args:
-        num_rows: of the reward model's output head.
-
-    Raises:
-        ValueError: there is none, it is another, or guided requests could never end.
-    """
+def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig) -> VllmConfig:
+    """The reward model's VllmConfig. Raises ValueError for what vLLM refuses."""
+    most = min(DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_args)
+        return derive_vllm_config(vllm_config, model_config, config.max_num_batched_tokens or most)
     except Exception as error:
-        if base.skip_tokenizer_init:
-            return SharedTokens(None)
-        raise ValueError(f"pad.reward_model={config.reward_model!r}: no tokenizer: {one_paragraph(error)}") from error
-    if base.skip_tokenizer_init:
-        return SharedTokens(tokenizer, chat_tokenizer=tokenizer)
+        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error
+
+
+def read_heads(config: PADConfig, model_config: ModelConfig) -> ValueHeads | None:
+    """The value heads, where there are any. Raises ValueError for a file that cannot be read or does not fit."""
+    path = locate_heads(config.heads, config.reward_model, config.revision)
+    if path is None:
+        return None
     try:
-        theirs = AutoTokenizer.from_pretrained(
-            base.tokenizer, revision=base.tokenizer_revision, trust_remote_code=base.trust_remote_code
-        )
-        vocabulary = theirs.get_vocab()
+        return load_heads(path, model_config.get_hidden_size())
     except Exception as error:
+        raise ValueError(f"pad.heads: {path} cannot be read: {one_line(error)}") from None
+
+
+def check_kv_cache(fits: Fit) -> None:
+    """Raise ValueError for a configured KV cache that cannot hold one context."""
+    model_config, parallel = fits.model_config, fits.vllm_config.parallel_config
+    if model_config.use_mla:
+        return  # the KV cache itself knows better
+    layers = model_config.get_num_layers(parallel) * model_config.get_num_kv_heads(parallel)
+    one_context = model_config.max_model_len * layers * model_config.get_head_size() * 2 * model_config.dtype.itemsize
+    given = fits.config.kv_cache_memory_bytes
+    if given is not None and given < one_context:
         raise ValueError(
-            f"pad: the base model's tokenizer {base.tokenizer!r} cannot be compared with the reward model's: "
-            f"{one_paragraph(error)}"
-        ) from error
-    ours, added = tokenizer.get_vocab(), added_ids(theirs)
-    if missing := [token for token, i in vocabulary.items() if i not in added and ours.get(token) != i]:
-        token = min(missing)
-        raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: its tokenizer is not that of the base model "
-            f"{base.model!r}: {token!r} is {vocabulary[token]} there and {ours.get(token)} here. PAD scores the "
-            "base model's own tokens; take a reward model trained with the same tokenizer"
+            f"pad.kv_cache_memory_bytes={given}: one context of {model_config.max_model_len} tokens takes "
+            f"{one_context} bytes of the reward model's KV cache, the least that can work"
         )
-    roles, their_roles = token_roles(tokenizer), token_roles(theirs)
-    foreign = {
-        i: token
-        for token, i in sorted(vocabulary.items(), key=lambda item: item[1])
-        if i in added
-        and (i >= num_rows or not (ours.get(token) == i or roles.get(i, set()) & their_roles.get(i, set())))
-    }
-    ends = end_ids(base, theirs)
-    if ends and ends <= foreign.keys():
-        raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: it has none of the base model's end tokens "
-            f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take "
-            "a reward model with the same end of turn"
-        )
-    has_template = bool(getattr(theirs, "chat_template", None))
-    return SharedTokens(tokenizer, foreign, theirs if has_template else tokenizer)
-
-
-def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of a tokenizer's added and special tokens."""
-    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-
-
-def token_roles(tokenizer: PreTrainedTokenizerBase) -> dict[int, set[str]]:
-    """What special tokens are for: id -> ``eos_token``, ``pad_token`` and the like."""
-    roles: dict[int, set[str]] = {}
-    for role, token in tokenizer.special_tokens_map.items():
-        if isinstance(token, str):  # extra special tokens are a list, and for anything
-            roles.setdefault(tokenizer.convert_tokens_to_ids(token), set()).add(role)
-    return roles
-
-
-def end_ids(base: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end the base model's answers: its tokenizer's, and its generation config's."""
-    configured = (base.try_get_generation_config() or {}).get("eos_token_id")
-    configured = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*configured, tokenizer.eos_token_id) if isinstance(i, int)}
-
-
-def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTokens) -> int:
-    """How many token ids base and reward model share; of these, ``tokens.foreign`` are not the same.
-
-    The two may pad their embeddings differently; what lies beyond the tokenizer stands for no token.
-
-    Raises:
-        ValueError: the reward model has no row for some ordinary token.
-    """
-    needed = base
-    if tokens.tokenizer is not None:
-        added = added_ids(tokens.tokenizer)
-        needed = 1 + max((i for i in tokens.tokenizer.get_vocab().values() if i not in added), default=-1)
-    if reward < needed:
-        raise ValueError(
-            f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {needed} tokens to score; PAD scores "
-            "the base model's own tokens, so the reward model needs a row for each"
-        )
-    return min(reward, base)
 
 
 def fit_context(
@@ -228,9 +243,3 @@ def _body_size(model: ModelConfig) -> int:
     """What the number of a transformer's weights grows with, embeddings apart."""
     layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     return layers * model.get_hidden_size() ** 2 if isinstance(layers, int) else 0
-
-
-def one_paragraph(error: Exception) -> str:
-    """An error's own words, without the frame that pydantic puts around them."""
-    words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    return " ".join(words.split())

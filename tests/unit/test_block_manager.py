@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pad_vllm.reward.backend import copy_blocks
 from pad_vllm.reward.block_manager import BlockManager, Copy
+from pad_vllm.reward.device import copy_blocks
 
 BLOCK_SIZE = 4
 MAX_BLOCKS = 6
@@ -69,7 +69,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             held = {index: list(blocks.contexts[index].blocks) for index in line}
             admitted, cold = blocks.admit(line, lengths)
             assert admitted >= 1
-            starts = {context.index: num_computed for context, num_computed in cold}
+            starts = {context.slot: num_computed for context, num_computed in cold}
             self.copy(blocks.take_copies(), starts)
             for index in line[:admitted]:
                 context = blocks.contexts[index]
@@ -85,21 +85,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
         """See that what is copied is what the target would have computed."""
         cold = list(starts)
         for source, source_block, target, block in copies:
-            num_shared = starts[target.index]
+            num_shared = starts[target.slot]
             assert num_shared in target.shared
             at, shared = num_shared // BLOCK_SIZE, target.prompt_ids[:num_shared]
             assert target.blocks[at].block_id == block
             assert self.blocks.pool.blocks[block].ref_cnt == 1, "a copy would be written into another's block"
             assert source.prompt_ids[: len(shared)] == shared
-            if source.index in cold:
-                assert cold.index(source.index) < cold.index(target.index)
+            if source.slot in cold:
+                assert cold.index(source.slot) < cold.index(target.slot)
                 assert source.blocks[at].block_id == source_block
             else:
                 assert list(self.content[source_block][: len(shared)]) == shared
-        held = [copy for copy in copies if copy.source.index not in cold]
+        held = [copy for copy in copies if copy.source.slot not in cold]
         copy_blocks([self.cache], [(copy.source_block, copy.block) for copy in held])
         for _, _, target, block in held:
-            end = starts[target.index]
+            end = starts[target.slot]
             tail = target.prompt_ids[end // BLOCK_SIZE * BLOCK_SIZE : end]
             assert self.cache[block, : len(tail)].tolist() == [float(token) for token in tail]
 
@@ -128,7 +128,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         holders: dict[int, list] = {}
         for context in contexts:
             ids = [block.block_id for block in context.blocks]
-            assert len(ids) == len(set(ids)) == self.blocks.num_held[context.index]
+            assert len(ids) == len(set(ids)) == self.blocks.num_held[context.slot]
             assert 0 not in ids
             for i, block in enumerate(context.blocks):
                 holders.setdefault(block.block_id, []).append((tuple(context.prompt_ids[: (i + 1) * BLOCK_SIZE]), i))
@@ -214,7 +214,7 @@ def test_a_system_prompt_is_copied_where_the_preference_is_another():
     blocks.begin_step()
     _, cold = blocks.admit([0, 1, 2], [11, 11, 11])
     assert [num_computed for _, num_computed in cold] == [0, 9, 6]
-    assert [copy.source.index for copy in blocks.take_copies()] == [0, 0]
+    assert [copy.source.slot for copy in blocks.take_copies()] == [0, 0]
     for index in range(3):
         blocks.remove(blocks.contexts[index])
     assert not blocks.tails
@@ -257,7 +257,7 @@ def test_contexts_of_one_step_in_turn_keep_all_but_one_in_place():
         line, recomputed = [0, 1, 2, 3], []
         while line:
             admitted, cold = blocks.admit(line, [12] * len(line))
-            recomputed += [context.index for context, _ in cold]
+            recomputed += [context.slot for context, _ in cold]
             del line[:admitted]
         computed.append(len(recomputed))
     assert computed[0] == 4

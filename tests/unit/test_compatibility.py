@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 from pad_vllm.config import PADConfig
-from pad_vllm.worker.compatibility import check_vocabulary, load_model_config, load_tokenizer
+from pad_vllm.worker.compatibility import load_model_config
+from pad_vllm.worker.tokens import check_vocabulary, load_tokenizer
 from tests.support.models import make_tokenizer
 
 CONTROL = ["<think>", "</think>", "<tool_response>"]

@@ -17,7 +17,8 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.worker.board import Board
-from pad_vllm.worker.guidance import Guidance, SamplingControls
+from pad_vllm.worker.guidance import Guidance
+from pad_vllm.worker.slots import SamplingControls
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -35,7 +36,7 @@ class RequestState:
     controls: SamplingControls
     stop_token_id: int
     context: Context | None = None
-    """Its index is the request's slot; None until the request has begun."""
+    """In the request's slot; None until the request has begun."""
     failed: bool = False
 
 

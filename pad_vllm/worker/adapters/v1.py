@@ -12,9 +12,10 @@ from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
 from pad_vllm.kernels import OutputTokens
-from pad_vllm.reward.backend import to_device
+from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
-from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -35,13 +36,13 @@ class V1Batch:
         self.states = list(rows.values())
         penalize = any(state.controls.penalizes for state in self.states)
         self.penalties = Penalties(rows, vocab_size, device) if penalize else None
-        slots = np.array([state.context.index for state in self.states], np.int64)
+        slots = np.array([state.context.slot for state in self.states], np.int64)
         self.layout = Layout(
             slots=slots,
             rows=to_device(list(rows), device, torch.int64),
             row_slots=to_device(slots, device, torch.int64),
         )
-        self.by_slot = {state.context.index: state for state in self.states}
+        self.by_slot = {state.context.slot: state for state in self.states}
         self.output_ids = [state.output_ids for state in self.states]
         self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states], np.int64)
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
@@ -72,7 +73,7 @@ class V1Adapter(Adapter):
         for state in before:  # in an order that is the same on all ranks, as everything here must be
             if state not in after:
                 if state.context is not None:
-                    self.free_slots.append(state.context.index)
+                    self.free_slots.append(state.context.slot)
                 self.end(state)
 
     def _new_state(

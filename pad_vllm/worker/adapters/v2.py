@@ -9,9 +9,10 @@ import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from pad_vllm.kernels import OutputTokens
-from pad_vllm.reward.backend import to_device
+from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
-from pad_vllm.worker.guidance import Guidance, GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

@@ -1,42 +1,28 @@
 """The reward model as vLLM runs models: its loader, its attention back ends, its paged KV cache.
 
-The one module under ``reward/`` that touches vLLM's unstable internals; an upgrade of vLLM edits this file and the
-runner adapters. ``vllm/v1/worker/gpu/spec_decode/standalone_ar`` is vLLM's own example of a second model in a worker.
+An upgrade of vLLM edits this file and :mod:`.derive`; :mod:`.block_manager`, which uses vLLM's block pool;
+:mod:`pad_vllm.worker.adapters`, to which the runners speak; :mod:`pad_vllm.frontend.patches`; and, where releases
+differ, :mod:`pad_vllm.releases`. ``vllm/v1/worker/gpu/spec_decode/standalone_ar`` is vLLM's own example of a second
+model in a worker.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import CompilationConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.config import replace as replace_config
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
-from vllm.utils.hashing import sha256
-from vllm.utils.torch_utils import async_tensor_h2d, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
-    KVCacheBlock,
-    hash_block_tokens,
-    init_none_hash,
-)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
@@ -47,183 +33,9 @@ from vllm.v1.worker.gpu.attn_utils import (
 )
 
 from pad_vllm.releases import plan_kv_cache
-from pad_vllm.reward.memory import BaseMemory, derive_kv_cache_bytes
-
-__all__ = [
-    "BlockHash",
-    "BlockPool",
-    "ForwardBatch",
-    "KVCacheBlock",
-    "LMHead",
-    "PagedModel",
-    "block_hasher",
-    "clear_blocks",
-    "copy_blocks",
-    "reward_model_config",
-    "to_device",
-]
-
-
-def base_memory(base: VllmConfig) -> BaseMemory:
-    """What the base model's KV cache will be, on this rank. To be asked once the reward model's weights are loaded."""
-    model, cache = base.model_config, base.cache_config
-    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
-    entries = model.get_num_kv_heads(base.parallel_config) * model.get_head_size() * (1 if model.use_mla else 2)
-    bytes_per_token = entries * dtype.itemsize * model.get_num_layers(base.parallel_config)
-    if cache.num_gpu_blocks_override is not None:
-        return BaseMemory(bytes_per_token, cache.num_gpu_blocks_override * cache.block_size, 0)
-    if cache.kv_cache_memory_bytes is not None:
-        return BaseMemory(bytes_per_token, cache.kv_cache_memory_bytes // bytes_per_token, 0)
-    if current_platform.is_cpu():
-        total = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
-        used = psutil.Process().memory_info().rss
-    else:
-        free, total = torch.cuda.mem_get_info()
-        used = total - free
-    if not base.compilation_config.static_forward_context:
-        used += unloaded_weight_bytes(base)
-    return BaseMemory(bytes_per_token, None, int(total * cache.gpu_memory_utilization) - used)
-
-
-def is_first_rank() -> bool:
-    """Whether this is the tensor-parallel rank that speaks for its engine."""
-    return get_tp_group().rank_in_group == 0
-
-
-def least_of_ranks(number: int) -> int:
-    """The smallest of the tensor-parallel ranks' numbers. Pools of one size make all ranks take the same decisions."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return number
-    least = torch.tensor([number])
-    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return int(least)
-
-
-def unloaded_weight_bytes(base: VllmConfig) -> int:
-    """Size of the base model's weights on this rank: the V1 runner loads them after its logits processors."""
-    loader = get_model_loader(base.load_config)
-    if not isinstance(loader, DefaultModelLoader):
-        return 0
-    model = base.model_config
-    files = loader._prepare_weights(model.model, None, model.revision, True, None)[1]
-    return sum(os.path.getsize(file) for file in files) // base.parallel_config.tensor_parallel_size
-
-
-def to_device(data: list | np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Host data on the device, through pinned memory: neither side waits for the other. A CPU may share the array."""
-    return async_tensor_h2d(data, device, dtype)
-
-
-def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
-    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids) -> hash."""
-    init_none_hash(sha256)
-    return lambda parent, token_ids: hash_block_tokens(sha256, parent, token_ids)
-
-
-def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The reward model's ModelConfig, in the base model's dtype and seed unless overridden. In which format it is
-    stored is its own affair.
-
-    Raises ValueError (or what vLLM raises) when the model cannot be found or read.
-    """
-    settings: dict[str, Any] = {
-        "dtype": base.dtype,
-        "seed": base.seed,
-        "runner": "generate",
-        "enforce_eager": base.enforce_eager,
-        "skip_tokenizer_init": True,
-        "disable_cascade_attn": True,
-    }
-    return ModelConfig(**settings | {"tokenizer": overrides["model"]} | overrides)
-
-
-def uniform_sliding_window(model_config: ModelConfig) -> int | None:
-    """The window that all layers share, by the rule of vLLM's EngineArgs; None where layers have their own."""
-    layer_types = getattr(model_config.hf_text_config, "layer_types", None)
-    if layer_types is not None and any(layer_type != "sliding_attention" for layer_type in layer_types):
-        return None
-    return model_config.get_sliding_window()
-
-
-def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int) -> VllmConfig:
-    """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out."""
-    cache_config = replace_config(
-        base.cache_config,
-        cache_dtype="auto",
-        # CPU attention shares no finer than 32 tokens; 16 is what every GPU back end has.
-        block_size=32 if current_platform.is_cpu() else 16,
-        sliding_window=uniform_sliding_window(model_config),
-        is_attention_free=model_config.is_attention_free,
-        enable_prefix_caching=True,
-        num_gpu_blocks_override=None,
-        kv_cache_memory_bytes=None,
-        kv_sharing_fast_prefill=False,
-    )
-    # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
-    cache_config.kv_cache_layout = None
-    cache_config.num_gpu_blocks = None
-    scheduler_config = replace_config(
-        base.scheduler_config,
-        max_model_len=model_config.max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=min(base.scheduler_config.max_num_seqs, max_num_batched_tokens),
-        enable_chunked_prefill=True,
-        is_encoder_decoder=False,
-        # One KV cache group: a block table serves every layer, sliding windows included.
-        disable_hybrid_kv_cache_manager=True,
-    )
-    # Compiled as the base model is. A platform chooses its own form of this mode, from this mode alone.
-    compiled = base.compilation_config.mode not in (None, CompilationMode.NONE)
-    mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
-    # The reward model's files are its own; only that there are none to be read (to measure) holds for both.
-    load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
-    # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
-    attention_config = copy.copy(base.attention_config)
-    attention_config.backend = None
-    return replace_config(
-        base,
-        model_config=model_config,
-        cache_config=cache_config,
-        scheduler_config=scheduler_config,
-        load_config=LoadConfig(load_format=load_format, download_dir=base.load_config.download_dir),
-        compilation_config=CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode.NONE),
-        attention_config=attention_config,
-        parallel_config=copy.copy(base.parallel_config),
-        kernel_config=copy.copy(base.kernel_config),
-        quant_config=None,
-        lora_config=None,
-        speculative_config=None,
-        kv_transfer_config=None,
-        kv_events_config=None,
-        additional_config={},
-    )
-
-
-@torch.inference_mode()
-def copy_blocks(kv_caches: Iterable[torch.Tensor], pairs: list[tuple[int, int]]) -> None:
-    """Copy blocks of every layer's KV cache, as if all at once.
-
-    Args:
-        kv_caches: [num_blocks, ...] each.
-        pairs: (from, to). A block may be both: its context lost it to another in the same step. What is read is what
-            was there before.
-    """
-    if not pairs:
-        return
-    for cache in kv_caches:
-        source, target = to_device(np.array(pairs).T, cache.device, torch.int64)
-        read = cache.index_select(0, source)  # all of them, before the first is written
-        # Behind the shared tokens the source has its own, which may be NaN.
-        cache[target] = read.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-@torch.inference_mode()
-def clear_blocks(kv_caches: Iterable[torch.Tensor], block_ids: list[int]) -> None:
-    """Zero blocks of every layer's KV cache, [num_blocks, ...] each."""
-    if block_ids:
-        for cache in kv_caches:
-            cache.index_fill_(0, to_device(block_ids, cache.device, torch.int64), 0)
+from pad_vllm.reward.derive import base_memory, least_of_ranks
+from pad_vllm.reward.device import to_device
+from pad_vllm.reward.memory import derive_kv_cache_bytes
 
 
 class _BackboneLoader(DefaultModelLoader):
@@ -292,9 +104,9 @@ class PagedModel:
     """A causal LM on its own paged KV cache, beside the base model.
 
     Args:
-        base: the engine's configuration.
-        model_config: the reward model's, its ``max_model_len`` the longest context that it must hold.
-        max_num_batched_tokens: most tokens in one forward.
+        vllm_config: its own (:mod:`.derive`): its ``max_model_len`` is the longest context that it must hold, its
+            ``max_num_batched_tokens`` the most tokens in one forward.
+        base: the engine's.
         kv_cache_memory_bytes: size of the KV cache; derived when None (:mod:`pad_vllm.reward.memory`).
         not_backbone: checkpoint tensors that are not the backbone's.
 
@@ -304,15 +116,14 @@ class PagedModel:
 
     def __init__(
         self,
+        vllm_config: VllmConfig,
         base: VllmConfig,
-        model_config: ModelConfig,
         device: torch.device,
-        max_num_batched_tokens: int,
         kv_cache_memory_bytes: int | None,
         not_backbone: frozenset[str],
     ) -> None:
         self.device = device
-        self.vllm_config = derive_vllm_config(base, model_config, max_num_batched_tokens)
+        self.vllm_config = vllm_config
         with set_current_vllm_config(self.vllm_config):
             self.model = load_model(self.vllm_config, not_backbone)
             self._init_kv_cache(kv_cache_memory_bytes, base)
@@ -320,7 +131,8 @@ class PagedModel:
         # do not load it.
         self.attends_behind_end = current_platform.is_cpu()
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
-        self.max_model_len = model_config.max_model_len
+        self.max_model_len = vllm_config.model_config.max_model_len
+        max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
         self.arange = self.arange_cpu.to(device)
 

@@ -1,0 +1,48 @@
+"""The guided rows of one step, as the runners' adapters hand them to guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pad_vllm.kernels import OutputTokens
+
+
+@dataclass(eq=False)
+class Layout:
+    """Which requests are guided, and in which rows of the logits. The same object from step to step as long as that is
+    the same: what follows from it is then not computed again."""
+
+    slots: np.ndarray
+    """[C] int64, distinct"""
+    rows: torch.Tensor
+    """[R] int64, on the device: rows of the logits, distinct"""
+    row_slots: torch.Tensor
+    """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
+
+
+@dataclass
+class GuidedBatch:
+    """The guided rows of one step of the engine: C requests, each in its slot, and R rows of logits.
+
+    Without drafts R = C, in the same order. Under speculative decoding a request has a row for each token that is
+    being verified, and how many that is may be known on the device only.
+    """
+
+    layout: Layout
+    num_tokens: np.ndarray
+    """[C] int64: the request's tokens, this step's drafts included; an upper bound unless ``exact``"""
+    exact: bool
+    """Whether each request has one row, which sees ``num_tokens`` tokens."""
+    positions: torch.Tensor
+    """[R] int64, on the device: position of the row's last visible token in its request"""
+    token_ids: torch.Tensor
+    """[R] int32, on the device: that token"""
+    output_ids: Callable[[int], Sequence[int]]
+    """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
+    model has to read them again."""
+    output_tokens: Callable[[], OutputTokens]
+    """The generated tokens that the rows see, on the device; called only when one of the requests has penalties."""

@@ -1,0 +1,121 @@
+"""What the requests in the slots ask for, where a step needs it.
+
+A slot is a request's place in the engine, and that of its context in the reward engine. The last slot stands for no
+request: a row of it is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pad_vllm.kernels import Controls, OutputTokens
+from pad_vllm.params import MAX_LOGIT_BIAS
+from pad_vllm.reward.device import to_device
+from pad_vllm.worker.batch import Layout
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+NO_PENALTIES = (0.0, 0.0, 1.0)
+
+
+class IntColumns(NamedTuple):
+    """Integers of a request; or of rows, each a [R] int64 tensor."""
+
+    offset: int | torch.Tensor
+    """Tokens that the composed prompt has more than the base's."""
+    prompt_len: int | torch.Tensor
+    """Length of the base's prompt."""
+    last_prompt_id: int | torch.Tensor
+    """Last token of the composed prompt."""
+    top_k: int | torch.Tensor
+    """0: leave the row alone."""
+    end_id: int | torch.Tensor
+    """The token that ends the request."""
+
+
+@dataclass(frozen=True)
+class SamplingControls:
+    """What a request does to the base logits: the reward is about the models, so it must not see this."""
+
+    penalties: tuple[float, float, float] = NO_PENALTIES
+    """presence, frequency, repetition"""
+    logit_bias: Mapping[int, float] | None = None
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> SamplingControls:
+        return cls(
+            (params.presence_penalty, params.frequency_penalty, params.repetition_penalty), params.logit_bias or None
+        )
+
+    @property
+    def penalizes(self) -> bool:
+        return self.penalties != NO_PENALTIES
+
+
+class Slots:
+    """A row of each column for each slot, on the device; what the host asks of them too, on the host."""
+
+    def __init__(self, num_slots: int, num_heads: int, vocab_size: int, device: torch.device) -> None:
+        self.ints = torch.zeros(num_slots, len(IntColumns._fields), dtype=torch.int64, device=device)
+        """[slots, 5]: :class:`IntColumns`"""
+        self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
+        """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
+        self.num_bias = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.bias_ids = torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int32, device=device)
+        self.bias = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=device)
+        self.penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
+        self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.host_offset = np.zeros(num_slots, np.int64)
+        self.host_prompt_len = np.zeros(num_slots, np.int64)
+        self.host_top_k = np.zeros(num_slots, np.int64)
+        self.host_uses_heads = np.zeros(num_slots, bool)
+        self.host_biases = np.zeros(num_slots, bool)
+        self.host_penalizes = np.zeros(num_slots, bool)
+
+    def write(self, slot: int, ints: IntColumns, floats: list[float], uses_heads: bool) -> None:
+        """``floats``: see :attr:`floats`; ``uses_heads``: whether its heads have weights."""
+        self.ints[slot] = to_device(list(ints), self.ints.device, torch.int64)
+        self.floats[slot] = to_device(floats, self.floats.device, torch.float32)
+        self.host_offset[slot], self.host_prompt_len[slot] = ints.offset, ints.prompt_len
+        self.host_top_k[slot] = ints.top_k
+        self.host_uses_heads[slot] = uses_heads
+
+    def write_controls(self, slot: int, controls: SamplingControls, prompt_ids: list[int]) -> None:
+        device, bias = self.ints.device, controls.logit_bias or {}
+        if bias or self.host_biases[slot]:
+            self.num_bias[slot] = len(bias)
+            self.bias_ids[slot, : len(bias)] = to_device(list(bias), device, torch.int32)
+            self.bias[slot, : len(bias)] = to_device(list(bias.values()), device, torch.float32)
+        if controls.penalizes or self.host_penalizes[slot]:
+            self.penalties[slot] = to_device(controls.penalties, device, torch.float32)
+            seen = np.zeros(32 * self.prompt_mask.shape[1], bool)
+            seen[prompt_ids] = True
+            self.prompt_mask[slot] = to_device(np.packbits(seen, bitorder="little").view("<i4"), device, torch.int32)
+        self.host_biases[slot], self.host_penalizes[slot] = bool(bias), controls.penalizes
+
+    def controls(self, row_slots: torch.Tensor, output: OutputTokens | None) -> Controls:
+        """Of the rows of these slots; ``output`` None: none of them is penalized."""
+        return Controls(row_slots, self.num_bias, self.bias_ids, self.bias, self.penalties, self.prompt_mask, output)
+
+
+class RowParams:
+    """What the rows of a layout ask for: gathered from their slots, once for a layout."""
+
+    def __init__(self, layout: Layout, slots: Slots) -> None:
+        self.layout = layout
+        self.ints = IntColumns(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
+        floats = slots.floats[layout.row_slots]
+        self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
+        self.head_weights = floats[:, 2:]
+        self.host_offset = slots.host_offset[layout.slots]
+        self.host_prompt_len = slots.host_prompt_len[layout.slots]
+        self.max_top_k = int(slots.host_top_k[layout.slots].max())
+        self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
+        self.penalize = bool(slots.host_penalizes[layout.slots].any())
+        self.control = self.penalize or bool(slots.host_biases[layout.slots].any())
