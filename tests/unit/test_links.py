@@ -12,6 +12,8 @@ DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "[!.]*/**
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:pad_vllm|kernels|tests|benchmarks|docs|examples|requirements)/[\w./-]*)")
 
+NAMED_IN = re.compile(r"`([\w/]+\.py)`: `([\w.]+)`")
+
 
 def prose(text: str) -> str:
     """Without fenced blocks, whose brackets are code."""
@@ -47,6 +49,21 @@ def test_files_that_are_named_are_there(document):
     lines = [line for line in (ROOT / document).read_text().splitlines() if not re.search(r"make |--output", line)]
     named = NAMED.findall(prose("\n".join(lines)))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_named_in_a_file_is_there(document):
+    """A file and, behind a colon, a function or class of it."""
+    named = NAMED_IN.findall((ROOT / document).read_text())
+    sources = {path: (ROOT / path).read_text() for path, _ in named}
+    defined = r"\b(?:def|class) {}\b|^{} ="
+    missing = [
+        (path, name)
+        for path, name in named
+        for part in name.split(".")
+        if not re.search(defined.format(part, part), sources[path], re.M)
+    ]
+    assert missing == []
 
 
 def test_a_dead_link_is_found(tmp_path):
