@@ -1,5 +1,6 @@
 # make demo    guided generation through vLLM, on small models that the demo trains itself
 # make serve-demo    the same over HTTP: two users of one server, their answers streamed side by side
+# make quick    lint, and the tests that start no engine: in under two minutes
 # make test    lint, every test, and on the other releases of vLLM those that depend on vLLM
 # make vllm-0.33    another release beside .venv; `VLLM=0.33 make test` then runs every test on it, and VLLM=0.33 any other
 #     target too
@@ -28,13 +29,16 @@ endif
 INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve-demo test soak alignment bench lint format requirements vllm-newest clean
+.PHONY: demo serve-demo quick test soak alignment bench lint format requirements vllm-newest clean
 
 demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
 
 serve-demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo --serve
+
+quick: lint $(INSTALLED)
+	$(BIN)/python $(PYTEST) -m "not slow" tests/unit tests/kernels
 
 test: lint $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=test-%))
 	$(BIN)/python $(PYTEST)
@@ -58,6 +62,7 @@ bench: $(INSTALLED)
 lint: $(BIN)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(BIN)/installed
 	$(BIN)/ruff check --fix .
@@ -88,4 +93,4 @@ requirements:
 	$(PYTHON) requirements/lock.py requirements/cpu.in requirements/cpu.txt
 
 clean:
-	rm -rf .venv .vllm build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

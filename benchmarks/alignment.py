@@ -37,7 +37,7 @@ from pad_vllm.training.fit import fit
 from pad_vllm.training.heads import head_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
-from .throughput import hardware
+from .record import hardware
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
 HEADLINE = "pad, beta 0.8"

@@ -28,7 +28,7 @@ def cached_loop(base: Any, reward: Any, ids: torch.Tensor, num_tokens: int, top_
             step = model(fed, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
             caches[i] = step.past_key_values
             logits.append(step.logits[:, -1])
-        fed = rule(*logits, top_k)
+        fed = rule(logits[0], logits[1], top_k)
         out.append(fed)
     return torch.cat(out, 1)
 

@@ -157,8 +157,9 @@ def announced() -> dict[Path, Announcement]:
 
 @functools.lru_cache(maxsize=64)
 def _parse(path: Path) -> Announcement:
-    record = json.loads(path.read_text())
-    return Announcement(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+    record: dict[str, Any] = json.loads(path.read_text())
+    record = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return Announcement(**record)
 
 
 def _read(path: Path) -> Announcement | None:

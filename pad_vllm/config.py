@@ -134,7 +134,7 @@ class PADConfig:
             personas = read_file("pad.personas", personas)
         if not isinstance(personas, Mapping):
             raise ValueError(f"pad.personas={personas!r}: must be an object of name -> request arguments")
-        read = {}
+        read: dict[str, PAD] = {}
         for name, arguments in personas.items():
             key = f"pad.personas[{name!r}]"
             check_text("pad.personas: a name", name)
@@ -144,7 +144,7 @@ class PADConfig:
             try:
                 if len(prefixed) < len(arguments):
                     raise ValueError("an argument is given both with and without its prefix")
-                persona = PAD.from_extra_args(prefixed)
+                persona = PAD.from_extra_args(prefixed) or PAD()
                 if persona.persona is not None:
                     raise ValueError("pad_persona: a persona cannot name another")
                 if persona.top_k is not None:

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(serve: bool, **settings) -> int:
     if serve:
-        from pad_vllm.demo.serve import serve as play
-    else:
-        from pad_vllm.demo.show import show as play
-    return play(**settings)
+        from pad_vllm.demo.serve import serve as show_served
+
+        return show_served(**settings)
+    from pad_vllm.demo.show import show
+
+    show(**settings)
+    return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import triton
 
 from benchmarks.kernel_resources import measure
@@ -12,6 +13,7 @@ from benchmarks.kernel_resources import measure
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel-resources.json"
 
 
+@pytest.mark.slow
 def test_ahead_of_time_compilation():
     record = measure()
     assert [row for row in record["results"] if row["spilled"]] == []

@@ -68,8 +68,8 @@ def interpreter():
     worker.close()
 
 
-@pytest.fixture(params=["reference", "reference as on a device", "triton"])
-def run(request, interpreter):
+@pytest.fixture(params=["reference", "reference as on a device", pytest.param("triton", marks=pytest.mark.slow)])
+def run(request):
     """``guide_`` by either implementation, on a copy; scalars fill tensors."""
 
     def run(logits, hidden, lm_head, rows=None, *, top_k, beta=None, reference=None, num_shards=1, **kwargs):
@@ -80,7 +80,9 @@ def run(request, interpreter):
         ends = END + torch.arange(len(rows))
         kwargs = {"vocab_size": logits.shape[1], "max_top_k": int(top_k.max()) if len(rows) else 1} | kwargs
         arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards)
-        return interpreter.run(run_guide, *arguments) if request.param == "triton" else run_guide(*arguments)
+        if request.param == "triton":
+            return request.getfixturevalue("interpreter").run(run_guide, *arguments)
+        return run_guide(*arguments)
 
     return run
 
@@ -398,6 +400,7 @@ def fuzz_fused(max_examples: int) -> None:
     equal()
 
 
+@pytest.mark.slow
 def test_adversarial_rows(interpreter):
     interpreter.run(fuzz_fused, 300)
 
