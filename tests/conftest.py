@@ -28,7 +28,7 @@ HEADS = ["concise", "formal", "playful"]
 MIX = (0.7, -0.2, 0.5)
 """Weights of the named heads, wherever a test mixes them."""
 
-TIERS = ("engine", "served", "training", "kernels", "unit")
+TIERS = ("engine", "kernels", "served", "training", "unit")
 """The folders of the tests, and the markers that these give; those whose files take longest first."""
 
 
