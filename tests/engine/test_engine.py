@@ -140,6 +140,7 @@ def test_prefix_is_shared_between_requests(encode, compose, named_engine):
     assert after["tokens"] - before["tokens"] == composed - reused + MAX_TOKENS - 1
 
 
+@pytest.mark.one_release
 def test_released_head_under_a_short_pool(encode, expect, released_engine):
     """Sixteen sequences in a pool of a few, chunked prefill, reference mode none: slower, never wrong."""
     prompts = [encode(text) for text in PROMPTS] * 2
@@ -171,6 +172,7 @@ def test_nothing_leaks(encode, named_engine, runner):
         assert stats["contexts"] <= 256
 
 
+@pytest.mark.one_release
 def test_unguided_requests_do_not_notice_the_plugin(models, encode, named_engine, plain_engine):
     prompts = [encode(text) for text in PROMPTS]
     alone = plain_engine.generate(prompts, GREEDY)
@@ -188,6 +190,7 @@ def test_guided_request_stops_at_eos(encode, expect, named_engine):
     assert named_engine.generate(prompts, params) == expected
 
 
+@pytest.mark.one_release
 def test_not_configured_refuses_guidance(encode, plain_engine):
     with pytest.raises(VLLMValidationError, match="without a reward model"):
         plain_engine.generate([encode("a")], GREEDY | guided(preference="formal"))

@@ -117,6 +117,7 @@ def test_nothing_leaks(poor_engine, encode, runner):
         assert stats["contexts"] == 0 == stats["held_blocks"]
 
 
+@pytest.mark.one_release
 def test_users_of_one_persona_compute_its_prompt_once(models, encode, expect, compose, runner):
     """To the token, also where it ends within a block, and by users who come at once."""
     persona, texts = "Be brief, and say why. " * 12, [f"{i} you are asked" for i in range(6)]

@@ -76,6 +76,7 @@ def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list
     return reads[0], reads[2], reads[3]
 
 
+@pytest.mark.one_release
 def test_decoding_reads_nothing_back(models, encode):
     params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     prompts = [encode(f"answer {i}") for i in range(4)]

@@ -21,7 +21,9 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 
 
-@pytest.mark.parametrize(("num_speculative_tokens", "contexts"), [(3, 64), (5, 1.25)])
+@pytest.mark.parametrize(
+    ("num_speculative_tokens", "contexts"), [pytest.param(3, 64, marks=pytest.mark.one_release), (5, 1.25)]
+)
 def test_output_is_that_without_drafts(models, encode, expect, num_speculative_tokens, contexts):
     """Guided and unguided mixed. The drafter is the base model, so guided drafts are accepted and refused by turns; a
     reward pool of one and a quarter contexts makes every step run in groups, and recompute."""
@@ -66,6 +68,7 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize("default_persona", [None, "house"])
 def test_v1_never_drops_guidance_in_silence(models, encode, default_persona):
     """V1 with drafts builds no logits processor that is only registered: guidance is refused at admission."""

@@ -149,6 +149,7 @@ def test_responses_are_guided_too(client):
     assert len(set(texts.values())) == len(texts)
 
 
+@pytest.mark.one_release
 def test_many_clients_at_once_get_what_they_get_alone(encode, client, runner):
     """Greedy and seeded, guided and not, of all lengths."""
     rng = random.Random(0)
