@@ -117,6 +117,7 @@ def test_what_moved_is_named(monkeypatch, capsys):
 def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
     installed = releases.PARAMETERS[releases.nearest(releases.version())]
     monkeypatch.setitem(releases.PARAMETERS, releases.TESTED[-1], installed)  # by which a newer one is judged
+    monkeypatch.delenv(internals.ALLOW_UNTESTED, raising=False)  # as `make vllm-newest` has it
     monkeypatch.setattr(releases, "version", lambda: "0.41.2")
     with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, and this is 0\.41\.2\. No internal"):
         internals.check_version()
