@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pad_vllm.errors import one_line
 from pad_vllm.params import (
     MAX_BETA,
     PAD,
@@ -212,7 +213,7 @@ def read_file(key: str, path: str) -> Any:
     except OSError as error:
         raise ValueError(f"{key}={path!r}: cannot be read ({error.strerror})") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{key}={path!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{key}={path!r}: {one_line(error)}") from None
 
 
 def _unique(pairs: list[tuple[Hashable, Any]]) -> dict:

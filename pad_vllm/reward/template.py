@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from pad_vllm.errors import one_line
 from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class PromptTemplate:
             try:
                 ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
             except Exception as error:  # a template raises what it likes
-                return f"the chat template refuses a question ({' '.join(str(error).split())})"
+                return f"the chat template refuses a question ({one_line(error)})"
         else:
             ids = tokenizer.encode(EXAMPLE)
         return self.tokenizer.decode(self.compose(ids, preference))
