@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pad_vllm.kernels import controls as undoing
-from pad_vllm.kernels import fused
+from pad_vllm.kernels import fused, mixture
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,9 +33,9 @@ TOP_K = (16, 64)
 """What the launcher rounds k of 10, and the default max_top_k, up to."""
 SLICES = 16
 TYPES = {
-    **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr", "y_ptr"), "*fp32"),
-    **dict.fromkeys(("penalties_ptr", "logit_bias_ptr"), "*fp32"),
-    **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr", "end_ids_ptr", "slots_ptr"), "*i64"),
+    **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr", "y_ptr", "mixed_ptr"), "*fp32"),
+    **dict.fromkeys(("penalties_ptr", "logit_bias_ptr", "weights_ptr"), "*fp32"),
+    **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr", "end_ids_ptr", "slots_ptr", "contexts_ptr"), "*i64"),
     **dict.fromkeys(("output_rows_ptr", "output_begin_ptr", "output_end_ptr"), "*i64"),
     **dict.fromkeys(("num_bias_ptr", "bias_ids_ptr", "prompt_mask_ptr", "output_ptr", "draft_ids_ptr"), "*i32"),
     **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
@@ -46,10 +46,22 @@ TYPES = {
 
 def configurations(K: int):
     """(name, kernel, compile-time arguments, warps), as the launcher calls them."""
-    score = {"K": K, "NUM_KEYS": SLICES * K, "BLOCK_D": fused.TILE // K, "HAS_BIAS": False, "HAS_SOFT_CAP": False}
+    one = {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "weights_ptr": None}
+    score = {
+        "K": K,
+        "NUM_KEYS": SLICES * K,
+        "BLOCK_D": fused.TILE // K,
+        "HAS_BIAS": False,
+        "contexts_ptr": None,
+        **one,
+    }
     whole = score | {"bias_ptr": None, "scores_ptr": None, "NORMALIZE": True}
+    mixed = {k: v for k, v in whole.items() if k not in ("contexts_ptr", "weights_ptr")} | {"HAS_MIXTURE": True}
     yield "select", fused.select_kernel, {"K": K, "BLOCK": fused.BLOCK_V}, fused.SELECT_WARPS
     yield "score", fused.score_kernel, whole, fused.SCORE_WARPS
+    yield "mix", mixture.mix_kernel, {"BLOCK": mixture.BLOCK}, mixture.WARPS
+    capped = mixed | {"HAS_SOFT_CAP": True, "BLOCK_D": fused.TILE // 2 // K}
+    yield "score, mixed, cap", fused.score_kernel, capped, fused.SCORE_WARPS
     yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
     keys = {"K": K, "NUM_KEYS": SLICES * K}
     undo = keys | {"BLOCK": undoing.TILE // K, "HAS_PENALTIES": True}
@@ -58,7 +70,7 @@ def configurations(K: int):
         ("reweight, sharded", {"HAS_CONTROLS": False, "y_ptr": None}),
         ("reweight", {"HAS_CONTROLS": True}),
     ):
-        yield name, fused.reweight_kernel, keys | controls | {"HAS_SOFT_CAP": False}, fused.REWEIGHT_WARPS
+        yield name, fused.reweight_kernel, keys | controls | one, fused.REWEIGHT_WARPS
 
 
 def compile_ahead(kernel, constants: dict, num_warps: int, target: GPUTarget) -> tuple[Any, str]:
@@ -103,9 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     record = measure()
     columns = ("target", "kernel", "K", "warps", "registers", "spilled", "shared")
-    print(("{:>18}" * len(columns)).format(*columns))
+    print(("{:>22}" * len(columns)).format(*columns))
     for row in record["results"]:
-        print("".join(f"{row[column]!s:>18}" for column in columns))
+        print("".join(f"{row[column]!s:>22}" for column in columns))
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -9,9 +9,17 @@ from collections.abc import Callable
 
 import torch
 
-from .reference import Controls, OutputTokens, cap_and_scale, score_candidates
+from .reference import Controls, Mixture, OutputTokens, cap_and_scale, score_candidates
 
-__all__ = ["Controls", "OutputTokens", "cap_and_scale", "implementation", "load_guide", "score_candidates"]
+__all__ = [
+    "Controls",
+    "Mixture",
+    "OutputTokens",
+    "cap_and_scale",
+    "implementation",
+    "load_guide",
+    "score_candidates",
+]
 
 SWITCH = "PAD_VLLM_KERNELS"
 """Environment: ``triton`` or ``reference``, where it should not be decided here."""

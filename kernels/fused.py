@@ -4,9 +4,9 @@
 one read and one write of the row. :func:`score_kernel`, one program a row, merges the slices' candidates, gathers their
 rows of lm_head, takes the dot products with the hidden state in float32, normalizes over the candidates and writes the
 k new logits. With tensor parallelism it stops before it normalizes, and the partial scores are summed over the ranks;
-where requests have a bias or penalties, it stops too, and :mod:`.controls` takes these out of the
-candidates' logits; then :func:`reweight_kernel` goes on. The semantics are :mod:`.reference`'s, to the tie; shapes
-and names too. A candidate is one int64 key (:mod:`.keys`).
+where requests have a bias or penalties, it stops too, and :mod:`.controls` takes these out of the candidates' logits;
+then :func:`reweight_kernel` goes on. Where rows have several contexts, :mod:`.mixture` mixes them before. The semantics
+are :mod:`.reference`'s, to the tie; shapes and names too. A candidate is one int64 key (:mod:`.keys`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import triton.language as tl
 
 from .controls import undo_controls
 from .keys import NO_KEY, from_key, to_key
-from .reference import Controls, map_heads
+from .mixture import mix_contexts
+from .reference import Controls, Mixture, map_heads
 
 BLOCK_V = 1024
 """Logits that a program of the first launch holds at a time."""
@@ -78,15 +79,16 @@ def select_kernel(
 
 
 @triton.jit
-def write_guided(
-    row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP: tl.constexpr
-):
+def capped(scores, soft_cap):
+    """tanh by exp, of a negative number: it cannot overflow."""
+    x = scores / soft_cap
+    e = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
+
+
+@triton.jit
+def write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, scale):
     """Normalize over the candidates of one row and write z'; the end token alone where that is no finite number."""
-    if HAS_SOFT_CAP:
-        # tanh by exp, of a negative number: it cannot overflow
-        x = scores / soft_cap
-        e = tl.exp(-2.0 * tl.abs(x))
-        scores = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
     r = tl.where(is_candidate, scores * scale, float("-inf"))
     y = tl.where(is_candidate, y, float("-inf"))
     r_max, y_max = tl.max(r, 0), tl.max(y, 0)
@@ -102,6 +104,58 @@ def write_guided(
 
 
 @triton.jit
+def merge(keys_ptr, top_k, K: tl.constexpr, NUM_KEYS: tl.constexpr):
+    """The largest ``top_k`` of a row's keys, in order; [K] int64."""
+    keys = tl.load(keys_ptr + tl.arange(0, NUM_KEYS))
+    place = tl.arange(0, K)
+    candidates = tl.full([K], NO_KEY, tl.int64)
+    for i in range(top_k):
+        largest = tl.max(keys, 0)
+        candidates = tl.where(place == i, largest, candidates)
+        keys = tl.where(keys < largest, keys, NO_KEY)
+    return candidates
+
+
+@triton.jit
+def sum_weights(weights_ptr, begin, end):
+    total = 0.0
+    for i in range(begin, end):
+        total += tl.load(weights_ptr + i)
+    return total
+
+
+@triton.jit
+def dot_candidates(
+    hidden_ptr,  # [hidden_size]
+    lm_head_ptr,
+    lm_head_stride,
+    bias_ptr,  # [shard_size], or nothing
+    bias_weight,
+    local,
+    is_mine,
+    hidden_size,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """[K] float32: the rows ``local`` of lm_head times a hidden state, and the bias so many times; 0 where they are not
+    this shard's."""
+    scores = tl.zeros([K], tl.float32)
+    for start in range(0, hidden_size, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden_ptr + d, mask=d < hidden_size, other=0.0).to(tl.float32)
+        weight = tl.load(
+            lm_head_ptr + local[:, None] * lm_head_stride + d[None, :],
+            mask=is_mine[:, None] & (d < hidden_size)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        scores += tl.sum(weight * h[None, :], 1)
+    if HAS_BIAS:
+        scores += bias_weight * tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
+    return scores
+
+
+@triton.jit
 def score_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
@@ -109,7 +163,7 @@ def score_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
     keys_ptr,  # [R, num_slices, K] int64
-    hidden_ptr,  # [R, hidden_size]
+    hidden_ptr,  # [R, hidden_size]; [C, hidden_size] for a mixture with a soft cap
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
     lm_head_stride,
@@ -119,7 +173,10 @@ def score_kernel(
     reference_ptr,  # [R] float32
     reference_stride,
     end_ids_ptr,  # [R] int64
-    scores_ptr,  # [R, K] float32, out unless NORMALIZE
+    scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap), out unless NORMALIZE
+    contexts_ptr,  # [R, J] int64, or nothing
+    weights_ptr,  # [R, J] float32, or nothing
+    num_contexts,  # J
     soft_cap,
     scale,
     vocab_start,
@@ -129,6 +186,7 @@ def score_kernel(
     NUM_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
@@ -137,45 +195,46 @@ def score_kernel(
     top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
     if top_k > 0:
         place = tl.arange(0, K)
-        at = tl.arange(0, NUM_KEYS)
         row_keys = keys_ptr + row_idx * NUM_KEYS
-        keys = tl.load(row_keys + at)
-        candidates = tl.full([K], NO_KEY, tl.int64)
-        for i in range(top_k):
-            largest = tl.max(keys, 0)
-            candidates = tl.where(place == i, largest, candidates)
-            keys = tl.where(keys < largest, keys, NO_KEY)
+        candidates = merge(row_keys, top_k, K, NUM_KEYS)
         is_candidate = candidates > NO_KEY
         z, ids = from_key(candidates)
 
         local = ids - vocab_start
         is_mine = is_candidate & (local >= 0) & (local < shard_size)
         local = tl.where(is_mine, local, 0)
-        scores = tl.zeros([K], tl.float32)
-        for start in range(0, hidden_size, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            h = tl.load(hidden_ptr + row_idx * hidden_stride + d, mask=d < hidden_size, other=0.0).to(tl.float32)
-            weight = tl.load(
-                lm_head_ptr + local[:, None] * lm_head_stride + d[None, :],
-                mask=is_mine[:, None] & (d < hidden_size)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            scores += tl.sum(weight * h[None, :], 1)
-        if HAS_BIAS:
-            scores += tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
-        scores = tl.where(is_mine, scores, 0.0)
-
+        begin, end = row_idx * num_contexts, (row_idx + 1) * num_contexts
+        if HAS_MIXTURE and HAS_SOFT_CAP:
+            scores = tl.zeros([K], tl.float32)
+            for i in range(begin, end):
+                row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
+                partial = dot_candidates(
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, K, BLOCK_D,
+                    HAS_BIAS,
+                )  # fmt: skip
+                if NORMALIZE:
+                    scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
+                else:
+                    tl.store(scores_ptr + i * K + place, partial)
+        else:
+            bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
+            row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
+            scores = dot_candidates(
+                row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size, K,
+                BLOCK_D, HAS_BIAS,
+            )  # fmt: skip
+            if NORMALIZE and HAS_SOFT_CAP:
+                scores = capped(scores, soft_cap)
         if NORMALIZE:
             row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
             beta = tl.load(beta_ptr + row_idx * beta_stride)
             reference = tl.load(reference_ptr + row_idx * reference_stride)
             end_id = tl.load(end_ids_ptr + row_idx)
-            write_guided(
-                row_ptr, ids, z, z, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP
-            )
+            write_guided(row_ptr, ids, z, z, scores, is_candidate, beta, reference, end_id, scale)
         else:
             tl.store(row_keys + place, candidates)
-            tl.store(scores_ptr + row_idx * K + place, scores)
+            if not (HAS_MIXTURE and HAS_SOFT_CAP):
+                tl.store(scores_ptr + row_idx * K + place, scores)
 
 
 @triton.jit
@@ -187,17 +246,20 @@ def reweight_kernel(
     top_k_stride,
     keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
     y_ptr,  # [R, K] float32, or nothing
-    scores_ptr,  # [R, K] float32
+    scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap)
     beta_ptr,  # [R] float32
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
     end_ids_ptr,  # [R] int64
+    weights_ptr,  # [R, J] float32, or nothing
+    num_contexts,  # J
     soft_cap,
     scale,
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     HAS_CONTROLS: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
 ):
     """Write a row whose candidates' scores are whole, and free of what requests did to its logits."""
@@ -208,21 +270,30 @@ def reweight_kernel(
         is_candidate = candidates > NO_KEY
         z, ids = from_key(candidates)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
-        scores = tl.load(scores_ptr + row_idx * K + place)
+        if HAS_MIXTURE and HAS_SOFT_CAP:
+            scores = tl.zeros([K], tl.float32)
+            for i in range(row_idx * num_contexts, (row_idx + 1) * num_contexts):
+                scores += tl.load(weights_ptr + i) * capped(tl.load(scores_ptr + i * K + place), soft_cap)
+        else:
+            scores = tl.load(scores_ptr + row_idx * K + place)
+            if HAS_SOFT_CAP:
+                scores = capped(scores, soft_cap)
         beta = tl.load(beta_ptr + row_idx * beta_stride)
         reference = tl.load(reference_ptr + row_idx * reference_stride)
         end_id = tl.load(end_ids_ptr + row_idx)
         y = z
         if HAS_CONTROLS:
             y = tl.load(y_ptr + row_idx * K + place)
-        write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, soft_cap, scale, HAS_SOFT_CAP)
+        write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, scale)
 
 
-def num_slices(num_rows: int, num_cols: int, K: int) -> int:
-    """Into how many slices the first launch cuts a row: a power of two, so that few variants are compiled."""
+def cut(num_rows: int, num_cols: int, K: int) -> tuple[int, int]:
+    """Into how many slices the first launch cuts a row, a power of two, so that few variants are compiled; and how
+    large each is."""
     most = max(1, min(num_cols // MIN_SLICE, MAX_KEYS // K))
     wanted = max(1, PROGRAMS // num_rows)
-    return 1 << (min(most, wanted).bit_length() - 1)
+    slices = 1 << (min(most, wanted).bit_length() - 1)
+    return slices, triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
 
 
 def guide_(
@@ -238,6 +309,7 @@ def guide_(
     max_top_k: int,
     vocab_size: int,
     controls: Controls | None = None,
+    mixture: Mixture | None = None,
     bias: torch.Tensor | None = None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     soft_cap: float | None = None,
@@ -257,35 +329,34 @@ def guide_(
         hidden_states = map_heads(hidden_states, *heads)
     assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
     K = max(16, triton.next_power_of_2(max_top_k))
-    slices = num_slices(num_rows, num_cols, K)
-    slice_size = triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
+    slices, slice_size = cut(num_rows, num_cols, K)
     keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
     row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
     rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids)
-    cap_args = (soft_cap or 1.0, scale)
+    contexts, weights = mixture or (None, None)
+    num_contexts = 1 if mixture is None else contexts.shape[1]
+    if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
+        hidden_states = mix_contexts(hidden_states, contexts, weights)
+    tile = TILE // (1 if mixture is None or soft_cap is None else 2)  # or registers would spill
+    cap_args = (num_contexts, soft_cap or 1.0, scale)
+    variant = {"HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
     select_kernel[(num_rows, slices)](
         *row_args, vocab_size, num_cols, slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
     )
     is_whole = all_reduce is None and controls is None
-    scores = None if is_whole else torch.zeros(num_rows, K, device=logits.device)
+    scores = None if is_whole else torch.zeros(num_rows * (num_contexts if soft_cap else 1), K, device=logits.device)
     score_kernel[(num_rows,)](
         *row_args,
-        hidden_states,
-        hidden_states.stride(0),
-        lm_head,
-        lm_head.stride(0),
-        bias,
+        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias),
         *rule_args,
-        scores,
+        *(scores, contexts, weights),
         *cap_args,
-        vocab_start,
-        lm_head.shape[0],
-        hidden_states.shape[1],
+        *(vocab_start, lm_head.shape[0], hidden_states.shape[1]),
         K=K,
         NUM_KEYS=slices * K,
-        BLOCK_D=max(TILE // K, 16),
+        BLOCK_D=max(tile // K, 16),
         HAS_BIAS=bias is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
+        **variant,
         NORMALIZE=is_whole,
         num_warps=SCORE_WARPS,
     )
@@ -297,10 +368,11 @@ def guide_(
         y,
         scores if all_reduce is None else all_reduce(scores),
         *rule_args,
+        weights,
         *cap_args,
         K=K,
         NUM_KEYS=slices * K,
         HAS_CONTROLS=controls is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
+        **variant,
         num_warps=REWEIGHT_WARPS,
     )

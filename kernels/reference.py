@@ -14,8 +14,11 @@ The guided decoding of PAD (arXiv 2410.04070), with the candidate-normalized imp
 ``reference`` is 1 (pi_ref is the base model) or 0 (an autoregressive reward model). A constant added to a row of r
 cancels, so r is computed for the candidates alone: k rows of lm_head.
 
-Shapes: N rows of logits of which R are guided, V tokens, d hidden, K = the largest k. Everything is computed in
-float32, whatever comes in.
+With several contexts in a row (:class:`Mixture`), r is the weighted sum of theirs: of several preferences', and, with
+a weight below 0, of one without a preference, where pi_ref is the reward model itself. Their normalizers cancel too.
+
+Shapes: N rows of logits of which R are guided, C contexts (R, or more), V tokens, d hidden, K = the largest k.
+Everything is computed in float32, whatever comes in.
 """
 
 from __future__ import annotations
@@ -70,6 +73,15 @@ class Controls(NamedTuple):
     """None where no request in the batch has penalties"""
 
 
+class Mixture(NamedTuple):
+    """Rows that several contexts are mixed in: their reward logits are sum_j weights_j r_j, over J of C contexts."""
+
+    contexts: torch.Tensor
+    """[R, J] int64: each row's contexts, of C; behind the last of its own, any of them"""
+    weights: torch.Tensor
+    """[R, J] float32; 0 behind the last of a row's own"""
+
+
 def map_heads(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, head_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -87,6 +99,11 @@ def map_heads(
     h = hidden_states.float()
     mapped = (torch.einsum("hij,rj->rhi", weight, h) if weight.dim() == 3 else h.unsqueeze(1) * weight) + bias
     return head_weights[:, :1] * h + torch.einsum("rh,rhi->ri", head_weights[:, 1:], mapped)
+
+
+def mix_contexts(values: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """sum_j weights_j values_j; [C, n], any float dtype -> [R, n] float32."""
+    return torch.bmm(mixture.weights.unsqueeze(1), values[mixture.contexts].float()).squeeze(1)
 
 
 def select_candidates(
@@ -159,6 +176,7 @@ def score_candidates(
     bias: torch.Tensor | None = None,
     vocab_start: int = 0,
     sharded: bool = False,
+    bias_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The reward model's logits of the candidates, before soft cap and scale.
 
@@ -170,6 +188,7 @@ def score_candidates(
         vocab_start: where this shard begins.
         sharded: whether there are others. A candidate outside this one then scores 0: the sum over the shards of a
             tensor-parallel group is the score.
+        bias_weight: [R, 1] float32, how many times a row's hidden state has the bias: where it is a mixture.
 
     Returns:
         [R, K] float32.
@@ -180,7 +199,7 @@ def score_candidates(
         local = local.where(mine, 0)
     scores = torch.bmm(lm_head[local].float(), hidden_states.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
-        scores = scores + bias[local].float()
+        scores = scores + bias[local].float() * (1.0 if bias_weight is None else bias_weight)
     return scores.where(mine, 0.0) if sharded else scores
 
 
@@ -253,7 +272,7 @@ def reweight_(
         scores: [R, K] float32, the reward model's logits of the candidates.
         top_k: [R] int64.
         beta: [R] float32.
-        reference: [R] float32, 1 or 0.
+        reference: [R] float32.
         end_ids: [R] int64, what a row without a finite z' is left with.
     """
     candidate = z > NEG_INF
@@ -288,6 +307,7 @@ def guide_(
     max_top_k: int,
     vocab_size: int,
     controls: Controls | None = None,
+    mixture: Mixture | None = None,
     bias: torch.Tensor | None = None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     soft_cap: float | None = None,
@@ -299,19 +319,21 @@ def guide_(
 
     Args:
         logits: [N, V] float32 (or bf16), base logits after bias, penalties and grammar mask.
-        hidden_states: [R, d], the reward model's, one for each guided row.
+        hidden_states: [C, d], the reward model's, one for each context.
         lm_head: [V', d], the reward model's output head, or this rank's shard of it.
         rows: [R] int64, the guided rows of ``logits``, distinct.
         top_k: [R] int64, k of each row; 0 leaves the row alone, so that how many rows are guided may be known on the
             device only.
         beta: [R] float32, guidance strength.
-        reference: [R] float32, 1 for ``base`` and 0 for ``none``.
+        reference: [R] float32, how much of the base model's log probability the reward is held against: with
+            ``base`` 1, or the sum of the contexts' weights; else 0.
         end_ids: [R] int64, the token that ends each row's request where guidance gives nothing finite.
         max_top_k: K >= every top_k, known on the host.
         vocab_size: tokens that base and reward model share; others are never candidates.
         controls: what requests did to their logits by bias and penalties; None where none of them did.
+        mixture: the contexts of each row; None: one each, in the rows' order.
         bias: [V'] of the output head, or None.
-        heads: (weight [H, d, d] or [H, d], bias [H, d], head_weights [R, 1 + H]) of :func:`map_heads`, or None.
+        heads: (weight [H, d, d] or [H, d], bias [H, d], head_weights [C, 1 + H]) of :func:`map_heads`, or None.
         soft_cap, scale: of the reward model's logits, where its architecture has them.
         vocab_start: first token of this rank's shard.
         all_reduce: sums the [R, K] scores over a tensor-parallel group; None on one device.
@@ -319,8 +341,19 @@ def guide_(
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
-    scores = score_candidates(hidden_states, lm_head, ids, bias, vocab_start, sharded=all_reduce is not None)
+    scored, bias_weight = ids, None
+    if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
+        hidden_states, bias_weight = mix_contexts(hidden_states, mixture), mixture.weights.sum(1, keepdim=True)
+    elif mixture is not None:
+        hidden_states = hidden_states[mixture.contexts.flatten()]
+        scored = ids.repeat_interleave(mixture.contexts.shape[1], 0)
+    scores = score_candidates(
+        hidden_states, lm_head, scored, bias, vocab_start, sharded=all_reduce is not None, bias_weight=bias_weight
+    )
     if all_reduce is not None:
         scores = all_reduce(scores)
+    scores = cap_and_scale(scores, soft_cap, scale)
+    if mixture is not None and soft_cap is not None:
+        scores = torch.bmm(mixture.weights.unsqueeze(1), scores.unflatten(0, mixture.contexts.shape)).squeeze(1)
     y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
-    reweight_(logits, rows, ids, z, y, cap_and_scale(scores, soft_cap, scale), top_k, beta, reference, end_ids)
+    reweight_(logits, rows, ids, z, y, scores, top_k, beta, reference, end_ids)

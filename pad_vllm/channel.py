@@ -44,12 +44,19 @@ class Announcement:
     tokenizer: dict[str, Any] | None = None
     """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
     prompt_template: str = ""
-    guides_all: bool = False
-    """A default persona guides requests that ask for nothing."""
+    num_preferences: tuple[int, ...] = ()
+    """Of each persona."""
+    default_persona: str | None = None
+    """That of requests which ask for nothing."""
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
+
+    @property
+    def guides_all(self) -> bool:
+        """Whether requests that ask for nothing are guided too."""
+        return self.default_persona is not None
 
 
 def make_folder() -> None:

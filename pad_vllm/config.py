@@ -19,13 +19,13 @@ from pad_vllm.params import (
     check_int,
     check_number,
     check_persona,
+    check_reference,
     check_text,
     did_you_mean,
 )
 from pad_vllm.reward.folder import locate_defaults, read_defaults
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 
-REFERENCES = ("base", "none")
 MAX_TOP_K = 1024
 """What ``max_top_k`` itself may be."""
 
@@ -42,8 +42,8 @@ class PADConfig:
         beta: guidance strength of requests that name none.
         top_k: candidates of requests that name no number.
         max_top_k: most candidates that a request may ask for.
-        reference: ``base``, the implicit reward against the base model, or ``none``, the reward model's own log
-            probability.
+        reference: of requests that name none: ``base``, the implicit reward against the base model; ``neutral``,
+            against the reward model without the preference; or ``none``, the reward model's own log probability.
         personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out), or
             the path of a JSON or YAML file of them.
         default_persona: persona of requests that ask for nothing.
@@ -86,8 +86,7 @@ class PADConfig:
         check_number("pad.beta", self.beta, 0, MAX_BETA)
         check_int("pad.max_top_k", self.max_top_k, 1, MAX_TOP_K)
         check_int("pad.top_k", self.top_k, 1, self.max_top_k)
-        if self.reference not in REFERENCES:
-            raise ValueError(f"pad.reference={self.reference!r}: must be one of {', '.join(REFERENCES)}")
+        check_reference("pad.reference", self.reference)
         for name in ("kv_cache_memory_bytes", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
                 check_int(f"pad.{name}", getattr(self, name), 1)
@@ -150,6 +149,7 @@ class PADConfig:
                     raise ValueError("pad_persona: a persona cannot name another")
                 if persona.top_k is not None:
                     check_int("pad_top_k", persona.top_k, 1, self.max_top_k)
+                persona.over(PAD())
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
             read[name] = persona
@@ -158,7 +158,7 @@ class PADConfig:
     @property
     def example_preference(self) -> str:
         """A text to show where preferences stand: of the first persona that has one."""
-        texts = (persona.preference for persona in self.personas.values() if persona.preference is not None)
+        texts = (text for persona in self.personas.values() for text in persona.preferences)
         return next(texts, "Be concise.")
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
@@ -167,7 +167,7 @@ class PADConfig:
         Returns None for a request that asks for nothing where there is no default persona.
 
         Raises:
-            ValueError: an unknown persona, or top_k over ``max_top_k``.
+            ValueError: an unknown persona, weights for another number of preferences, or top_k over ``max_top_k``.
         """
         name = self.default_persona if asked is None or asked.persona is None else asked.persona
         if asked is None and name is None:
@@ -176,7 +176,10 @@ class PADConfig:
         merged = asked.over(persona) if asked is not None else persona
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
         beta = self.beta if merged.beta is None else merged.beta
-        return GuidanceParams(merged.preference, merged.weights, beta, top_k)
+        texts = merged.preferences
+        num_contexts = max(len(texts), 1)
+        weights = merged.preference_weights or (1 / num_contexts,) * num_contexts
+        return GuidanceParams(texts, weights, merged.weights, beta, top_k, merged.reference or self.reference)
 
 
 def read_pad(additional_config: Any) -> Mapping[str, Any] | None:

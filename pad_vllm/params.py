@@ -16,8 +16,16 @@ MAX_SHOWN = 100
 """Characters of a value that an error message repeats."""
 MAX_BETA = 100.0
 MAX_WEIGHT = 1e4
+MAX_PREFERENCES = 8
+"""Of one request."""
+MAX_CONTEXTS = MAX_PREFERENCES + 1
+"""That the reward model reads for one request: one for each preference, and one without."""
 MAX_PREFERENCE_CHARS = 32_768
 """A first bound, before anything is tokenized; an engine's own bound is in tokens."""
+MAX_PREFERENCE_TOKENS = 1024
+"""Of a request's preferences together, whatever the reward model could hold: they are texts, not documents."""
+REFERENCES = ("base", "neutral", "none")
+"""What a reward is held against: the base model, the reward model without the preference, or nothing."""
 MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
@@ -77,6 +85,41 @@ def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
     return value
 
 
+def check_numbers(key: str, value: Any, each: str) -> tuple[float, ...]:
+    """``value`` as floats if it is a list of numbers, one for ``each`` of something; else ValueError naming ``key``."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{key}={shown(value)}: must be a list of numbers, one for each {each}")
+    return tuple(check_number(f"{key}[{i}]", x, -MAX_WEIGHT, MAX_WEIGHT) for i, x in enumerate(value))
+
+
+def check_preference(key: str, value: Any) -> str | tuple[str, ...]:
+    """``value`` if it is a text or a list of texts, these as a tuple; else ValueError naming ``key``."""
+    if not isinstance(value, (list, tuple)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key}={shown(value)}: must be a string or a list of them, not {type(value).__name__}")
+        return check_text(key, value)
+    if not 0 < len(value) <= MAX_PREFERENCES:
+        raise ValueError(f"{key}: a list of {len(value)} texts; from 1 to {MAX_PREFERENCES} are allowed")
+    return tuple(check_text(f"{key}[{i}]", text) for i, text in enumerate(value))
+
+
+def check_preference_weights(weights: tuple[float, ...], num_preferences: int) -> None:
+    """Raise ValueError unless there is one weight for each preference."""
+    if num_preferences == 0:
+        raise ValueError("pad_preference_weights: there is no preference to weigh; give pad_preference too")
+    if len(weights) != num_preferences:
+        raise ValueError(
+            f"pad_preference_weights: {len(weights)} weights for {num_preferences} preferences; give one for each"
+        )
+
+
+def check_reference(key: str, value: Any) -> str:
+    """``value`` if it is one of :data:`REFERENCES`; else ValueError naming ``key``."""
+    if value not in REFERENCES:
+        raise ValueError(f"{key}={shown(value)}: must be one of {', '.join(REFERENCES)}")
+    return value
+
+
 def check_weights(weights: tuple[float, ...], head_names: tuple[str, ...]) -> None:
     """Raise ValueError unless there is one weight for each value head."""
     if not head_names:
@@ -117,11 +160,14 @@ class PAD:
     """A request's guidance, as Python; ``extra_args`` and ``vllm_xargs`` say the same with the prefix ``pad_``.
 
     Args:
-        preference: text for the reward model's prompt.
+        preference: text for the reward model's prompt; or up to eight of them, each in a prompt of its own.
         persona: name of a preset of the server's; fields given here override its own.
         weights: one weight for each of the reward model's value heads.
         beta: guidance strength; 0 is the base model on its top-k, 1 the reward model's choice among them.
         top_k: how many of the base model's next tokens are candidates.
+        preference_weights: one for each preference; below 0, less of it. 1/m each when absent.
+        reference: what the reward is held against: ``base``, the base model; ``neutral``, the reward model without the
+            preference; or ``none``.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -131,18 +177,20 @@ class PAD:
         {'pad_preference': 'Be concise.', 'pad_beta': 1.2}
     """
 
-    preference: str | None = None
+    preference: str | tuple[str, ...] | None = None
     persona: str | None = None
     weights: tuple[float, ...] | None = None
     beta: float | None = None
     top_k: int | None = None
+    preference_weights: tuple[float, ...] | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
         if self.preference is not None:
-            check_text("pad_preference", self.preference)
+            normalize("preference", check_preference("pad_preference", self.preference))
         if self.persona is not None:
             check_text("pad_persona", self.persona)
         if self.beta is not None:
@@ -150,14 +198,21 @@ class PAD:
         if self.top_k is not None:
             check_int("pad_top_k", self.top_k, 1)
         if self.weights is not None:
-            if not isinstance(self.weights, (list, tuple)) or not self.weights:
-                raise ValueError(
-                    f"pad_weights={shown(self.weights)}: must be a list of numbers, one for each value head"
-                )
-            checked = (
-                check_number(f"pad_weights[{i}]", w, -MAX_WEIGHT, MAX_WEIGHT) for i, w in enumerate(self.weights)
-            )
-            normalize("weights", tuple(checked))
+            normalize("weights", check_numbers("pad_weights", self.weights, "value head"))
+        if self.preference_weights is not None:
+            weights = check_numbers("pad_preference_weights", self.preference_weights, "preference")
+            if self.preference is not None:
+                check_preference_weights(weights, len(self.preferences))
+            normalize("preference_weights", weights)
+        if self.reference is not None:
+            check_reference("pad_reference", self.reference)
+
+    @property
+    def preferences(self) -> tuple[str, ...]:
+        """However many there are."""
+        if self.preference is None:
+            return ()
+        return (self.preference,) if isinstance(self.preference, str) else self.preference
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> PAD | None:
@@ -181,7 +236,15 @@ class PAD:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v is not None}
 
     def over(self, persona: PAD) -> PAD:
-        """This request's fields, and where it is silent the persona's."""
+        """This request's fields, and where it is silent the persona's; whose weights are of its own preferences.
+
+        Raises:
+            ValueError: weights for another number of preferences.
+        """
+        if self.preference is not None:
+            persona = replace(persona, preference=None, preference_weights=None)
+        elif self.preference_weights is not None:
+            check_preference_weights(self.preference_weights, len(persona.preferences))
         return replace(
             persona, **{f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         )
@@ -194,10 +257,30 @@ _KNOWN = frozenset("pad" + field.name.replace("_", "") for field in fields(PAD))
 class GuidanceParams:
     """A request's guidance, resolved: persona looked up, defaults filled in."""
 
-    preference: str | None
+    preferences: tuple[str, ...]
+    preference_weights: tuple[float, ...]
+    """As many; (1.0,) where there is no preference: of the base model's own prompt."""
     weights: tuple[float, ...] | None
     beta: float
     top_k: int
+    reference: str
+
+    def contexts(self) -> dict[str | None, float]:
+        """What the reward model reads, and how much of it counts: preference -> weight; None: without a preference.
+
+        The reward is their weighted sum, less :attr:`base_weight` of the base model's log probability.
+        """
+        contexts: dict[str | None, float] = {}
+        for text, weight in zip(self.preferences or (None,), self.preference_weights, strict=True):
+            contexts[text] = contexts.get(text, 0.0) + weight
+        if self.reference == "neutral":
+            contexts[None] = contexts.get(None, 0.0) - sum(self.preference_weights)
+        read = {text: weight for text, weight in contexts.items() if weight}
+        return read or {None: 0.0}
+
+    @property
+    def base_weight(self) -> float:
+        return sum(self.preference_weights) if self.reference == "base" else 0.0
 
 
 def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, **kwargs: Any) -> vllm.SamplingParams:
@@ -216,7 +299,9 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
 
     processors = [logits_processors] if isinstance(logits_processors, PAD) else list(logits_processors or ())
     if len(processors) > 1 or not all(isinstance(p, PAD) for p in processors):
-        raise ValueError(f"logits_processors={shown(processors)}: takes one PAD(...); combine preferences in its text")
+        raise ValueError(
+            f"logits_processors={shown(processors)}: takes one PAD(...); give several preferences as its list"
+        )
     if processors:
         extra_args = dict(kwargs.get("extra_args") or {})
         if clash := [key for key in extra_args if is_ours(key)]:

@@ -21,12 +21,14 @@ class Stats:
     recomputed_tokens: float = 0
     prefix_hit_tokens: float = 0
     evicted_contexts: float = 0
+    contexts: float = 0
     running_requests: float = 0
+    running_contexts: float = 0
     kv_cache_usage_perc: float = 0
 
 
 NAMES = tuple(field.name for field in fields(Stats))
-GAUGES = ("running_requests", "kv_cache_usage_perc")
+GAUGES = ("running_requests", "running_contexts", "kv_cache_usage_perc")
 HELP = {
     "guided_requests": "Requests that began to be guided.",
     "guided_tokens": "Rows of logits that were guided: generated tokens, and drafts that were verified.",
@@ -36,8 +38,10 @@ HELP = {
     "reward_tokens": "Tokens that the reward model computed.",
     "recomputed_tokens": "Of these, tokens computed again for requests that had lost their reward KV blocks.",
     "prefix_hit_tokens": "Prompt tokens found in the reward model's prefix cache.",
-    "evicted_contexts": "Requests whose reward KV blocks were given to others.",
+    "evicted_contexts": "Contexts whose reward KV blocks were given to others.",
+    "contexts": "Contexts that guided requests began: one for each preference, and one for a neutral reference.",
     "running_requests": "Guided requests in the last step that guided any.",
+    "running_contexts": "Contexts of these requests.",
     "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "
     "until their slots are reused.",
 }

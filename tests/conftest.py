@@ -71,7 +71,7 @@ class Models:
             self.base_model,
             list(prompt),
             reward=self.reward_model if guided else None,
-            reward_prompt_ids=reward_prompt and list(reward_prompt),
+            reward_prompt_ids=reward_prompt and [list(ids) for ids in reward_prompt],
             head=self.heads[head] if head else None,
             **settings,
         )
@@ -111,7 +111,8 @@ def expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
 
 def make_expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
     def ask(prompt, *, preference=None, head=None, max_tokens=64, **settings) -> list[int]:
-        reward_prompt = tuple(compose(prompt, preference)) if preference else None
+        texts = [preference] if isinstance(preference, str) else preference or []
+        reward_prompt = tuple(tuple(compose(prompt, text)) for text in texts) or None
         return models.ask(tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)
 
     return ask

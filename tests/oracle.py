@@ -7,12 +7,17 @@ transformers and PyTorch in float32, no cache, one sequence at a time. Everythin
 
 y are the base model's logits, with masks (-inf) only; z are these after ``logit_bias``, then penalties, in the order of
 both of vLLM's runners. Where nothing is biased or penalized z is y.
+
+Several preferences, with weights w_j of which W is the sum, each in a context of its own with the reward logits r_j;
+r_0 are those in the context without a preference:
+
+    reward_c = sum_j w_j log_softmax_C(r_j)_c - W ref_c       ref: log_softmax_C(y), log_softmax_C(r_0), or 0
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -21,20 +26,29 @@ NEG_INF = float("-inf")
 
 def guided_logits(
     z: torch.Tensor,
-    r: torch.Tensor,
+    r: torch.Tensor | list[torch.Tensor],
     top_k: int,
     beta: float,
     reference: str = "base",
     y: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    r_0: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """z' of one position. z, r, y: [vocab] float, the base and the reward model's logits; y None: it is z."""
+    """z' of one position. z, y: [vocab] float, the base model's logits; y None: it is z. r: [vocab], the reward model's
+    logits, or such for each preference. weights None: 1/m each. r_0: [vocab], where reference is ``neutral``."""
     y = z if y is None else y
+    r = r if isinstance(r, list) else [r]
+    weights = [1 / len(r)] * len(r) if weights is None else weights
     values = z.tolist()
     finite = [i for i in range(len(values)) if math.isfinite(values[i])]
     candidates = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
-    log_p_reward = torch.log_softmax(r[candidates], dim=0)
-    log_p_base = torch.log_softmax(y[candidates], dim=0)
-    reward = log_p_reward - log_p_base if reference == "base" else log_p_reward
+    reward = sum(w * torch.log_softmax(r_j[candidates], dim=0) for w, r_j in zip(weights, r, strict=True))
+    if reference == "base":
+        reward = reward - sum(weights) * torch.log_softmax(y[candidates], dim=0)
+    elif reference == "neutral":
+        reward = reward - sum(weights) * torch.log_softmax(r_0[candidates], dim=0)
+    else:
+        assert reference == "none"
     guided = torch.full_like(z, NEG_INF)
     guided[candidates] = z[candidates] + beta * reward
     return guided
@@ -76,7 +90,8 @@ def generate(
     max_tokens: int,
     *,
     reward=None,
-    reward_prompt_ids: list[int] | None = None,
+    reward_prompt_ids: list[int] | list[list[int]] | None = None,
+    weights: Sequence[float] | None = None,
     head: tuple[torch.Tensor, torch.Tensor] | None = None,
     top_k: int = 10,
     beta: float = 1.0,
@@ -86,10 +101,13 @@ def generate(
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = (),
     penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> list[int]:
-    """Greedy continuation. ``reward_prompt_ids`` is the composed prompt; None: the reward model sees the base's.
+    """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
+    are 1/m each when None; None: the reward model sees the base's.
 
     ``mask``: (y [vocab], generated tokens) -> y with some at -inf. ``penalties``: presence, frequency, repetition.
     """
+    contexts = reward_prompt_ids or prompt_ids
+    contexts = contexts if isinstance(contexts[0], list) else [contexts]
     output: list[int] = []
     while len(output) < max_tokens:
         y = base(torch.tensor([prompt_ids + output])).logits[0, -1]
@@ -97,8 +115,9 @@ def generate(
             y = mask(y, output)
         z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)
         if reward is not None:
-            r = reward_logits(reward, (reward_prompt_ids or prompt_ids) + output, head)
-            z = guided_logits(z, r, top_k, beta, reference, y)
+            r = [reward_logits(reward, context + output, head) for context in contexts]
+            r_0 = reward_logits(reward, prompt_ids + output, head) if reference == "neutral" else None
+            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0)
         output.append(int(z.argmax()))
         if output[-1] == eos_token_id:
             break

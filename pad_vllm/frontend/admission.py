@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announced
 from pad_vllm.config import read_pad
-from pad_vllm.params import MAX_LOGIT_BIAS, PAD, check_int, check_logit_bias, check_persona, check_weights
+from pad_vllm.params import (
+    MAX_LOGIT_BIAS,
+    PAD,
+    check_int,
+    check_logit_bias,
+    check_persona,
+    check_preference_weights,
+    check_weights,
+)
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -111,9 +119,12 @@ def check(announcement: Announcement, asked: PAD) -> None:
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
         tokenizer = json.dumps(announcement.tokenizer, sort_keys=True)
-        _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens).encode_preference(
-            asked.preference
-        )
+        template = _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens)
+        template.check_preferences(asked.preferences)
+    elif asked.preference_weights is not None:
+        personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
+        name = announcement.default_persona if asked.persona is None else asked.persona
+        check_preference_weights(asked.preference_weights, personas.get(name, 0))
 
 
 @functools.lru_cache(maxsize=8)

@@ -220,7 +220,7 @@ class BlockManager:
     def _victims(self, line: Sequence[int]) -> list[Context]:
         """Whose blocks may be taken, the next to give last; the line's first is the list's first."""
         waiting = set(line)
-        others = [c for c in self.contexts if c is not None and c.blocks and c.slot not in waiting]
+        others = [self.contexts[slot] for slot in np.flatnonzero(self.num_held).tolist() if slot not in waiting]
         others.sort(key=lambda context: self._last_used[context.slot])
         done = [context for context in others if self._last_used[context.slot] > self._step_began]
         return [self.contexts[slot] for slot in line] + done + others[: len(others) - len(done)][::-1]

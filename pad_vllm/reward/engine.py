@@ -30,8 +30,8 @@ class ContextRows:
     lengths: np.ndarray | None
     """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
     row_slots: torch.Tensor
-    """[R] int64, on the device: each row's slot; a context's rows follow each other. ``no_slot``: the row is to be
-    left alone"""
+    """[R] int64, on the device: each row's slot; a context's rows are in the order of their positions. ``no_slot``:
+    the row is to be left alone"""
     positions: torch.Tensor
     """[R] int64, on the device: position of the row's token in its context"""
     token_ids: torch.Tensor

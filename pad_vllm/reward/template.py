@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from pad_vllm.errors import one_line
+from pad_vllm.params import MAX_PREFERENCE_TOKENS
 from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
 
 if TYPE_CHECKING:
@@ -154,6 +155,15 @@ class PromptTemplate:
         if not self._warned:
             self._warned = True
             logger.warning("%s: the preference goes to its head.", what)
+
+    def check_preferences(self, preferences: Sequence[str]) -> None:
+        """Raise ValueError for a preference that is too long, or too many tokens in all of them together."""
+        num_tokens = sum(self.num_added_tokens(text) - self._num_own for text in preferences)
+        if len(preferences) > 1 and num_tokens > MAX_PREFERENCE_TOKENS:
+            raise ValueError(
+                f"pad_preference: {num_tokens} tokens in {len(preferences)} preferences, at most "
+                f"{MAX_PREFERENCE_TOKENS} are allowed together"
+            )
 
     def num_added_tokens(self, preference: str) -> int:
         """How many ids :meth:`compose` adds to a plain prompt; to a chat, up to :attr:`num_seam_tokens` more."""

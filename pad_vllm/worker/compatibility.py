@@ -13,7 +13,7 @@ from vllm.config import ModelConfig, VllmConfig
 
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
-from pad_vllm.params import PAD, GuidanceParams, check_weights
+from pad_vllm.params import MAX_PREFERENCE_TOKENS, PAD, GuidanceParams, check_weights
 from pad_vllm.reward.derive import derive_vllm_config, reward_model_config
 from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
 from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
@@ -21,8 +21,6 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_tokenizer
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
-MAX_PREFERENCE_TOKENS = 1024
-"""No longer than this, whatever the reward model could hold: a preference is a text, not a document."""
 MIN_PREFERENCE_TOKENS = 16
 MUCH_SMALLER = 8
 """How many times smaller than the base a reward model is that should not choose alone."""
@@ -68,10 +66,10 @@ class Fit:
             return None
         if params.weights is not None:
             check_weights(params.weights, self.head_names)
-        if params.preference is not None:
+        if params.preferences:
             if self.template is None:
                 raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
-            self.template.encode_preference(params.preference)
+            self.template.check_preferences(params.preferences)
         return params
 
 
@@ -235,7 +233,8 @@ def beta_warning(config: PADConfig, reward: ModelConfig, base: ModelConfig, is_t
     return (
         f"With pad.reference 'base' and pad.beta {config.beta:g} the reward model alone, {config.reward_model!r}, "
         f"chooses among the base model's candidates, and {' and '.join(doubts)}: answers may lose what the base model "
-        "knows. Compare them with those at a pad.beta of 0.3 to 0.8."
+        "knows. Set pad.reference to 'neutral', with which it says only what the preference changes, or compare them "
+        "with those at a pad.beta of 0.3 to 0.8."
     )
 
 

@@ -15,18 +15,19 @@ from pad_vllm import kernels
 from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
 from pad_vllm.kernels import Controls
-from pad_vllm.params import GuidanceParams, check_logit_bias
+from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
+from pad_vllm.reward.template import Composed
 from pad_vllm.stats import Stats
 from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
-from pad_vllm.worker.slots import IntColumns, RowParams, SamplingControls, Slots
+from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -68,9 +69,9 @@ class Guidance:
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self.lm_head = self.model.lm_head(hidden_states)
         start.check_logits(config.reward_model, self.model, self.lm_head, hidden_states)
-        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
+        self.no_slot = scheduler.max_num_seqs
+        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs * MAX_CONTEXTS)
         self.stats = Stats()
-        self.no_slot = self.engine.no_slot
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
@@ -89,15 +90,16 @@ class Guidance:
             max_preference_tokens=self.fit.max_preference_tokens,
             tokenizer=self.fit.tokenizer_args if self.template else None,
             prompt_template=self.config.prompt_template,
-            guides_all=self.config.default_persona is not None,
+            num_preferences=tuple(len(persona.preferences) for persona in self.config.personas.values()),
+            default_persona=self.config.default_persona,
             instance_id=self.instance_id,
             labels=self.labels,
         )
 
     def new_request(
         self, slot: int, params: GuidanceParams, controls: SamplingControls, prompt_ids: list[int], end_id: int
-    ) -> Context:
-        """Begin guiding a request in a slot that is free; returns its context.
+    ) -> list[Context]:
+        """Begin guiding a request in a slot that is free; returns its contexts.
 
         Args:
             slot: of the request.
@@ -109,23 +111,31 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        composed, shared = prompt_ids, ()
-        if params.preference is not None:
-            composed, shared = self.template.compose_shared(prompt_ids, params.preference)
-        low, high = min(composed), max(composed)
+        contexts = params.contexts()
+        composed = [self._compose(prompt_ids, preference) for preference in contexts]
+        check_logit_bias(controls.logit_bias)
+        self._write_slot(slot, params, len(prompt_ids), composed, list(contexts.values()), end_id)
+        self.slots.write_controls(slot, controls, prompt_ids)
+        self.stats.guided_requests += 1
+        self.stats.contexts += len(composed)
+        return [self.engine.blocks.add(slot * MAX_CONTEXTS + i, *prompt) for i, prompt in enumerate(composed)]
+
+    def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:
+        """A context's prompt. Raises ValueError for a token that the reward model has no row for."""
+        composed = Composed(prompt_ids, ())
+        if preference is not None:
+            composed = self.template.compose_shared(prompt_ids, preference)
+        low, high = min(composed.ids), max(composed.ids)
         if low < 0 or high >= self.reward_vocab_size:
             raise ValueError(
                 f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {self.reward_vocab_size}"
             )
-        check_logit_bias(controls.logit_bias)
-        self._write_slot(slot, params, prompt_ids, composed, end_id)
-        self.slots.write_controls(slot, controls, prompt_ids)
-        self.stats.guided_requests += 1
-        return self.engine.blocks.add(slot, composed, shared)
+        return composed
 
-    def free(self, context: Context) -> None:
+    def free(self, contexts: list[Context]) -> None:
         """A request left the batch."""
-        self.engine.blocks.remove(context)
+        for context in contexts:
+            self.engine.blocks.remove(context)
 
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
         """Guide the rows of ``batch`` in ``logits``, in place.
@@ -136,23 +146,32 @@ class Guidance:
         """
         began = time.perf_counter()
         layout, params = batch.layout, self._params_of(batch.layout)
-        num_tokens = batch.num_tokens + params.host_offset
-        token_ids = batch.token_ids
+        contexts, num_tokens = params.contexts, batch.num_tokens
+        positions, token_ids = batch.positions, batch.token_ids
+        if contexts.rows is not None:
+            num_tokens, positions, token_ids = (
+                num_tokens[contexts.requests],
+                positions[contexts.rows],
+                token_ids[contexts.rows],
+            )
+            if not batch.exact:
+                positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
+        num_tokens = num_tokens + contexts.host_offset
         if not batch.exact or (batch.num_tokens <= params.host_prompt_len).any():
             # The composed prompt may end otherwise than the base's, from which the base samples its first token.
-            token_ids = torch.where(batch.positions < params.ints.prompt_len, params.ints.last_prompt_id, token_ids)
+            token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
         hidden_states = self.engine.step(
             ContextRows(
-                slots=layout.slots,
+                slots=contexts.slots,
                 num_tokens=num_tokens,
                 lengths=num_tokens if batch.exact else None,
-                row_slots=layout.row_slots,
-                positions=batch.positions + params.ints.offset,
+                row_slots=contexts.row_slots,
+                positions=positions + contexts.ints.offset,
                 token_ids=token_ids.int(),
-                history=batch.output_ids,
+                history=lambda slot: batch.output_ids(slot // MAX_CONTEXTS),
             )
         )
         controls = None
@@ -160,13 +179,13 @@ class Guidance:
             controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
         self.guide(logits, hidden_states, layout.rows, params, controls)
         self.stats.guided_tokens += len(layout.rows)
-        self.stats.running_requests = len(layout.slots)
+        self.stats.running_requests, self.stats.running_contexts = len(layout.slots), len(contexts.slots)
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - began
 
     def _params_of(self, layout: Layout) -> RowParams:
         if self._params is None or self._params.layout is not layout:
-            self._params = RowParams(layout, self.slots)
+            self._params = RowParams(layout, self.slots, self.max_rows_per_request)
         return self._params
 
     def show_stats(self, board: Board) -> None:
@@ -190,7 +209,7 @@ class Guidance:
 
         Args:
             logits: [N, V], in place.
-            hidden_states: [R, hidden_size], of the reward model.
+            hidden_states: [context rows, hidden_size], of the reward model.
             rows: [R] int64, rows of ``logits``.
             params: what they ask for.
             controls: what their requests did to the logits; None: nothing.
@@ -209,6 +228,7 @@ class Guidance:
             reference=params.reference,
             end_ids=params.ints.end_id,
             controls=controls,
+            mixture=params.contexts.mixture,
             max_top_k=params.max_top_k,
             vocab_size=self.vocab_size,
             bias=head.bias,
@@ -220,10 +240,17 @@ class Guidance:
         )
 
     def _write_slot(
-        self, slot: int, params: GuidanceParams, prompt_ids: list[int], composed: list[int], end_id: int
+        self,
+        slot: int,
+        params: GuidanceParams,
+        prompt_len: int,
+        composed: list[Composed],
+        context_weights: list[float],
+        end_id: int,
     ) -> None:
         weights = params.weights or (self.heads.default_weights if self.heads else None)
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.fit.head_names))
-        ints = IntColumns(len(composed) - len(prompt_ids), len(prompt_ids), composed[-1], params.top_k, end_id)
-        floats = [params.beta, float(self.config.reference == "base"), *mix]
-        self.slots.write(slot, ints, floats, weights is not None)
+        contexts = [ContextColumns(len(ids) - prompt_len, prompt_len, ids[-1]) for ids, _ in composed]
+        ints = IntColumns(len(contexts), params.top_k, end_id)
+        floats = [params.beta, params.base_weight, *mix]
+        self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)

@@ -1,7 +1,7 @@
 """What the requests in the slots ask for, where a step needs it.
 
-A slot is a request's place in the engine, and that of its context in the reward engine. The last slot stands for no
-request: a row of it is left alone.
+A slot is a request's place in the engine; its contexts have MAX_CONTEXTS places in the reward engine, one after the
+other. The last slot stands for no request: a row of it is left alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from pad_vllm.kernels import Controls, OutputTokens
-from pad_vllm.params import MAX_LOGIT_BIAS
+from pad_vllm.kernels import Controls, Mixture, OutputTokens
+from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.batch import Layout
 
@@ -27,16 +27,23 @@ NO_PENALTIES = (0.0, 0.0, 1.0)
 class IntColumns(NamedTuple):
     """Integers of a request; or of rows, each a [R] int64 tensor."""
 
+    num_contexts: int | torch.Tensor
+    """0: there is no request."""
+    top_k: int | torch.Tensor
+    """0: leave the row alone."""
+    end_id: int | torch.Tensor
+    """The token that ends the request."""
+
+
+class ContextColumns(NamedTuple):
+    """Integers of a context; or of context rows, each a [R] int64 tensor."""
+
     offset: int | torch.Tensor
     """Tokens that the composed prompt has more than the base's."""
     prompt_len: int | torch.Tensor
     """Length of the base's prompt."""
     last_prompt_id: int | torch.Tensor
     """Last token of the composed prompt."""
-    top_k: int | torch.Tensor
-    """0: leave the row alone."""
-    end_id: int | torch.Tensor
-    """The token that ends the request."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +70,54 @@ class Slots:
 
     def __init__(self, num_slots: int, num_heads: int, vocab_size: int, device: torch.device) -> None:
         self.ints = torch.zeros(num_slots, len(IntColumns._fields), dtype=torch.int64, device=device)
-        """[slots, 5]: :class:`IntColumns`"""
+        """[slots, 3]: :class:`IntColumns`"""
         self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
         """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
+        self.contexts = torch.zeros(
+            num_slots * MAX_CONTEXTS, len(ContextColumns._fields), dtype=torch.int64, device=device
+        )
+        """[slots * MAX_CONTEXTS, 3]: :class:`ContextColumns`"""
+        self.context_weights = torch.zeros(num_slots, MAX_CONTEXTS, device=device)
+        """[slots, MAX_CONTEXTS]: 0 where there is none"""
         self.num_bias = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.bias_ids = torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int32, device=device)
         self.bias = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=device)
         self.penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
         self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.host_offset = np.zeros(num_slots, np.int64)
+        self.host_num_contexts = np.zeros(num_slots, np.int64)
+        self.host_mixes = np.zeros(num_slots, bool)
+        self.host_offset = np.zeros(num_slots * MAX_CONTEXTS, np.int64)
         self.host_prompt_len = np.zeros(num_slots, np.int64)
         self.host_top_k = np.zeros(num_slots, np.int64)
         self.host_uses_heads = np.zeros(num_slots, bool)
         self.host_biases = np.zeros(num_slots, bool)
         self.host_penalizes = np.zeros(num_slots, bool)
 
-    def write(self, slot: int, ints: IntColumns, floats: list[float], uses_heads: bool) -> None:
-        """``floats``: see :attr:`floats`; ``uses_heads``: whether its heads have weights."""
-        self.ints[slot] = to_device(list(ints), self.ints.device, torch.int64)
-        self.floats[slot] = to_device(floats, self.floats.device, torch.float32)
-        self.host_offset[slot], self.host_prompt_len[slot] = ints.offset, ints.prompt_len
+    def write(
+        self,
+        slot: int,
+        ints: IntColumns,
+        floats: list[float],
+        contexts: list[ContextColumns],
+        weights: list[float],
+        uses_heads: bool,
+    ) -> None:
+        """
+        Args:
+            floats: see :attr:`floats`.
+            contexts: as many as ``ints`` says, each with its part in the reward in ``weights``.
+            uses_heads: whether the request's heads have weights.
+        """
+        device, first = self.ints.device, slot * MAX_CONTEXTS
+        places = slice(first, first + len(contexts))
+        self.ints[slot] = to_device(list(ints), device, torch.int64)
+        self.floats[slot] = to_device(floats, device, torch.float32)
+        self.contexts[places] = to_device(np.array(contexts, np.int64), device, torch.int64)
+        unused = [0.0] * (MAX_CONTEXTS - len(weights))
+        self.context_weights[slot] = to_device([*weights, *unused], device, torch.float32)
+        self.host_num_contexts[slot], self.host_mixes[slot] = len(contexts), weights != [1.0]
+        self.host_offset[places] = [context.offset for context in contexts]
+        self.host_prompt_len[slot] = contexts[0].prompt_len
         self.host_top_k[slot] = ints.top_k
         self.host_uses_heads[slot] = uses_heads
 
@@ -105,17 +140,63 @@ class Slots:
 
 
 class RowParams:
-    """What the rows of a layout ask for: gathered from their slots, once for a layout."""
+    """What the rows of a layout ask for, and their contexts: gathered from their slots, once for a layout."""
 
-    def __init__(self, layout: Layout, slots: Slots) -> None:
+    def __init__(self, layout: Layout, slots: Slots, max_rows_per_request: int) -> None:
         self.layout = layout
         self.ints = IntColumns(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
         floats = slots.floats[layout.row_slots]
         self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
-        self.head_weights = floats[:, 2:]
-        self.host_offset = slots.host_offset[layout.slots]
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
         self.max_top_k = int(slots.host_top_k[layout.slots].max())
         self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
         self.penalize = bool(slots.host_penalizes[layout.slots].any())
         self.control = self.penalize or bool(slots.host_biases[layout.slots].any())
+        self.contexts = ContextRowParams(layout, slots, self.ints.num_contexts, max_rows_per_request)
+        self.head_weights = floats[:, 2:]
+        """[context rows, 1 + H]"""
+        if self.contexts.rows is not None:
+            self.head_weights = self.head_weights[self.contexts.rows]
+
+
+class ContextRowParams:
+    """The contexts of a layout's rows: one for each row, in the rows' order, or several, a row's one after the other.
+
+    Nothing is read back: which rows are whose may be known on the device only.
+    """
+
+    def __init__(self, layout: Layout, slots: Slots, num_contexts: torch.Tensor, max_rows_per_request: int) -> None:
+        """``num_contexts``: [R] int64, of each row."""
+        self.slots = layout.slots * MAX_CONTEXTS
+        """[C] int64, on the host"""
+        self.row_slots = layout.row_slots * MAX_CONTEXTS
+        """[context rows] int64"""
+        self.requests: np.ndarray | None = None
+        """[C] int64: places in the layout of the contexts' requests; None: one for each"""
+        self.rows: torch.Tensor | None = None
+        """[context rows] int64: the row of each; None: one for each"""
+        self.mixture: Mixture | None = None
+        if slots.host_mixes[layout.slots].any():
+            self._expand(layout, slots, num_contexts, max_rows_per_request)
+        self.ints = ContextColumns(*(column.contiguous() for column in slots.contexts[self.row_slots].unbind(1)))
+        self.host_offset = slots.host_offset[self.slots]
+
+    def _expand(self, layout: Layout, slots: Slots, num_contexts: torch.Tensor, max_rows_per_request: int) -> None:
+        counts, num_rows, device = slots.host_num_contexts[layout.slots], len(layout.rows), layout.rows.device
+        self.requests = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(self.requests)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.slots = self.slots[self.requests] + within
+        most, total = int(counts.max()), int(counts.sum())
+        if num_rows > len(counts):  # more than a row a request; no more than so many
+            total = min(total * max_rows_per_request, num_rows * most)
+        ends = num_contexts.cumsum(0)
+        begins, place = ends - num_contexts, torch.arange(total, device=device)
+        rows = torch.searchsorted(ends, place, right=True)
+        self.rows = rows.clamp(max=num_rows - 1)
+        # What the device finds to be no context of any row is one of the slot that stands for none.
+        row_slots = self.row_slots[self.rows] + place - begins[self.rows]
+        self.row_slots = row_slots.where(rows < num_rows, (len(slots.ints) - 1) * MAX_CONTEXTS)
+        column = torch.arange(most, device=device).minimum((num_contexts - 1).clamp(min=0).unsqueeze(1))
+        self.mixture = Mixture(
+            (begins.unsqueeze(1) + column).clamp(max=total - 1), slots.context_weights[layout.row_slots, :most]
+        )

@@ -10,7 +10,8 @@ import torch
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
-from pad_vllm.kernels import OutputTokens
+from pad_vllm.kernels import Mixture, OutputTokens
+from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.paged_model import LMHead, PagedModel
 from pad_vllm.worker.batch import Layout
 from pad_vllm.worker.compatibility import Fit
@@ -35,8 +36,8 @@ def warnings(fits: Fit) -> Iterator[str]:
 
 @torch.inference_mode()
 def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: int) -> None:
-    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; with controls too,
-    whose kernels would otherwise be compiled under the first request that has them.
+    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; with controls, and
+    with several contexts, whose kernels would otherwise be compiled under the first request that has them.
 
     Args:
         hidden_states: [1, hidden_size].
@@ -45,9 +46,8 @@ def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: i
     num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * guidance.base_vocab_size)))
     logits = torch.rand(num_rows, guidance.base_vocab_size, device=guidance.device)
     rows = torch.arange(num_rows, device=guidance.device)
-    params = RowParams(
-        Layout(np.array([guidance.no_slot]), rows, torch.full_like(rows, guidance.no_slot)), guidance.slots
-    )
+    layout = Layout(np.array([guidance.no_slot]), rows, torch.full_like(rows, guidance.no_slot))
+    params = RowParams(layout, guidance.slots, num_rows)
     params.ints.top_k.fill_(guidance.config.max_top_k)
     params.max_top_k, params.mix_heads = guidance.config.max_top_k, guidance.heads is not None
     hidden_states = hidden_states.expand(num_rows, -1)
@@ -57,6 +57,9 @@ def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: i
     output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
     for controls in (None, *(guidance.slots.controls(params.layout.row_slots, seen) for seen in (None, output))):
         guidance.guide(logits, hidden_states, rows, params, controls)
+    every = nowhere.unsqueeze(1).expand(-1, MAX_CONTEXTS)
+    params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
+    guidance.guide(logits, hidden_states, rows, params)
 
 
 @torch.inference_mode()

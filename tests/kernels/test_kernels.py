@@ -34,7 +34,7 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
     step = fused.guide_ if implementation == "triton" else in_torch.guide_
     in_torch.reads_are_free = lambda tensor: implementation == "reference"
     num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
-    partial, outputs = [], []
+    partial, outputs, bias_of_all = [], [], kwargs.pop("bias", None)
     for collect in (True, False) if num_shards > 1 else (False,):
         for shard in range(num_shards):
             wide = torch.full((len(logits), num_cols + 40), SENTINEL, dtype=logits.dtype)
@@ -48,9 +48,8 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
                     if collect
                     else (lambda scores: sum(partial))
                 )
-            if kwargs.get("bias") is not None:
-                kwargs = kwargs | {"bias": kwargs["bias"][mine]} if num_shards > 1 else kwargs
-            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, **kwargs)
+            bias = None if bias_of_all is None else bias_of_all[mine]
+            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
             outputs.append(out.clone())
             assert (wide[:, :20] == SENTINEL).all()
             assert (wide[:, 20 + num_cols :] == SENTINEL).all()
@@ -268,6 +267,45 @@ def test_bias_soft_cap_and_scale(run):
     for i in range(2):
         r = 0.7 * 5.0 * torch.tanh((lm_head @ hidden[i] + bias) / 5.0)
         torch.testing.assert_close(out[i], oracle.guided_logits(logits[i], r, 10, 1.0))
+
+
+MIXTURES = [
+    [[(0, 1.0)], [(1, 0.5), (2, 0.5)], [(3, 1.0), (4, -0.5), (5, -0.5)]],
+    [[(2, 0.7), (0, 0.3), (1, -1.0)], [(5, 2.0)], [(3, 0.6), (4, 0.2), (5, 0.2), (1, 0.5), (0, -0.3), (2, -1.2)]],
+    [[(0, 0.0)], [(3, 1.0), (4, -1.0)], [(5, -1.0)]],
+]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("contexts", MIXTURES, ids=range(len(MIXTURES)))
+def test_rows_of_several_contexts(contexts, soft_cap, num_shards, run):
+    """A row's reward is the weighted sum of its contexts', with an output head that has a bias; what is not a row's is
+    not read, and may be NaN."""
+    from pad_vllm.kernels import Mixture
+
+    logits, _, lm_head = problem(3)
+    hidden = torch.randn(7, 16, generator=torch.Generator().manual_seed(7))
+    hidden[6] = float("nan")
+    bias = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(5))
+    width = max(map(len, contexts))
+    padded = [row + [(row[0][0], 0.0)] * (width - len(row)) for row in contexts]
+    mixture = Mixture(
+        torch.tensor([[context for context, _ in row] for row in padded]),
+        torch.tensor([[weight for _, weight in row] for row in padded]),
+    )
+    totals = [sum(weight for _, weight in row) for row in contexts]
+    reference, settings = torch.tensor(totals), {"bias": bias, "soft_cap": soft_cap, "scale": 0.7}
+    out = run(
+        logits, hidden, lm_head, top_k=10, beta=0.8, reference=reference, mixture=mixture, num_shards=num_shards,
+        **settings,
+    )  # fmt: skip
+    for i, row in enumerate(contexts):
+        r = [lm_head @ hidden[context] + bias for context, _ in row]
+        r = [0.7 * (soft_cap * torch.tanh(r_j / soft_cap) if soft_cap else r_j) for r_j in r]
+        expected = oracle.guided_logits(logits[i], r, 10, 0.8, weights=[weight for _, weight in row])
+        # Each context's normalizer shifts a whole row, and no more.
+        torch.testing.assert_close(out[i].log_softmax(0), expected.log_softmax(0), rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_heads(run):

@@ -15,12 +15,12 @@ GOOD = {"pad_preference": "concise", "pad_beta": 1.0, "pad_top_k": 5}
 def malformed(rng: random.Random, num_heads: int, max_top_k: int) -> dict[str, Any]:
     """Arguments of which at least one is wrong, as ``vllm_xargs`` could carry them: text, numbers, lists of them."""
     good = {key: value for key, value in GOOD.items() if rng.random() < 0.5}
-    kind = rng.choice([_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona])
+    kind = rng.choice([_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona, _bad_mix])
     return good | kind(rng, num_heads, max_top_k)
 
 
 def _unknown_key(rng: random.Random, *_: int) -> dict[str, Any]:
-    known = ["preference", "persona", "weights", "beta", "top_k"]
+    known = ["preference", "persona", "weights", "beta", "top_k", "preference_weights", "reference"]
     key = list("pad_" + rng.choice(known))
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(4, len(key) + 1)
@@ -38,8 +38,10 @@ def _bad_text(rng: random.Random, *_: int) -> dict[str, Any]:
                 " \n\t " * rng.randint(1, 9),
                 rng.randint(-9, 9),
                 rng.random(),
-                [rng.choice(["a", 1])],
+                ["a", rng.choice(["", 1, ["b"], None])],
+                ["a"] * rng.randint(9, 30),
                 [],
+                ["some tokens, but many of them together " * 40] * 8,
                 "x" * (MAX_PREFERENCE_CHARS + rng.randint(1, 999)),
                 "many more tokens than there is room for " * rng.randint(300, 700),
                 "a lone \ud800 surrogate",
@@ -75,6 +77,18 @@ def _bad_weights(rng: random.Random, num_heads: int, _: int) -> dict[str, Any]:
         return {"pad_weights": weights * rng.randint(2, 9) if num_heads else weights}
     weights[rng.randrange(len(weights))] = rng.choice(["1", "x", float("nan"), float("inf"), 1.01 * MAX_WEIGHT, -1e300])
     return {"pad_weights": weights}
+
+
+def _bad_mix(rng: random.Random, *_: int) -> dict[str, Any]:
+    """Of preferences, or of what they are held against."""
+    wrong = [[1.0], [1, 2, 3], [], "1", "[1, 2]", 0.5, [1, "x"], [1, float("nan")], [[1], [2]], [1e5, 1], {"a": 1}]
+    return rng.choice(
+        [
+            {"pad_preference": ["a", "b"], "pad_preference_weights": rng.choice(wrong)},
+            {"pad_preference_weights": [0.5, 0.5]},
+            {"pad_reference": rng.choice(["Base", "bse", "", " ", 1, 0.5, ["base"], "neutral ", "false"])},
+        ]
+    )
 
 
 def _bad_persona(rng: random.Random, *_: int) -> dict[str, Any]:

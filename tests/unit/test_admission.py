@@ -22,7 +22,9 @@ from tests.support.malformed import GOOD, malformed
 
 pytestmark = pytest.mark.every_release
 
-GUIDED = Announcement(True, personas=("alice",), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8)
+GUIDED = Announcement(
+    True, personas=("alice",), num_preferences=(2,), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8
+)
 
 
 class Owner:
@@ -110,7 +112,7 @@ def test_refused_by_what_the_engine_announced(extra_args, message):
 
 def test_too_many_biased_tokens_are_refused():
     """Model Runner V2 has room for 1024, and would raise in its worker, for everybody."""
-    house = Announcement(True, guides_all=True)
+    house = Announcement(True, personas=("house",), num_preferences=(1,), default_persona="house")
     for announcement, guided in ((GUIDED, {"extra_args": {"pad_beta": 1.0}}), (house, {})):
         owner = Owner()
         channel.announce(announcement, owner)
@@ -129,6 +131,26 @@ def test_preferences_are_bounded_in_the_reward_models_tokens(models):
     validate(pad_preference="be concise")
     with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens, at most 8 are allowed"):
         validate(pad_preference="be concise and 12345678")
+
+
+def test_weights_are_held_against_the_preferences_that_a_persona_has():
+    owner = Owner()
+    channel.announce(GUIDED, owner)
+    validate(pad_persona="alice", pad_preference_weights=[1, -0.5])
+    for arguments in ({"pad_persona": "alice", "pad_preference_weights": [1]}, {"pad_preference_weights": [1, 2]}):
+        with pytest.raises(ValueError, match="pad_preference_weights: "):
+            validate(**arguments)
+
+
+def test_preferences_are_bounded_together(models):
+    owner = Owner()
+    tokenizer, template = {"pretrained_model_name_or_path": str(models.reward)}, "a {preference} b {prompt}"
+    announcement = Announcement(True, max_preference_tokens=900, tokenizer=tokenizer, prompt_template=template)
+    channel.announce(announcement, owner)
+    text = "concise " * 100
+    validate(pad_preference=[text] * 2)
+    with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens in 8 preferences, at most 1024 are allowed"):
+        validate(pad_preference=[text] * 8)
 
 
 def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():

@@ -165,6 +165,6 @@ def test_scores_are_refused_where_every_request_is_guided(tmp_path, monkeypatch)
     monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
     assert unguided("/v1/systemone") is None
     engine = type("Engine", (), {})()
-    channel.announce(channel.Announcement(True, personas=("house",), guides_all=True), engine)
+    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
     assert unguided("/v1/systemone").startswith("pad.default_persona: this server guides every request")
     assert unguided("/v1/completions") is None

@@ -57,7 +57,7 @@ def test_sampling_params_refuses(processors, extra_args, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preference": 1}, "pad_preference=1: must be a string, not int"),
+        ({"preference": 1}, "pad_preference=1: must be a string or a list of them, not int"),
         ({"preference": ""}, "must not be empty"),
         ({"preference": "x" * 40_000}, "40000 characters, at most 32768"),
         ({"beta": True}, "pad_beta=True: must be a number, not bool"),
@@ -66,6 +66,18 @@ def test_sampling_params_refuses(processors, extra_args, message):
         ({"top_k": 2.0}, "pad_top_k=2.0: must be an integer, not float"),
         ({"top_k": -3}, "pad_top_k=-3: must be at least 1"),
         ({"weights": 0.5}, "pad_weights=0.5: must be a list"),
+        ({"preference": []}, "pad_preference: a list of 0 texts; from 1 to 8"),
+        ({"preference": ["a"] * 9}, "pad_preference: a list of 9 texts; from 1 to 8"),
+        ({"preference": ["a", ["b"]]}, r"pad_preference\[1\]=\['b'\]: must be a string, not list"),
+        ({"preference": {"a": 1}}, "pad_preference={'a': 1}: must be a string or a list of them, not dict"),
+        ({"preference": ["a", "b"], "preference_weights": [1]}, "pad_preference_weights: 1 weights for 2 preferences"),
+        ({"preference": "a", "preference_weights": []}, r"pad_preference_weights=\[\]: must be a list of numbers"),
+        (
+            {"preference": "a", "preference_weights": [float("nan")]},
+            r"pad_preference_weights\[0\]=nan: must be between",
+        ),
+        ({"preference_weights": [[1]]}, r"pad_preference_weights\[0\]=\[1\]: must be a number, not list"),
+        ({"reference": "bse"}, "pad_reference='bse': must be one of base, neutral, none"),
         ({"weights": [0.5, None]}, r"pad_weights\[1\]=None: must be a number"),
         ({"weights": [1e5]}, r"pad_weights\[0\]=100000.0: must be between -10000 and 10000"),
     ],
@@ -81,16 +93,19 @@ def test_not_configured(additional_config):
 
 
 def test_defaults_are_the_published_settings():
-    assert config().resolve(PAD(preference="x")) == GuidanceParams("x", None, beta=1.0, top_k=10)
+    assert config().resolve(PAD(preference="x")) == GuidanceParams(
+        ("x",), (1.0,), None, beta=1.0, top_k=10, reference="base"
+    )
 
 
 def test_personas_defaults_and_overrides():
     personas = {"a": {"pad_preference": "brief", "pad_beta": 0.5}, "b": {"weights": [1, 0], "top_k": 3}}
     c = config(personas=personas, default_persona="a", beta=0.8)
-    assert c.resolve(None) == GuidanceParams("brief", None, 0.5, 10)
-    assert c.resolve(PAD(persona="b")) == GuidanceParams(None, (1.0, 0.0), 0.8, 3)
-    assert c.resolve(PAD(persona="b", preference="long", top_k=7)) == GuidanceParams("long", (1.0, 0.0), 0.8, 7)
-    assert c.resolve(PAD(beta=2)) == GuidanceParams("brief", None, 2.0, 10)
+    brief, long = (("brief",), (1.0,)), (("long",), (1.0,))
+    assert c.resolve(None) == GuidanceParams(*brief, None, 0.5, 10, "base")
+    assert c.resolve(PAD(persona="b")) == GuidanceParams((), (1.0,), (1.0, 0.0), 0.8, 3, "base")
+    assert c.resolve(PAD(persona="b", preference="long", top_k=7)) == GuidanceParams(*long, (1.0, 0.0), 0.8, 7, "base")
+    assert c.resolve(PAD(beta=2)) == GuidanceParams(*brief, None, 2.0, 10, "base")
     assert config(personas=personas).resolve(None) is None
 
 
@@ -103,7 +118,8 @@ def test_personas_defaults_and_overrides():
         ({"beta": "1"}, "pad.beta='1': must be a number"),
         ({"top_k": 65}, "pad.top_k=65: must be between 1 and 64"),
         ({"max_top_k": 4096}, "pad.max_top_k=4096: must be between 1 and 1024"),
-        ({"reference": "neutral"}, "pad.reference='neutral': must be one of base, none"),
+        ({"reference": "natural"}, "pad.reference='natural': must be one of base, neutral, none"),
+        ({"personas": {"a": {"preference_weights": [1]}}}, r"pad.personas\['a'\]: pad_preference_weights: there is no"),
         ({"prompt_template": "{preference}"}, "must contain {prompt} exactly once"),
         ({"prompt_template": "{prompt}"}, "must contain {preference}"),
         ({"trust_remote_code": "yes"}, "must be true or false"),
@@ -158,6 +174,39 @@ def test_bad_files_are_named(tmp_path, name, text, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         PADConfig.from_additional_config({"pad": str(tmp_path / name)})
+
+
+PERSONAS = {"two": {"preference": ["brief", "kind"], "preference_weights": [1, -0.5]}, "none": {"beta": 1}}
+
+
+def test_a_personas_weights_are_of_its_own_preferences():
+    c = config(personas=PERSONAS, default_persona="two", reference="neutral")
+    assert c.resolve(None) == GuidanceParams(("brief", "kind"), (1.0, -0.5), None, 1.0, 10, "neutral")
+    asked = PAD(persona="two", preference_weights=[0.25, 0.75], reference="none")
+    assert c.resolve(asked) == GuidanceParams(("brief", "kind"), (0.25, 0.75), None, 1.0, 10, "none")
+    assert c.resolve(PAD(preference=["a", "b", "c", "d"])).preference_weights == (0.25,) * 4
+    for persona, weights in (("two", [1]), ("none", [1]), (None, [1, 2, 3])):
+        with pytest.raises(ValueError, match="pad_preference_weights"):
+            c.resolve(PAD(persona=persona, preference_weights=weights))
+
+
+@pytest.mark.parametrize(
+    ("asked", "contexts", "base_weight"),
+    [
+        ({"preference": "a"}, {"a": 1.0}, 1.0),
+        ({"beta": 1}, {None: 1.0}, 1.0),
+        ({"preference": ["a", "b"]}, {"a": 0.5, "b": 0.5}, 1.0),
+        ({"preference": ["a", "b"], "preference_weights": [1, -0.5], "reference": "none"}, {"a": 1, "b": -0.5}, 0),
+        ({"preference": ["a", "b", "a"], "preference_weights": [1, 0, 2]}, {"a": 3.0}, 3.0),
+        ({"preference": ["a", "b"], "reference": "neutral"}, {"a": 0.5, "b": 0.5, None: -1.0}, 0),
+        ({"preference": ["a", "b"], "preference_weights": [1, -1], "reference": "neutral"}, {"a": 1, "b": -1}, 0),
+        ({"beta": 1, "reference": "neutral"}, {None: 0.0}, 0),
+        ({"preference": "a", "preference_weights": [0]}, {None: 0.0}, 0),
+    ],
+)
+def test_what_the_reward_model_reads(asked, contexts, base_weight):
+    params = config().resolve(PAD(**asked))
+    assert (params.contexts(), params.base_weight) == (contexts, base_weight)
 
 
 def test_unknown_persona_names_the_closest():

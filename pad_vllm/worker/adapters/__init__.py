@@ -9,7 +9,7 @@ answered without guidance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -35,8 +35,9 @@ class RequestState:
     params: GuidanceParams | None
     controls: SamplingControls
     stop_token_id: int
-    context: Context | None = None
-    """In the request's slot; None until the request has begun."""
+    slot: int | None = None
+    """None until the request has begun, and if it could not."""
+    contexts: list[Context] = field(default_factory=list)
     failed: bool = False
 
 
@@ -62,11 +63,12 @@ class Adapter:
             return state
 
     def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
-        """Give a request its context, once its prompt is known. Returns whether it is guided."""
+        """Give a request its contexts, once its prompt is known. Returns whether it is guided."""
         try:
-            state.context = self.guidance.new_request(
+            state.contexts = self.guidance.new_request(
                 slot, state.params, state.controls, prompt_ids, state.stop_token_id
             )
+            state.slot = slot
         except Exception:
             logger.exception("PAD cannot guide a request: ending it.")
             self.fail([state])
@@ -74,9 +76,9 @@ class Adapter:
 
     def end(self, state: RequestState | None) -> None:
         """A request left the batch."""
-        if state is not None and state.context is not None:
-            self.guidance.free(state.context)
-            state.context = None
+        if state is not None and state.slot is not None:
+            self.guidance.free(state.contexts)
+            state.slot, state.contexts = None, []
 
     def guide(self, states: list[RequestState], step: Callable[[], None]) -> None:
         """Run a guided step, or give up the requests that it was for."""

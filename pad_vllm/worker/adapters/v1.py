@@ -36,13 +36,13 @@ class V1Batch:
         self.states = list(rows.values())
         penalize = any(state.controls.penalizes for state in self.states)
         self.penalties = Penalties(rows, vocab_size, device) if penalize else None
-        slots = np.array([state.context.slot for state in self.states], np.int64)
+        slots = np.array([state.slot for state in self.states], np.int64)
         self.layout = Layout(
             slots=slots,
             rows=to_device(list(rows), device, torch.int64),
             row_slots=to_device(slots, device, torch.int64),
         )
-        self.by_slot = {state.context.slot: state for state in self.states}
+        self.by_slot = {state.slot: state for state in self.states}
         self.output_ids = [state.output_ids for state in self.states]
         self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states], np.int64)
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
@@ -72,8 +72,8 @@ class V1Adapter(Adapter):
         after = set(self.states.values())
         for state in before:  # in an order that is the same on all ranks, as everything here must be
             if state not in after:
-                if state.context is not None:
-                    self.free_slots.append(state.context.slot)
+                if state.slot is not None:
+                    self.free_slots.append(state.slot)
                 self.end(state)
 
     def _new_state(
@@ -101,7 +101,7 @@ class V1Adapter(Adapter):
                 logits[row, state.stop_token_id] = 0.0
 
     def _has_begun(self, state: V1RequestState) -> bool:
-        if state.context is None and not state.failed:
+        if state.slot is None and not state.failed:
             slot = self.free_slots.pop()
             if not self.begin(slot, state, state.prompt_ids):
                 self.free_slots.append(slot)
