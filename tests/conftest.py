@@ -110,10 +110,11 @@ def expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
 
 
 def make_expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
-    def ask(prompt, *, preference=None, head=None, max_tokens=64, **settings) -> list[int]:
+    def ask(prompt, *, preference=None, preference_weights=None, head=None, max_tokens=64, **settings) -> list[int]:
         texts = [preference] if isinstance(preference, str) else preference or []
         reward_prompt = tuple(tuple(compose(prompt, text)) for text in texts) or None
-        return models.ask(tuple(prompt), reward_prompt, head, max_tokens=max_tokens, **settings)
+        weights = tuple(preference_weights) if preference_weights else None
+        return models.ask(tuple(prompt), reward_prompt, head, max_tokens=max_tokens, weights=weights, **settings)
 
     return ask
 

@@ -51,7 +51,7 @@ def cases(models, encode, expect, max_tokens: int = MAX_TOKENS) -> tuple[list, l
         asked |= {"weights": list(MIX)} if head else {}
         prompts.append(prompt)
         params.append(GREEDY | {"max_tokens": max_tokens} | guided(**asked))
-        answer = expect(prompt, preference=texts, weights=weights, head=head, **rule)
+        answer = expect(prompt, preference=texts, preference_weights=weights, head=head, **rule)
         expected.append(answer[:max_tokens])
         if i % 5 == 0:
             prompts += [prompt] * 3

@@ -149,9 +149,11 @@ def test_released_head_under_a_short_pool(encode, expect, released_engine):
     prompts = [encode(text) for text in PROMPTS] * 2
     params, expected = [], []
     for i, prompt in enumerate(prompts):
-        preference = PREFERENCES[i % 2] + " more" * i
-        params.append(GREEDY | guided(preference=preference, beta=0.8))
-        expected.append(expect(prompt, preference=preference, head="released", beta=0.8, reference="none"))
+        asked = {"preference": PREFERENCES[i % 2] + " more" * i, "beta": 0.8, "reference": "none"}
+        if i == 5:
+            asked |= {"preference": [*PREFERENCES, "kind", "brief"], "reference": "neutral"}
+        params.append(GREEDY | guided(**asked))
+        expected.append(expect(prompt, head="released", **asked))
     assert released_engine.generate(prompts, params) == expected
     stats = released_engine.call(engine_stats)
     assert stats["evicted"] > 0

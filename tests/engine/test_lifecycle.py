@@ -61,6 +61,8 @@ def test_long_prompts_in_small_chunks_with_preemption_and_a_short_reward_pool(ex
     """Eight guided requests, 300 tokens the longest prompt; together more than either KV cache holds."""
     prompts = [long_prompt[i:][:length] for i, length in enumerate((300, 150, 290, 200, 180, 100, 220, 250))]
     asked = [{"preference": PREFERENCES[i % 2] + " more" * (50 + i), "beta": 0.5 + i % 3 / 2} for i in range(8)]
+    asked[3] = {"preference": [PREFERENCES[0], PREFERENCES[1] + " more" * 50, "kind"], "reference": "neutral"}
+    asked[6] = {"preference": [PREFERENCES[0], "kind"], "preference_weights": [1.0, -0.5], "reference": "none"}
     before = poor_engine.call(metric, "vllm:num_preemptions")
     out = poor_engine.generate(prompts, [greedy(100, **pad) for pad in asked])
     assert out == [expect(prompt, max_tokens=100, **pad) for prompt, pad in zip(prompts, asked, strict=True)]

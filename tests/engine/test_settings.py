@@ -134,6 +134,8 @@ def test_tensor_parallelism(models, encode, expect, monkeypatch):
     try:
         for i in range(3):
             asked = [{"preference": preferences[(i + j) % 5], "beta": 1.5} for j in range(len(prompts))]
+            several = {"preference": [preferences[i], preferences[i + 1]], "preference_weights": [1.0, -0.5]}
+            asked[i :: i + 3] = [several | {"reference": "neutral"} for _ in asked[i :: i + 3]]
             out = engine.generate(prompts, [GREEDY | {"max_tokens": 16} | guided(**pad) for pad in asked])
             assert out == [
                 expect(p, head="released", max_tokens=16, **pad) for p, pad in zip(prompts, asked, strict=True)

@@ -44,6 +44,8 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
     asked = [
         {"preference": f"{i} {PREFERENCES[i % 2]}{more}", "beta": 0.5} if i % 3 else {} for i in range(len(prompts))
     ]
+    several = {"preference": [asked[4]["preference"], f"kind{more}"], "preference_weights": [1.0, -0.5], "beta": 0.7}
+    asked[4] = several | {"reference": "neutral"}
     params = [greedy(32, **pad) for pad in asked]
     # A row of a draft counts the drafts before it, too. (vLLM refuses logit_bias where there are drafts.)
     penalties = (0.5, 0.6, 1.2)
