@@ -156,10 +156,10 @@ def regress(features: torch.Tensor, seed: int = 0, max_nonzero: int | None = Non
     """Logistic regression without an intercept, its penalty chosen by cross-validation.
 
     Args:
-        features: (num_pairs, num_features) float64, chosen minus rejected, all of one scale.
+        features: (num_pairs, num_features) float64, chosen minus rejected; of about 1, which the penalties suit.
         seed: of the folds.
-        max_nonzero: keep as many features, those of largest weight, and fit them again. The choice is made in every
-            fold anew, so what is left out of a fit has no part in its choice either.
+        max_nonzero: keep as many features, those that move the result most, and fit them again. The choice is made in
+            every fold anew, so what is left out of a fit has no part in its choice either.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     folds = order.tensor_split(NUM_FOLDS)
@@ -187,7 +187,7 @@ def _solve_few(features: torch.Tensor, penalty: float, max_nonzero: int | None) 
     solution = _solve(features, penalty)
     if max_nonzero is None or len(solution) <= max_nonzero:
         return solution
-    kept = solution.abs().topk(max_nonzero).indices
+    kept = (solution.abs() * features.square().mean(0).sqrt()).topk(max_nonzero).indices
     return torch.zeros_like(solution).index_copy(0, kept, _solve(features[:, kept], penalty))
 
 

@@ -129,8 +129,8 @@ def differentials(
 
 def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], seed: int = 0) -> Fit:
     """Logistic regression on ``differences`` (num_pairs, num_attributes) in nats, its penalty chosen by
-    cross-validation. Of more than :data:`MAX_SLIDERS` attributes those of largest weight are fitted again by
-    themselves, in every fold too.
+    cross-validation. Of more than :data:`MAX_SLIDERS` attributes those that move these rewards most are fitted again
+    by themselves, in every fold too.
 
     The weights are those of nats, as they are served. Their size is what few comparisons do not tell: where the
     attributes explain all of them, larger is always likelier. So the largest is scaled to 1, as strong as that
@@ -142,16 +142,15 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
         ValueError: no attribute makes a difference.
     """
     differences = differences.double()
-    # One penalty for all. Not by the deviation, as it depends on which answers were chosen.
-    scale = differences.square().mean(0).sqrt().clamp_min(1e-6)
-    found = regress(differences / scale, seed, MAX_SLIDERS)
-    weights = found.solution / scale
-    largest = weights.abs().max().item()
-    if not largest:
+    # One scale for all: all are nats, and an attribute that the model hardly reads should stay as small as it is.
+    scale = differences.square().mean().sqrt().item()
+    if not scale:
         raise ValueError("no attribute makes a difference between these answers: the reward model does not read them")
+    found = regress(differences / scale, seed, MAX_SLIDERS)
+    largest = found.solution.abs().max().item()
     return Fit(
         tuple(attributes),
-        [round(weight / largest, NUM_DIGITS) + 0.0 for weight in weights.tolist()],  # no -0.0
+        [round(weight / largest, NUM_DIGITS) + 0.0 for weight in found.solution.tolist()],  # no -0.0
         found.held_out_accuracy,
         found.accuracy,
         found.penalty,
