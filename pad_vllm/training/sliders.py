@@ -135,8 +135,9 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     The weights are those of nats, as they are served. Their size is what few comparisons do not tell: where the
     attributes explain all of them, larger is always likelier. So the largest is scaled to 1, as strong as that
     attribute is as a preference by itself, and how strongly to guide is for ``beta`` to say. A sum of 1 would be weaker
-    the more attributes agree, as one and its opposite do: for seven users of the demo's world, 12 attributes and beta 1
-    it satisfied 93%, and the largest as 1 satisfied 99% (their preference in words 100%, nothing 50%).
+    the more attributes agree, as one and its opposite do: for seven users of the demo's world, of 30 comparisons and 12
+    attributes, the rule as a plain loop (beta 1, 112 answers) satisfied 94% with a sum of 1 and 98% with the largest as
+    1; with their preference in words 100%, with nothing 50%. Well formed were 99%, 96%, 96% and 97%.
 
     Raises:
         ValueError: no attribute makes a difference.
