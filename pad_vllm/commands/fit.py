@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from pad_vllm.commands.options import assignments, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="the user's comparisons, 20 to 100: as for train")
-    parser.add_argument("--reward-model", required=True, help="folder of a reward model with heads")
+    parser.add_argument(
+        "--reward-model", required=True, help="folder of a reward model, with heads or with --attributes"
+    )
+    parser.add_argument(
+        "--attributes", metavar="FILE", help="weights over these texts, a JSON or YAML list, and not over heads"
+    )
     parser.add_argument("--heads", help="file of heads, where it is not beside the model")
     parser.add_argument("--name", default="new-user", help="of the persona (default %(default)s)")
     parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
@@ -19,14 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
 
 
-def run(name, columns, prompt_template, **settings) -> int:
+def run(name, columns, prompt_template, attributes, **settings) -> int:
     from pad_vllm.training.fit import fit
+    from pad_vllm.training.sliders import MAX_SLIDERS, fit_sliders, persona_of, sliders_of
 
-    found = fit(**settings, **given(prompt_template=prompt_template), columns=assignments("--columns", columns))
+    settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
+    found = fit(**settings) if attributes is None else fit_sliders(**settings, attributes=attributes)
     print(
         f"{found.num_comparisons} comparisons: the weights say which answer was chosen in {found.accuracy:.0%}, in "
         f"{found.held_out_accuracy:.0%} of those left out of the fit in turn."
     )
-    print("  ".join(f"{head} {weight:+g}" for head, weight in zip(found.names, found.weights, strict=True)))
-    print(f"For the server's personas:\n{json.dumps({name: {'pad_weights': found.weights}})}")
+    if found.held_out_accuracy < 0.5 + 1 / found.num_comparisons**0.5:  # two standard errors of a coin
+        what = "heads" if attributes is None else "attributes"
+        print(f"A coin might do as well: these {what} say little of this user, or there are too few comparisons.")
+    persona: dict[str, Any]
+    if attributes is None:
+        persona = {"pad_weights": found.weights}
+        print("  ".join(f"{head} {weight:+g}" for head, weight in zip(found.names, found.weights, strict=True)))
+    else:
+        sliders = sliders_of(found)
+        persona = persona_of(sliders)
+        if num_left_out := len(found.names) - len(sliders):
+            why = f"at most {MAX_SLIDERS} are served" if len(found.names) > MAX_SLIDERS else "their weight is 0"
+            print(f"{num_left_out} of {len(found.names)} attributes are left out: {why}.")
+        print("\n".join(f"{weight:+.2f}  {text}" for text, weight in sliders.items()))
+    print(f"For the server's personas:\n{json.dumps({name: persona})}")
     return 0

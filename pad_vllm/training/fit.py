@@ -2,7 +2,8 @@
 
 The user's reward is a sum of the heads' rewards, R = sum_i w_i R_i, and the chosen answer is preferred with probability
 sigmoid(R(chosen) - R(rejected)): logistic regression on what each head makes of a comparison, the low-rank
-factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis.
+factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis. Attributes in words
+are another basis: :mod:`pad_vllm.training.sliders`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
+from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
 
@@ -27,8 +28,8 @@ NUM_FOLDS = 5
 
 
 class Fit(NamedTuple):
-    """A user's weights, one per head in the order of ``names``, and how often they say which answer was chosen: on
-    comparisons left out of the fit in turn (``held_out_accuracy``), and on all (``accuracy``)."""
+    """A user's weights, one per head (or attribute) in the order of ``names``, and how often they say which answer was
+    chosen: on comparisons left out of the fit in turn (``held_out_accuracy``), and on all (``accuracy``)."""
 
     names: tuple[str, ...]
     weights: list[float]
@@ -65,20 +66,44 @@ def fit(
     """
     path = locate_heads(heads, reward_model, None)
     if path is None:
-        raise ValueError(f"{reward_model}: no heads beside it, and a user is a mix of heads; see pad-vllm train")
-    tokenizer = AutoTokenizer.from_pretrained(reward_model)
-    model = AutoModelForCausalLM.from_pretrained(reward_model)
+        raise ValueError(
+            f"{reward_model}: no heads beside it, and a user is a mix of heads; see pad-vllm train, or fit "
+            "weights over attributes in words (--attributes)"
+        )
+    model, template = load(reward_model, prompt_template, insert_after)
     value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
     if len(value_heads.names) < 2:
         raise ValueError(f"{path}: a single head, {value_heads.names[0]!r}; there is nothing to mix")
+    pairs = encode_enough(read_comparisons(data, columns, split), model, template)
+    return fit_weights(head_rewards(HeadedModel.of(model, value_heads), pairs), value_heads.names, seed)
+
+
+def load(
+    reward_model: str, prompt_template: str | None, insert_after: str | None
+) -> tuple[PreTrainedModel, PromptTemplate]:
+    """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(reward_model).eval().to(device)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
     pad = PADConfig.from_additional_config({"pad": {key: value for key, value in given.items() if value is not None}})
-    template = PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
-    max_length = model.config.get_text_config().max_position_embeddings
-    pairs = encode(read_comparisons(data, columns, split), tokenizer, template, max_length)
+    return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
+
+
+def encode_enough(
+    comparisons: Sequence[Comparison], model: PreTrainedModel, template: PromptTemplate, room: int = 0
+) -> list[PairExample]:
+    """Those of a user's comparisons that fit into the model and leave ``room`` tokens.
+
+    Raises:
+        ValueError: they are fewer than folds.
+    """
+    max_length = model.config.get_text_config().max_position_embeddings - room
+    pairs = encode(comparisons, template.tokenizer, template, max_length)
     if len(pairs) < NUM_FOLDS:
-        raise DataError(f"{data}: {len(pairs)} comparisons; a fit takes at least {NUM_FOLDS}, better 20 to 100")
-    return fit_weights(head_rewards(HeadedModel.of(model, value_heads), pairs), value_heads.names, seed)
+        few = f"{len(pairs)} comparisons of at most {max_length} tokens"
+        raise DataError(f"{few}; a fit takes at least {NUM_FOLDS}, better 20 to 100")
+    return pairs
 
 
 def head_rewards(model: HeadedModel, pairs: Sequence[PairExample]) -> torch.Tensor:
@@ -104,43 +129,76 @@ def fit_weights(rewards: torch.Tensor, names: Sequence[str], seed: int = 0) -> F
     """Logistic regression on ``rewards`` (num_pairs, num_heads), its penalty chosen by cross-validation."""
     free = [i for i, name in enumerate(names) if name != BACKBONE_HEAD]
     rewards = rewards[:, free].double()
-    rewards = rewards / rewards.std(0, correction=0).clamp_min(1e-6)  # one penalty for all heads
-    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed))
+    # One penalty for all heads.
+    found = regress(rewards / rewards.std(0, correction=0).clamp_min(1e-6), seed)
+    scaled = found.solution / found.solution.abs().max().clamp_min(1e-9)
+    weights = dict(zip(free, scaled.tolist(), strict=True))
+    return Fit(
+        tuple(names),
+        [round(weights.get(i, 1.0), 3) for i in range(len(names))],
+        found.held_out_accuracy,
+        found.accuracy,
+        found.penalty,
+        len(rewards),
+    )
+
+
+class Regression(NamedTuple):
+    """``solution`` (num_features,) float64, its accuracy on comparisons left out in turn, and on all."""
+
+    solution: torch.Tensor
+    held_out_accuracy: float
+    accuracy: float
+    penalty: float
+
+
+def regress(features: torch.Tensor, seed: int = 0, max_nonzero: int | None = None) -> Regression:
+    """Logistic regression without an intercept, its penalty chosen by cross-validation.
+
+    Args:
+        features: (num_pairs, num_features) float64, chosen minus rejected; of about 1, which the penalties suit.
+        seed: of the folds.
+        max_nonzero: keep as many features, those that move the result most, and fit them again. The choice is made in
+            every fold anew, so what is left out of a fit has no part in its choice either.
+    """
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     folds = order.tensor_split(NUM_FOLDS)
 
     def held_out(penalty: float) -> tuple[float, float]:
         """Loss and accuracy over the folds, each left out in turn."""
         loss, correct = 0.0, 0
         for fold in folds:
-            rest = torch.ones(len(rewards), dtype=torch.bool)
+            rest = torch.ones(len(features), dtype=torch.bool)
             rest[fold] = False
-            margins = rewards[fold] @ _solve(rewards[rest], penalty)
+            margins = features[fold] @ _solve_few(features[rest], penalty, max_nonzero)
             loss -= F.logsigmoid(margins).sum().item()
             correct += (margins > 0).sum().item()
-        return loss / len(rewards), correct / len(rewards)
+        return loss / len(features), correct / len(features)
 
     scores = {penalty: held_out(penalty) for penalty in PENALTIES}
     penalty = min(PENALTIES, key=lambda p: scores[p][0])
-    solution = _solve(rewards, penalty)
-    weights = dict(zip(free, (solution / solution.abs().max().clamp_min(1e-9)).tolist(), strict=True))
-    return Fit(
-        tuple(names),
-        [round(weights.get(i, 1.0), 3) for i in range(len(names))],
-        scores[penalty][1],
-        (rewards @ solution > 0).double().mean().item(),
-        penalty,
-        len(rewards),
-    )
+    solution = _solve_few(features, penalty, max_nonzero)
+    accuracy = (features @ solution > 0).double().mean().item()
+    return Regression(solution, scores[penalty][1], accuracy, penalty)
 
 
-def _solve(rewards: torch.Tensor, penalty: float) -> torch.Tensor:
-    """argmin_w of sum -log sigmoid(rewards w) + penalty / 2 |w|^2, convex: (num_heads,)."""
-    weights = torch.zeros(rewards.shape[1], dtype=rewards.dtype, requires_grad=True)
+def _solve_few(features: torch.Tensor, penalty: float, max_nonzero: int | None) -> torch.Tensor:
+    """:func:`_solve`, with at most ``max_nonzero`` weights that are not 0."""
+    solution = _solve(features, penalty)
+    if max_nonzero is None or len(solution) <= max_nonzero:
+        return solution
+    kept = (solution.abs() * features.square().mean(0).sqrt()).topk(max_nonzero).indices
+    return torch.zeros_like(solution).index_copy(0, kept, _solve(features[:, kept], penalty))
+
+
+def _solve(features: torch.Tensor, penalty: float) -> torch.Tensor:
+    """argmin_w of sum -log sigmoid(features w) + penalty / 2 |w|^2, convex: (num_features,)."""
+    weights = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = -F.logsigmoid(rewards @ weights).sum() + penalty / 2 * weights.square().sum()
+        value = -F.logsigmoid(features @ weights).sum() + penalty / 2 * weights.square().sum()
         value.backward()
         return value
 

@@ -80,7 +80,15 @@ def write_evaluation(folder: Path, text: str) -> None:
     )
 
 
-FILES = {"json": write_pairs, "yaml": write_evaluation}
+def write_yaml(folder: Path, text: str) -> None:
+    first = text.partition("\n")[0]
+    if first == "# attributes.yaml":
+        (folder / "attributes.yaml").write_text(text)
+    else:
+        write_evaluation(folder, text)
+
+
+FILES = {"json": write_pairs, "yaml": write_yaml}
 """What the documents show of a file, for the commands that read it."""
 
 
