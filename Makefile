@@ -53,7 +53,7 @@ alignment: $(INSTALLED)
 	$(BIN)/python -m benchmarks.alignment
 
 # Each in a process of its own, and no longer than a quarter of an hour; what is there already is not measured again.
-BENCH_SECTIONS := batch baselines rows sharing flatness shapes published breakdown
+BENCH_SECTIONS := batch baselines rows contexts sharing flatness shapes published breakdown
 bench: $(INSTALLED)
 	for section in $(BENCH_SECTIONS); do \
 	    timeout 900 $(BIN)/pad-vllm bench --sections $$section --resume --output benchmarks/results || exit 1; \

@@ -30,6 +30,8 @@ class Cell:
     """of guided requests"""
     personas: int = 1
     """among the guided requests; 0: guided without a preference"""
+    reference: str = "base"
+    """of the guided requests; ``neutral``: a second context for each"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def guidance(cell: Cell, i: int) -> dict[str, Any] | None:
     guided = int((i + 1) * cell.share) > int(i * cell.share)
     if not guided:
         return None
-    asked: dict[str, Any] = {"pad_top_k": cell.top_k}
+    asked: dict[str, Any] = {"pad_top_k": cell.top_k, "pad_reference": cell.reference}
     return asked | ({"pad_persona": f"p{i % cell.personas}"} if cell.personas else {})
 
 

@@ -164,6 +164,20 @@ def rows_and_personas(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return bench.compare(shares)
 
 
+def contexts(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Two contexts a request, a preference's and the neutral reference's, over one: what each takes beyond unguided."""
+    found = []
+    for batch in args.batch:
+        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k)
+        entries = [*versus(cell, 1.0), ("guided, two contexts", "guided", replace(cell, reference="neutral"))]
+        rows = bench.compare(entries)
+        unguided, one, two = (1 / row["ratio"] for row in rows)
+        quotient = (two - unguided) / (one - unguided)
+        print(f"batch {batch}: the guidance of two contexts over that of one: {quotient:.3f}", flush=True)
+        found += [*rows, {"label": f"two contexts over one, batch {batch}", "value": round(quotient, 3)}]
+    return found
+
+
 def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Tokens that the reward model computes for 16 users of one persona with a long prompt, who come at once."""
     cell = Cell(batch=16, prompt_len=args.prompt_len, output_len=2, top_k=args.top_k)
@@ -200,6 +214,7 @@ SECTIONS = {
     "batch": batches,
     "baselines": baselines,
     "rows": rows_and_personas,
+    "contexts": contexts,
     "sharing": sharing,
     "flatness": flatness,
     "shapes": shapes,
@@ -267,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="of the base (default %(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=10)

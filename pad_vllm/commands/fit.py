@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from pad_vllm.commands.options import assignments, given
+from pad_vllm.params import MAX_PREFERENCES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(name, columns, prompt_template, attributes, **settings) -> int:
     from pad_vllm.training.fit import fit
-    from pad_vllm.training.sliders import MAX_SLIDERS, fit_sliders, persona_of, sliders_of
+    from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
     settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
     found = fit(**settings) if attributes is None else fit_sliders(**settings, attributes=attributes)
@@ -46,7 +47,7 @@ def run(name, columns, prompt_template, attributes, **settings) -> int:
         sliders = sliders_of(found)
         persona = persona_of(sliders)
         if num_left_out := len(found.names) - len(sliders):
-            why = f"at most {MAX_SLIDERS} are served" if len(found.names) > MAX_SLIDERS else "their weight is 0"
+            why = f"at most {MAX_PREFERENCES} are served" if len(found.names) > MAX_PREFERENCES else "their weight is 0"
             print(f"{num_left_out} of {len(found.names)} attributes are left out: {why}.")
         print("\n".join(f"{weight:+.2f}  {text}" for text, weight in sliders.items()))
     print(f"For the server's personas:\n{json.dumps({name: persona})}")

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pad_vllm.config import read_file
-from pad_vllm.params import check_text, shown
+from pad_vllm.params import MAX_PREFERENCES, check_text, shown
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, PairExample, read_comparisons
@@ -34,8 +34,6 @@ from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
 
 MAX_ATTRIBUTES = 64
-MAX_SLIDERS = 8
-"""As many preferences as a request may have."""
 NUM_DIGITS = 2
 """Of a weight. An attribute whose weight is 0 with these is left out: each costs a context of the reward model."""
 
@@ -52,7 +50,7 @@ def fit_sliders(
     split: str = "train",
     seed: int = 0,
 ) -> Fit:
-    """Weights over ``attributes`` for the user who made the comparisons in ``data``; at most :data:`MAX_SLIDERS` of
+    """Weights over ``attributes`` for the user who made the comparisons in ``data``; at most :data:`MAX_PREFERENCES` of
     them are not 0.
 
     Args:
@@ -129,8 +127,8 @@ def differentials(
 
 def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], seed: int = 0) -> Fit:
     """Logistic regression on ``differences`` (num_pairs, num_attributes) in nats, its penalty chosen by
-    cross-validation. Of more than :data:`MAX_SLIDERS` attributes those that move these rewards most are fitted again
-    by themselves, in every fold too.
+    cross-validation. Of more than :data:`MAX_PREFERENCES` attributes those that move these rewards most are fitted
+    again by themselves, in every fold too.
 
     The weights are those of nats, as they are served. Their size is what few comparisons do not tell: where the
     attributes explain all of them, larger is always likelier. So the largest is scaled to 1, as strong as that
@@ -147,7 +145,7 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     scale = differences.square().mean().sqrt().item()
     if not scale:
         raise ValueError("no attribute makes a difference between these answers: the reward model does not read them")
-    found = regress(differences / scale, seed, MAX_SLIDERS)
+    found = regress(differences / scale, seed, MAX_PREFERENCES)
     largest = found.solution.abs().max().item()
     return Fit(
         tuple(attributes),

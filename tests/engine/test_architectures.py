@@ -30,6 +30,9 @@ ARCHITECTURES = {
 }
 
 
+SEVERAL = {"preference": ["formal", "kind"], "preference_weights": [1.0, -0.5], "reference": "neutral"}
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_tied_head_is_a_head(models, compose, encode, tmp_path, model_type):
     path = make_model(tmp_path / model_type, seed=5, model_type=model_type, **ARCHITECTURES[model_type])
@@ -38,11 +41,20 @@ def test_a_tied_head_is_a_head(models, compose, encode, tmp_path, model_type):
     engine = Engine("v1", models.base, logits_processors=PLUGIN, **pad_config(path))
     try:
         out = engine.generate(prompts, greedy(16, preference="formal", beta=1.2))
+        mixed = engine.generate(
+            prompts, [greedy(16, **asked) for asked in (SEVERAL, {"preference": "formal"}, SEVERAL)]
+        )
     finally:
         engine.close()
-    assert out == [
-        oracle.generate(
-            models.base_model, p, 16, reward=reward, reward_prompt_ids=compose(p, "formal"), top_k=10, beta=1.2
-        )
-        for p in prompts
+
+    def expected(prompt: list[int], texts: list[str], **settings) -> list[int]:
+        composed = [compose(prompt, text) for text in texts]
+        return oracle.generate(models.base_model, prompt, 16, reward=reward, reward_prompt_ids=composed, **settings)
+
+    assert out == [expected(p, ["formal"], beta=1.2) for p in prompts]
+    several = {"weights": (1.0, -0.5), "reference": "neutral"}  # by a head that is not linear where there is a soft cap
+    assert mixed == [
+        expected(prompts[0], ["formal", "kind"], **several),
+        expected(prompts[1], ["formal"]),
+        expected(prompts[2], ["formal", "kind"], **several),
     ]

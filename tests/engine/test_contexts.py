@@ -11,8 +11,6 @@ from tests.conftest import MIX, Models
 from tests.engine.test_engine import GREEDY, PREFERENCES, PROMPTS
 from tests.support.engine import PLUGIN, Engine, guided, pad_config
 
-pytestmark = pytest.mark.every_release
-
 MAX_TOKENS = 64
 TEXTS = ["concise, formal", "Please be playful.", "kind", "in rhymes and with an example", "as a list"]
 WEIGHTS: list[tuple[float, ...] | None] = [

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_guidance
+from tests import oracle
+from tests.support.engine import PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
 
 pytestmark = pytest.mark.every_release
 
@@ -77,15 +78,22 @@ def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list
 
 
 @pytest.mark.one_release
-def test_decoding_reads_nothing_back(models, encode):
+def test_decoding_reads_nothing_back(models, encode, expect):
+    """With drafts and without; and what is generated so, by kernels that may not look, is what it should be."""
     params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     prompts = [encode(f"answer {i}") for i in range(4)]
+    several = {"preference": ["formal", "kind"], "preference_weights": [1, -0.5], "reference": "neutral"}
+    expected = [
+        oracle.generate(models.base_model, prompts[0], 24),
+        expect(prompts[1], max_tokens=24, **several),
+        expect(prompts[3], max_tokens=24, beta=0.5),
+    ]
     for drafts in (0, 2):
         controls = {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
         controls |= {} if drafts else {"logit_bias": {7: 2.0}}  # vLLM refuses it beside drafts
         asked = [
             params,
-            params | guided(preference="formal", weights=[1.0, 0.0, 0.5]),
+            params | guided(**several),
             params | guided(preference="formal", weights=[1.0, 0.0, 0.5]) | controls,
             params | guided(beta=0.5),
         ]
@@ -100,8 +108,12 @@ def test_decoding_reads_nothing_back(models, encode):
         )
         try:
             first, decoding, lost = engine.call(watch_steps, prompts, asked)
+            out = engine.generate(prompts, asked)
+            evicted = engine.call(engine_stats)["evicted"]
         finally:
             engine.close()
         assert decoding == []
+        assert [out[0], out[1], out[3]] == expected
+        assert evicted == 0
         assert first, "a new request's tokens are read once, or nothing was watched"
         assert any("_output_ids" in read for read in lost)

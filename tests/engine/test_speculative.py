@@ -21,12 +21,10 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 
 
-@pytest.mark.parametrize(
-    ("num_speculative_tokens", "contexts"), [pytest.param(3, 64, marks=pytest.mark.one_release), (5, 1.25)]
-)
-def test_output_is_that_without_drafts(models, encode, expect, num_speculative_tokens, contexts):
+def test_output_is_that_without_drafts(models, encode, expect):
     """Guided and unguided mixed. The drafter is the base model, so guided drafts are accepted and refused by turns; a
-    reward pool of one and a quarter contexts makes every step run in groups, and recompute."""
+    reward pool of one and a quarter contexts makes every step run in groups, and recompute. (With room for all:
+    test_no_sync.py.)"""
     engine = Engine(
         "v2",
         models.base,
@@ -35,12 +33,12 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
         speculative_config={
             "method": "draft_model",
             "model": str(models.base),
-            "num_speculative_tokens": num_speculative_tokens,
+            "num_speculative_tokens": 5,
         },
-        **pad_config(models.named, kv_cache_memory_bytes=int(ONE_CONTEXT * contexts)),
+        **pad_config(models.named, kv_cache_memory_bytes=ONE_CONTEXT * 5 // 4),
     )
     prompts = [encode(text) for text in PROMPTS]
-    more = " more" * (100 if contexts < 2 else 0)
+    more = " more" * 100
     asked = [
         {"preference": f"{i} {PREFERENCES[i % 2]}{more}", "beta": 0.5} if i % 3 else {} for i in range(len(prompts))
     ]
@@ -66,7 +64,7 @@ def test_output_is_that_without_drafts(models, encode, expect, num_speculative_t
     ]
     assert alone == out[1:2]
     assert accepted > 0
-    assert (stats["evicted"] > 0) == (contexts < 2)
+    assert stats["evicted"] > 0
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
 
 

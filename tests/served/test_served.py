@@ -45,8 +45,17 @@ MODES = [  # vllm_xargs, and what the oracle is asked
     ({"pad_persona": "terse"}, TERSE),
     ({"pad_persona": "terse", "pad_beta": 0.5, "pad_top_k": 3}, TERSE | {"beta": 0.5, "top_k": 3}),
     ({"pad_weights": list(MIX), "pad_beta": 0.7}, {"head": "mixed", "beta": 0.7}),
+    (
+        {"pad_preference": ["formal", "say why"], "pad_preference_weights": [1, -0.5], "pad_reference": "neutral"},
+        {"preference": ["formal", "say why"], "preference_weights": [1, -0.5], "reference": "neutral"},
+    ),
     ({"pad_persona": "mixed", "pad_preference": "say why"}, {"head": "mixed", "top_k": 8, "preference": "say why"}),
 ]
+
+
+@pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.one_release)])
+def runner(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")

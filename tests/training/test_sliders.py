@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from benchmarks.alignment import own_record
 from pad_vllm.demo import models, world
-from pad_vllm.training.sliders import MAX_SLIDERS, fit_sliders, sliders_of
+from pad_vllm.params import MAX_PREFERENCES
+from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
+from tests.support.engine import Worker
 
 ATTRIBUTES = {
     value: world.preference({dimension: value}, random.Random(i))
@@ -44,7 +47,7 @@ def test_the_largest_sliders_are_what_the_user_wants(wanted, reward, tmp_path):
     assert found.num_comparisons == 30
     assert found.held_out_accuracy >= 0.9
     sliders = sliders_of(found)
-    assert len(sliders) <= MAX_SLIDERS < len(ATTRIBUTES)
+    assert len(sliders) <= MAX_PREFERENCES < len(ATTRIBUTES)
     # A dimension's two attributes say the same thing: together they are one slider from its second value to its first.
     moves = {
         dimension: sliders.get(ATTRIBUTES[first], 0) - sliders.get(ATTRIBUTES[second], 0)
@@ -55,3 +58,39 @@ def test_the_largest_sliders_are_what_the_user_wants(wanted, reward, tmp_path):
     for dimension, value in wanted.items():
         assert (moves[dimension] > 0) == (value == world.DIMENSIONS[dimension][0]), sliders
         assert sliders.get(ATTRIBUTES[value], 0) >= 0, sliders
+
+
+NUM_QUESTIONS = 24
+
+
+def satisfaction(arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> list[tuple[float, float]]:
+    """Of what a user wants, under a request's arguments; and the share of well formed answers."""
+    from pad_vllm.demo.show import generate, start
+
+    topics = random.Random(0).sample(world.TOPICS, NUM_QUESTIONS)
+    questions = [world.HELD_OUT_QUESTIONS[0].format(topic.task) for topic in topics]
+    asked = [extra_args for _, extra_args in arguments for _ in questions]
+    texts = generate(start(models.build()), questions * len(arguments), asked, temperature=0.8)
+    found = []
+    for i, (wanted, _) in enumerate(arguments):
+        own = texts[i * NUM_QUESTIONS : (i + 1) * NUM_QUESTIONS]
+        satisfied = sum(world.satisfaction(text, wanted) for text in own)
+        well_formed = sum(world.is_well_formed(text, topic) for text, topic in zip(own, topics, strict=True))
+        found.append((satisfied / NUM_QUESTIONS, well_formed / NUM_QUESTIONS))
+    return found
+
+
+def test_served_they_satisfy_nearly_as_the_users_own_words_do(reward, tmp_path_factory):
+    arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]] = []
+    for i, wanted in enumerate(USERS[1:]):
+        persona = persona_of(sliders_of(fitted(reward, wanted, tmp_path_factory.mktemp("user"))))
+        words = {"pad_preference": world.preference(wanted, random.Random(i))}
+        arguments += [(wanted, None), (wanted, words), (wanted, persona)]
+    worker = Worker(preloaded=True)
+    found = worker.run(satisfaction, arguments)
+    worker.close()
+    for i in range(0, len(found), 3):
+        unguided, words, sliders = found[i : i + 3]
+        assert sliders[0] >= words[0] - 0.1, found
+        assert sliders[0] >= unguided[0] + 0.25, found
+        assert sliders[1] >= 0.85, found

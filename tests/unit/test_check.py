@@ -65,6 +65,7 @@ def test_a_base_model_that_does_not_fit_is_named(models, config, capsys):
     assert "its 1024 positions do not hold the engine's max_model_len of 1024" in capsys.readouterr().out
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -78,6 +79,7 @@ def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.one_release
 def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path, capsys):
     config = AutoConfig.for_model("jamba", architectures=["JambaForCausalLM"], vocab_size=512, eos_token_id=1)
     config.save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pad_vllm.cli import main
+from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training import sliders
@@ -16,7 +17,6 @@ from pad_vllm.training.data import encode, read_comparisons
 from pad_vllm.training.fit import _solve, load
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.sliders import (
-    MAX_SLIDERS,
     differentials,
     fit_slider_weights,
     fit_sliders,
@@ -133,9 +133,9 @@ def test_of_many_attributes_the_largest_are_fitted_again():
     heaviest = sliders_of(found)
     assert list(heaviest)[:3] == ["attribute 3", "attribute 7", "attribute 11"]
     assert heaviest["attribute 7"] < 0 < heaviest["attribute 11"]
-    assert len(heaviest) <= MAX_SLIDERS
+    assert len(heaviest) <= MAX_PREFERENCES
     kept = [i for i, weight in enumerate(found.weights) if weight]
-    assert len(kept) == MAX_SLIDERS
+    assert len(kept) == MAX_PREFERENCES
     by_themselves = _solve(differences[:, kept].double() / differences.double().square().mean().sqrt(), found.penalty)
     by_themselves = by_themselves / by_themselves.abs().max()
     assert [found.weights[i] for i in kept] == pytest.approx(by_themselves.tolist(), abs=0.006)
@@ -207,7 +207,7 @@ def test_the_command_prints_a_persona(models, tmp_path, capsys):
     assert "2 of 10 attributes are left out: at most 8 are served." in out
     persona = json.loads(out.splitlines()[-1])["ada"]
     texts, weights = persona["pad_preference"], persona["pad_preference_weights"]
-    assert len(texts) == len(weights) == MAX_SLIDERS
+    assert len(texts) == len(weights) == MAX_PREFERENCES
     assert max(map(abs, weights)) == 1
     assert weights == sorted(weights, key=abs, reverse=True)
     assert f"{weights[0]:+.2f}  {texts[0]}\n" in out
