@@ -68,15 +68,16 @@ class Guidance:
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self.lm_head = self.model.lm_head(hidden_states)
         start.check_logits(config.reward_model, self.model, self.lm_head, hidden_states)
-        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs)
+        self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
+        max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
+        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs, max_num_rows)
         self.stats = Stats()
         self.no_slot = self.engine.no_slot
-        self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
-        start.warm_up_kernels(self, hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
+        start.warm_up_kernels(self, hidden_states, max_num_rows)
         start.log_summary(self)
 
     def announcement(self) -> Announcement:
@@ -138,7 +139,9 @@ class Guidance:
         layout, params = batch.layout, self._params_of(batch.layout)
         num_tokens = batch.num_tokens + params.host_offset
         token_ids = batch.token_ids
-        if not batch.exact or (batch.num_tokens <= params.host_prompt_len).any():
+        if not params.past_prompts:
+            params.past_prompts = batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
+        if not params.past_prompts:
             # The composed prompt may end otherwise than the base's, from which the base samples its first token.
             token_ids = torch.where(batch.positions < params.ints.prompt_len, params.ints.last_prompt_id, token_ids)
         if self.may_be_foreign:
@@ -151,7 +154,7 @@ class Guidance:
                 lengths=num_tokens if batch.exact else None,
                 row_slots=layout.row_slots,
                 positions=batch.positions + params.ints.offset,
-                token_ids=token_ids.int(),
+                token_ids=token_ids,
                 history=batch.output_ids,
             )
         )

@@ -119,3 +119,5 @@ class RowParams:
         self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
         self.penalize = bool(slots.host_penalizes[layout.slots].any())
         self.control = self.penalize or bool(slots.host_biases[layout.slots].any())
+        self.past_prompts = False
+        """Whether every row has seen a generated token: it stays so as long as the layout does."""
