@@ -25,6 +25,8 @@ ALLOW_UNTESTED = "PAD_VLLM_ALLOW_UNTESTED_VLLM"
 """Environment: 1 starts guidance on a vLLM that is not among the tested."""
 
 PARAMETERS = {
+    "vllm.compilation.cudagraph_pool:capture_pool": ("pool", "vllm_config"),
+    "vllm.distributed.parallel_state:graph_capture": ("device",),
     "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends": ("vllm_config",),
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware": ("args", "app"),
     "vllm.forward_context:set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
@@ -36,14 +38,12 @@ PARAMETERS = {
     "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device", "dtype"),
     "vllm.utils.torch_utils:make_tensor_with_pad": ("x", "pad", "dtype", "device"),
     "vllm.v1.attention.backends.utils:resolve_kv_cache_layout": (),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        *("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "num_reqs"),
+        *("num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping", "positions"),
+    ),
     "vllm.v1.core.kv_cache_utils:hash_block_tokens": (*("hash_function", "parent_block_hash", "curr_block_token_ids"),),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
-    "vllm.v1.worker.gpu.attn_utils:build_attn_metadata": (
-        *("attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu", "query_start_loc_cpu", "max_query_len"),
-        *("seq_lens", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config"),
-        *("seq_lens_cpu_upper_bound", "positions"),
-    ),
-    "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer": ("slot_mappings", "kv_cache_config"),
     "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": ("vllm_config",),
     "vllm.v1.worker.gpu.attn_utils:init_attn_backend": ("kv_cache_config", "vllm_config", "device"),
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": ("kv_cache_config", "device", "attn_groups"),
@@ -55,6 +55,8 @@ MEMBERS = {
         *("get_new_blocks", "free_blocks", "touch", "get_cached_block", "cache_full_blocks", "reset_prefix_cache"),
         *("get_num_free_blocks", "get_usage"),
     ),
+    "vllm.model_executor.offloader.base:BaseOffloader": ("sync_prev_onload", "join_after_forward"),
+    "vllm.v1.attention.backend:AttentionCGSupport": ("NEVER",),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": ("block_id",),
     "vllm.v1.kv_cache_interface:KVCacheConfig": ("num_blocks", "kv_cache_groups"),
     "vllm.v1.sample.logits_processor:LogitsProcessor": (
@@ -70,6 +72,10 @@ MEMBERS = {
     ),
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcRequestState": (
         *("device", "max_num_reqs", "prefill_len", "prompt_len", "total_len", "all_token_ids"),
+    ),
+    "vllm.v1.worker.gpu.attn_utils:AttentionCGSupportInfo": ("min_cg_support", "min_cg_attn_backend"),
+    "vllm.v1.worker.utils:AttentionGroup": (
+        *("layer_names", "build_metadata", "build_metadata_for_cudagraph_capture"),
     ),
     "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("soft_cap", "scale"),
     "vllm.config:ModelConfig": (

@@ -85,6 +85,8 @@ class BlockManager:
         """[max_num_contexts] blocks that each context holds"""
         self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
         """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
+        self.table_version = 0
+        """Another one whenever something in the table is"""
         self.stats = CacheStats()
         self.tails: dict[Tail, Context] = {}
         self.copies: list[Copy] = []
@@ -273,6 +275,7 @@ class BlockManager:
             ids += [block.block_id for block in context.blocks[start:]]
         self._unwritten.clear()
         if ids:
+            self.table_version += 1
             self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
 
 

@@ -62,11 +62,13 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
     # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
     cache_config.kv_cache_layout = None
     cache_config.num_gpu_blocks = None
+    max_num_rows = base.scheduler_config.max_num_seqs * (1 + base.num_speculative_tokens)
     scheduler_config = replace_config(
         base.scheduler_config,
         max_model_len=model_config.max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=min(base.scheduler_config.max_num_seqs, max_num_batched_tokens),
+        # A row is a sequence, and so is what its context lacks.
+        max_num_seqs=min(2 * max_num_rows, max_num_batched_tokens),
         enable_chunked_prefill=True,
         is_encoder_decoder=False,
         # One KV cache group: a block table serves every layer, sliding windows included.
@@ -75,6 +77,10 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
     # Compiled as the base model is. A platform chooses its own form of this mode, from this mode alone.
     compiled = base.compilation_config.mode not in (None, CompilationMode.NONE)
     mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
+    compilation_config = CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode.NONE)
+    if base.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):  # graphs of decoding alone
+        compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        compilation_config.cudagraph_capture_sizes = padded_sizes(min(max_num_rows, max_num_batched_tokens))
     # The reward model's files are its own; only that there are none to be read (to measure) holds for both.
     load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
     # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
@@ -86,7 +92,7 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         cache_config=cache_config,
         scheduler_config=scheduler_config,
         load_config=LoadConfig(load_format=load_format, download_dir=base.load_config.download_dir),
-        compilation_config=CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode.NONE),
+        compilation_config=compilation_config,
         attention_config=attention_config,
         parallel_config=copy.copy(base.parallel_config),
         kernel_config=copy.copy(base.kernel_config),
@@ -97,6 +103,15 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         kv_events_config=None,
         additional_config={},
     )
+
+
+def padded_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, ... and ``most``: from 8 on at most half as many again as there are rows."""
+    sizes, step = [1, 2, 4], 8
+    while step < most:
+        sizes += [step] if step == 8 else [step, step + step // 2]
+        step *= 2
+    return [size for size in sizes if size < most] + [most]
 
 
 def base_memory(base: VllmConfig) -> BaseMemory:

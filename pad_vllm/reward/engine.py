@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pad_vllm.reward.block_manager import BlockManager, Context
+from pad_vllm.reward.decode import Decoder
 from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
 
@@ -35,7 +36,7 @@ class ContextRows:
     positions: torch.Tensor
     """[R] int64, on the device: position of the row's token in its context"""
     token_ids: torch.Tensor
-    """[R] int32, on the device"""
+    """[R] int32 or int64, on the device"""
     history: Callable[[int], Sequence[int]]
     """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
     Called only for a context that must be computed; may synchronize with the device."""
@@ -78,14 +79,18 @@ class RewardEngine:
         model: the reward model.
         max_num_batched_tokens: most tokens in one forward.
         max_num_contexts: contexts at one time.
+        max_num_rows: most rows of a step; what is more goes another way, and slower.
     """
 
-    def __init__(self, model: PagedModel, max_num_batched_tokens: int, max_num_contexts: int) -> None:
+    def __init__(
+        self, model: PagedModel, max_num_batched_tokens: int, max_num_contexts: int, max_num_rows: int
+    ) -> None:
         self.model = model
         self.max_num_batched_tokens = max_num_batched_tokens
         self.blocks = BlockManager(
             model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
         )
+        self.decoder = Decoder(model, self.blocks, min(max_num_rows, max_num_batched_tokens))
         self.no_slot = max_num_contexts
         self.stats = EngineStats()
 
@@ -106,8 +111,8 @@ class RewardEngine:
 
     def _step(self, rows: ContextRows) -> torch.Tensor:
         self.blocks.begin_step()
-        if self.blocks.ready(rows.slots, rows.num_tokens):
-            return self._compute([], rows)
+        if self.blocks.ready(rows.slots, rows.num_tokens) and rows.row_slots.shape[0] <= self.decoder.max_num_rows:
+            return self._forward([], rows)
         hidden_states: torch.Tensor | None = None
         row_slots: np.ndarray | None = None
         line, num_tokens = rows.slots.tolist(), rows.num_tokens.tolist()
@@ -177,12 +182,12 @@ class RewardEngine:
     def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """Compute pieces, then rows, in forwards of at most ``max_num_batched_tokens``; the last pieces and the first
         rows share one."""
-        budget, num_rows = self.max_num_batched_tokens, len(rows.row_slots)
+        budget, num_rows = self.max_num_batched_tokens, rows.row_slots.shape[0]
         pieces = self._compute_pieces(pieces, rows, leave=budget - num_rows)
         if num_rows <= budget:
             return self._forward(pieces, rows)
         outputs = [
-            self._forward(pieces if first == 0 else [], rows.select(slice(first, first + budget)))
+            self._forward(pieces if first == 0 else [], rows.select(slice(first, first + budget))).clone()
             for first in range(0, num_rows, budget)
         ]
         return torch.cat(outputs)
@@ -197,42 +202,41 @@ class RewardEngine:
 
     def _forward(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:
         """One forward; returns the hidden states of its rows."""
-        num_rows = len(rows.row_slots)
-        row_slots, positions, token_ids = rows.row_slots, rows.positions, rows.token_ids
-        query_start_loc, last_positions = None, positions
-        seq_lens = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
+        num_rows = rows.row_slots.shape[0]
+        self.stats.num_forwards += 1
+        self.stats.num_tokens += num_rows + sum(len(piece.token_ids) for piece in pieces)
+        if not pieces and num_rows <= self.decoder.max_num_rows:
+            return self.decoder.forward(rows)
         table, block_size = self.blocks.table, self.blocks.block_size
-        if pieces:
-            row_slots, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
-        blocks = table[row_slots, positions // block_size].long()
-        slot_mapping = blocks * block_size + positions % block_size
-        if pieces:  # from tokens to sequences
-            last = to_device(query_start_loc[1:] - 1, self.model.device, torch.int64)
-            row_slots, last_positions = row_slots[last], positions[last]
-            seq_lens = np.concatenate([seq_lens, [piece.start + len(piece.token_ids) for piece in pieces]])
+        row_slots, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
+        starts = to_device(query_start_loc, self.model.device, torch.int32)
+        bounds = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
+        bounds = np.concatenate([bounds, [piece.start + len(piece.token_ids) for piece in pieces]]).astype(np.int32)
+        last = starts[1:].long() - 1  # token of each sequence
         hidden_states = self.model.forward(
             ForwardBatch(
                 input_ids=token_ids,
                 positions=positions,
-                slot_mapping=slot_mapping,
-                query_start_loc=query_start_loc,
-                seq_lens=(last_positions + 1).int(),
-                seq_lens_upper_bound=seq_lens.astype(np.int32),
+                slot_mapping=table[row_slots, positions // block_size].long() * block_size + positions % block_size,
+                query_start_loc=starts,
+                query_start_loc_cpu=torch.from_numpy(query_start_loc),
+                max_query_len=int(np.diff(query_start_loc).max()),
+                seq_lens=(positions[last] + 1).int(),
+                seq_lens_upper_bound=torch.from_numpy(bounds),
                 seq_lens_known=rows.lengths is not None,
-                block_table=table[row_slots],
+                max_seq_len=int(bounds.max()),
+                block_table=table[row_slots[last]],
             )
         )
-        self.stats.num_forwards += 1
-        self.stats.num_tokens += len(token_ids)
         return hidden_states[:num_rows]
 
     def _with_pieces(
         self, pieces: list[Piece], rows: ContextRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
         """Rows, then the tokens of pieces: each token's context, its position, itself; and where sequences begin."""
-        device, num_rows = self.model.device, len(rows.row_slots)
-        ends = np.cumsum([len(piece.token_ids) for piece in pieces])
-        host = np.empty((3, ends[-1]), np.int64)
+        device, num_rows = self.model.device, rows.row_slots.shape[0]
+        ends = np.cumsum([len(piece.token_ids) for piece in pieces], dtype=np.int64)
+        host = np.empty((3, ends[-1] if pieces else 0), np.int64)
         for piece, end in zip(pieces, ends, strict=True):
             n = len(piece.token_ids)
             host[0, end - n : end] = piece.slot
@@ -242,7 +246,7 @@ class RewardEngine:
         return (
             torch.cat([rows.row_slots, of_pieces[0]]),
             torch.cat([rows.positions, of_pieces[1]]),
-            torch.cat([rows.token_ids, of_pieces[2].int()]),
+            torch.cat([rows.token_ids, of_pieces[2]]).int(),
             np.concatenate([np.arange(num_rows + 1), num_rows + ends]).astype(np.int32),
         )
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
@@ -19,23 +19,20 @@ from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
-from vllm.v1.worker.gpu.attn_utils import (
-    build_attn_metadata,
-    build_slot_mappings_by_layer,
-    get_kv_cache_spec,
-    init_attn_backend,
-    init_kv_cache,
-)
+from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
 from pad_vllm.releases import plan_kv_cache
 from pad_vllm.reward.derive import base_memory, least_of_ranks
-from pad_vllm.reward.device import to_device
 from pad_vllm.reward.memory import derive_kv_cache_bytes
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class _BackboneLoader(DefaultModelLoader):
@@ -78,8 +75,8 @@ class LMHead:
 class ForwardBatch:
     """One forward of the reward model over several sequences; the field names are vLLM's.
 
-    Tensors are on the device, arrays on the host. Sequences of one token come first, as back ends with a decode path
-    want it; several of them may be tokens of one context.
+    Tensors are on the device unless it says otherwise. Sequences of one token come first, as back ends with a decode
+    path want it; several of them may be tokens of one context.
     """
 
     input_ids: torch.Tensor
@@ -88,14 +85,19 @@ class ForwardBatch:
     """[num_tokens] int64"""
     slot_mapping: torch.Tensor
     """[num_tokens] int64: where in the KV cache each token's keys and values go"""
-    query_start_loc: np.ndarray | None
-    """[num_seqs + 1] int32; None: every sequence is one token"""
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1] int32"""
+    query_start_loc_cpu: torch.Tensor
+    """The same, on the host"""
+    max_query_len: int
     seq_lens: torch.Tensor
     """[num_seqs] int32: tokens of each sequence once this batch is computed"""
-    seq_lens_upper_bound: np.ndarray
-    """[num_seqs] int32: the same or more"""
+    seq_lens_upper_bound: torch.Tensor
+    """[num_seqs] int32, on the host: the same or more"""
     seq_lens_known: bool
     """Whether it is the same"""
+    max_seq_len: int
+    """At least the largest of them"""
     block_table: torch.Tensor
     """[num_seqs, max_num_blocks] int32"""
 
@@ -175,7 +177,10 @@ class PagedModel:
                 "supported"
             )
         self.kv_cache_config: KVCacheConfig = kv_cache_config
-        self.attn_groups, _, kernel_block_sizes = init_attn_backend(kv_cache_config, config, self.device)
+        self.layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        (self.attn_groups,), self.cg_support, kernel_block_sizes = init_attn_backend(
+            kv_cache_config, config, self.device
+        )
         if kernel_block_sizes != [self.block_size] or kv_cache_config.num_blocks <= self.max_num_blocks:
             raise ValueError(
                 f"pad.reward_model={config.model_config.model!r}: its attention back end wants KV cache blocks of "
@@ -188,7 +193,7 @@ class PagedModel:
             self.device,
             kernel_block_sizes,
             config,
-            attn_groups=[g for groups in self.attn_groups for g in groups],
+            attn_groups=self.attn_groups,
         )
         if any(cache.shape[0] != kv_cache_config.num_blocks for cache in self.kv_caches.values()):
             raise ValueError("pad: this vLLM's KV caches do not begin with their blocks")
@@ -196,6 +201,19 @@ class PagedModel:
     @property
     def num_blocks(self) -> int:
         return self.kv_cache_config.num_blocks
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Sequences of one token, for which CUDA graphs are to be captured, ascending; none where it cannot be done."""
+        compilation = self.vllm_config.compilation_config
+        if not compilation.cudagraph_mode.has_full_cudagraphs():
+            return []
+        if self.cg_support.min_cg_support is AttentionCGSupport.NEVER:
+            logger.info(
+                "PAD: %s has no CUDA graphs, so the reward model runs eagerly.", self.cg_support.min_cg_attn_backend
+            )
+            return []
+        return compilation.cudagraph_capture_sizes
 
     @torch.inference_mode()
     def lm_head(self, hidden_states: torch.Tensor) -> LMHead:
@@ -242,6 +260,7 @@ class PagedModel:
             tensor_model_parallel_all_reduce if shards else None,
         )
 
+    @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int) -> torch.Tensor:
         """Run the largest forward once, so that its memory is taken while vLLM still counts.
 
@@ -254,65 +273,68 @@ class PagedModel:
         num_tokens = min(max_num_batched_tokens, self.max_model_len)
         positions = torch.arange(num_tokens, device=self.device)
         num_blocks = torch.arange(1, self.max_num_blocks + 1, dtype=torch.int32, device=self.device)
+        starts = torch.tensor([0, num_tokens], dtype=torch.int32)
+        length = starts[1:]
         batch = ForwardBatch(
             input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
             positions=positions,
             slot_mapping=positions + self.block_size,
-            query_start_loc=np.array([0, num_tokens], np.int32),
-            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
-            seq_lens_upper_bound=np.array([num_tokens], np.int32),
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            max_query_len=num_tokens,
+            seq_lens=length.to(self.device),
+            seq_lens_upper_bound=length,
             seq_lens_known=True,
+            max_seq_len=num_tokens,
             block_table=num_blocks[None],
         )
         try:
-            return self.forward(batch)[-1:]
+            # Compilation reads the current configuration. It is done here once, for all sizes, as by vLLM itself.
+            with set_current_vllm_config(self.vllm_config):
+                return self.forward(batch)[-1:]
         except Exception as error:
             raise ValueError(
                 f"pad.reward_model: {type(self.model).__name__} cannot be run on token ids alone: {error}"
             ) from error
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Compute a batch, writing its keys and values into the KV cache.
+        """Compute a batch, writing its keys and values into the KV cache. To be called in inference mode.
 
         Returns:
             [num_tokens, hidden_size] final hidden states, in the model's dtype.
         """
-        num_tokens, num_seqs = len(batch.input_ids), len(batch.seq_lens)
+        return self.run(batch, self.attn_metadata(batch))
+
+    def attn_metadata(self, batch: ForwardBatch, for_capture: bool = False) -> dict[str, Any]:
+        """What attention needs to know of a batch, by layer; ``for_capture``: in a CUDA graph."""
         # FlashInfer plans by the bound as by the lengths themselves; without it, it reads those back.
         give_bound = batch.seq_lens_known or not self.plans_by_bound
-        slot_mapping = batch.slot_mapping.unsqueeze(0)
-        if batch.query_start_loc is None:
-            starts, starts_cpu, max_query_len = self.arange[: num_seqs + 1], self.arange_cpu[: num_seqs + 1], 1
-        else:
-            starts = to_device(batch.query_start_loc, self.device, torch.int32)
-            starts_cpu, max_query_len = (
-                torch.from_numpy(batch.query_start_loc),
-                int(np.diff(batch.query_start_loc).max()),
-            )
-        attn_metadata = build_attn_metadata(
-            self.attn_groups,
-            num_reqs=num_seqs,
-            num_tokens=num_tokens,
-            query_start_loc_gpu=starts,
-            query_start_loc_cpu=starts_cpu,
-            max_query_len=max_query_len,
+        common = CommonAttentionMetadata(
+            query_start_loc=batch.query_start_loc,
+            query_start_loc_cpu=batch.query_start_loc_cpu,
             seq_lens=batch.seq_lens,
-            max_seq_len=int(batch.seq_lens_upper_bound.max()),
-            block_tables=[batch.block_table],
-            slot_mappings=slot_mapping,
-            kv_cache_config=self.kv_cache_config,
-            seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens_upper_bound) if give_bound else None,
+            seq_lens_cpu_upper_bound=batch.seq_lens_upper_bound if give_bound else None,
+            max_seq_len=batch.max_seq_len,
+            num_reqs=batch.seq_lens.shape[0],
+            num_actual_tokens=batch.input_ids.shape[0],
+            max_query_len=batch.max_query_len,
+            block_table_tensor=batch.block_table,
+            slot_mapping=batch.slot_mapping,
             positions=batch.positions,
         )
-        with (
-            set_current_vllm_config(self.vllm_config),
-            set_forward_context(
-                attn_metadata,
-                self.vllm_config,
-                num_tokens=num_tokens,
-                slot_mapping=build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config),
-            ),
+        metadata: dict[str, Any] = {}
+        for group in self.attn_groups:
+            build = group.build_metadata_for_cudagraph_capture if for_capture else group.build_metadata
+            metadata.update(dict.fromkeys(group.layer_names, build(common)))
+        return metadata
+
+    def run(self, batch: ForwardBatch, attn_metadata: dict[str, Any]) -> torch.Tensor:
+        """:meth:`forward`, with the metadata at hand."""
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=batch.input_ids.shape[0],
+            slot_mapping=dict.fromkeys(self.layer_names, batch.slot_mapping),
         ):
             hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
         return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states

@@ -40,7 +40,7 @@ class GuidedBatch:
     positions: torch.Tensor
     """[R] int64, on the device: position of the row's last visible token in its request"""
     token_ids: torch.Tensor
-    """[R] int32, on the device: that token"""
+    """[R] int32 or int64, on the device: that token"""
     output_ids: Callable[[int], Sequence[int]]
     """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
     model has to read them again."""

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ class Board:
             _every(MULTIPROCESS_INTERVAL, closed, _Multiprocess(self.values, labels).write)
 
     def show(self, stats: Stats) -> None:
-        self.values[:] = [getattr(stats, name) for name in NAMES]
+        self.values[:] = _values(stats)
+
+
+_values = attrgetter(*NAMES)
 
 
 def _touch(*paths: Path) -> None:

@@ -70,14 +70,17 @@ class Guidance:
         self.lm_head = self.model.lm_head(hidden_states)
         start.check_logits(config.reward_model, self.model, self.lm_head, hidden_states)
         self.no_slot = scheduler.max_num_seqs
-        self.engine = RewardEngine(self.model, max_num_batched_tokens, scheduler.max_num_seqs * MAX_CONTEXTS)
-        self.stats = Stats()
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
+        max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
+        self.engine = RewardEngine(
+            self.model, max_num_batched_tokens, scheduler.max_num_seqs * MAX_CONTEXTS, max_num_rows
+        )
+        self.stats = Stats()
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
-        start.warm_up_kernels(self, hidden_states, scheduler.max_num_seqs * self.max_rows_per_request)
+        start.warm_up_kernels(self, hidden_states, max_num_rows)
         start.log_summary(self)
 
     def announcement(self) -> Announcement:
@@ -157,7 +160,9 @@ class Guidance:
             if not batch.exact:
                 positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
         num_tokens = num_tokens + contexts.host_offset
-        if not batch.exact or (batch.num_tokens <= params.host_prompt_len).any():
+        if not params.past_prompts:
+            params.past_prompts = batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
+        if not params.past_prompts:
             # The composed prompt may end otherwise than the base's, from which the base samples its first token.
             token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
         if self.may_be_foreign:
@@ -170,7 +175,7 @@ class Guidance:
                 lengths=num_tokens if batch.exact else None,
                 row_slots=contexts.row_slots,
                 positions=positions + contexts.ints.offset,
-                token_ids=token_ids.int(),
+                token_ids=token_ids,
                 history=lambda slot: batch.output_ids(slot // MAX_CONTEXTS),
             )
         )

@@ -157,6 +157,8 @@ class RowParams:
         """[context rows, 1 + H]"""
         if self.contexts.rows is not None:
             self.head_weights = self.head_weights[self.contexts.rows]
+        self.past_prompts = False
+        """Whether every row has seen a generated token: it stays so as long as the layout does."""
 
 
 class ContextRowParams:

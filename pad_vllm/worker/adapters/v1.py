@@ -44,15 +44,17 @@ class V1Batch:
         )
         self.by_slot = {state.slot: state for state in self.states}
         self.output_ids = [state.output_ids for state in self.states]
-        self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states], np.int64)
+        self.last_prompt_positions = np.array([len(state.prompt_ids) - 1 for state in self.states], np.int64)
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
 
-    def last_ids(self) -> list[int]:
-        """Each request's last token; negative where the runner does not show it."""
-        return [ids[-1] if ids else last for ids, last in zip(self.output_ids, self.last_prompt_ids, strict=True)]
-
-    def num_tokens(self) -> np.ndarray:
-        return self.prompt_lens + np.fromiter(map(len, self.output_ids), np.int64, len(self.output_ids))
+    def last_tokens(self) -> np.ndarray:
+        """[2, C] int64: positions of the requests' last tokens, and these; negative where the runner does not show
+        one."""
+        found = np.empty((2, len(self.output_ids)), np.int64)
+        found[0] = [len(ids) for ids in self.output_ids]
+        found[0] += self.last_prompt_positions
+        found[1] = [ids[-1] if ids else last for ids, last in zip(self.output_ids, self.last_prompt_ids, strict=True)]
+        return found
 
 
 class V1Adapter(Adapter):
@@ -111,21 +113,21 @@ class V1Adapter(Adapter):
         if self.batch is None:
             self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
         batch = self.batch
-        last_ids = batch.last_ids()
-        if min(last_ids) < 0:
+        last_tokens = batch.last_tokens()
+        if last_tokens[1].min() < 0:
             raise RuntimeError("the runner does not show a request's last token")
         penalties = batch.penalties
         if penalties is not None:
             penalties.apply_(logits)
-        device, num_tokens = self.guidance.device, batch.num_tokens()
+        positions, token_ids = to_device(last_tokens, self.guidance.device, torch.int64).unbind()
         self.guidance.apply(
             logits,
             GuidedBatch(
                 layout=batch.layout,
-                num_tokens=num_tokens,
+                num_tokens=last_tokens[0] + 1,
                 exact=True,
-                positions=to_device(num_tokens - 1, device, torch.int64),
-                token_ids=to_device(last_ids, device, torch.int64),
+                positions=positions,
+                token_ids=token_ids,
                 output_ids=lambda slot: batch.by_slot[slot].output_ids,
                 output_tokens=lambda: penalties.output_tokens(),
             ),

@@ -1,0 +1,200 @@
+"""The forward of a step in which every context is up to date: a token for each row, on buffers that stay in place.
+
+What a step has in common with the one before it is not made again: views of the buffers, by how many rows there are,
+and the rows' block tables, as long as the rows are the same and no context got another block.
+
+Where the platform has CUDA graphs, rows are padded to one of a few sizes, and a graph of each is captured at the start,
+by the pattern of vLLM's ``v1/worker/gpu/cudagraph_utils.py``. The capture has not been run on a GPU yet; padding is run
+by the tests. On a CPU nothing is padded: it would compute rows for nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import graph_capture
+from vllm.logger import init_logger
+from vllm.model_executor.offloader.base import get_offloader
+from vllm.utils.torch_utils import current_stream
+
+from pad_vllm.reward.block_manager import BlockManager
+from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
+
+if TYPE_CHECKING:
+    from pad_vllm.reward.engine import ContextRows
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class DecodeRows:
+    """Rows of one token each. Those behind a step's are padding: the null block's first token."""
+
+    input_ids: torch.Tensor
+    """[R] int32"""
+    positions: torch.Tensor
+    """[R] int64"""
+    slot_mapping: torch.Tensor
+    """[R] int64"""
+    seq_lens: torch.Tensor
+    """[R] int32"""
+    block_table: torch.Tensor
+    """[R, max_num_blocks] int32"""
+    block_indices: torch.Tensor
+    """[R] int64: which of its context's blocks the row's token is in"""
+    block_ids: torch.Tensor
+    """[R] int32: that block"""
+    bounds: np.ndarray
+    """[R] int32, on the host: at least ``seq_lens``"""
+
+    def __post_init__(self) -> None:
+        # Views, as gather wants them.
+        self.block_index_column, self.block_id_column = self.block_indices.unsqueeze(1), self.block_ids.unsqueeze(1)
+
+    @classmethod
+    def padding(cls, num_rows: int, max_num_blocks: int, device: torch.device) -> DecodeRows:
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(num_rows, *shape, dtype=dtype, device=device)
+
+        return cls(
+            input_ids=zeros(torch.int32),
+            positions=zeros(torch.int64),
+            slot_mapping=zeros(torch.int64),
+            seq_lens=zeros(torch.int32) + 1,
+            block_table=zeros(torch.int32, max_num_blocks),
+            block_indices=zeros(torch.int64),
+            block_ids=zeros(torch.int32),
+            bounds=np.ones(num_rows, np.int32),
+        )
+
+    def __getitem__(self, rows: slice) -> DecodeRows:
+        """A view of some of them."""
+        return DecodeRows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def pad_(self) -> None:
+        """Make padding of them."""
+        for tensor in (self.input_ids, self.positions, self.slot_mapping, self.block_table):
+            tensor.zero_()
+        self.seq_lens.fill_(1)
+        self.bounds.fill(1)
+
+
+class Decoder:
+    """Runs the rows of steps, one token each.
+
+    Args:
+        model: the reward model.
+        blocks: who holds which of its blocks.
+        max_num_rows: most rows of a step.
+    """
+
+    def __init__(self, model: PagedModel, blocks: BlockManager, max_num_rows: int) -> None:
+        self.model, self.blocks, self.max_num_rows = model, blocks, max_num_rows
+        self.sizes: Sequence[int] = [size for size in model.graph_sizes if size <= max_num_rows]
+        """Ascending: how many rows a forward has, padding included. Beyond the last one nothing is padded."""
+        self._all = DecodeRows.padding(max_num_rows, blocks.table.shape[1], model.device)
+        self._rows: dict[int, DecodeRows] = {}  # the first so many
+        self._batches: dict[int, ForwardBatch] = {}  # of so many
+        self._num_rows = 0  # of the last step
+        self._block_table_of: tuple[torch.Tensor | None, int] = None, 0  # row_slots, and the table's version
+        self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if self.sizes:
+            self._capture()
+
+    def forward(self, rows: ContextRows) -> torch.Tensor:
+        """Compute rows, at most ``max_num_rows``, whose contexts hold their blocks.
+
+        Returns:
+            [R, hidden_size] hidden states. Those of a padded forward are where the last step's were.
+        """
+        num_rows = rows.row_slots.shape[0]
+        size = self._size(num_rows)
+        batch = self._batch(size)
+        batch.max_seq_len = int(rows.num_tokens.max())
+        batch.seq_lens_known = rows.lengths is not None
+        if num_rows < self._num_rows:
+            self._all[num_rows : self._num_rows].pad_()
+        self._num_rows = num_rows
+        self._write(self._first(num_rows), rows)
+        if not self.sizes:
+            return self.model.forward(batch)
+        if size in self._graphs:
+            self.model.attn_metadata(batch)  # back ends plan the step, in buffers of theirs that the graph reads
+            get_offloader().sync_prev_onload()
+            self._graphs[size].replay()
+        else:
+            self._keep(self.model.forward(batch))
+        return self._hidden_states[:num_rows]
+
+    def _write(self, first: DecodeRows, rows: ContextRows) -> None:
+        version, block_size = self.blocks.table_version, self.blocks.block_size
+        if self._block_table_of[0] is not rows.row_slots or self._block_table_of[1] != version:
+            torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
+            self._block_table_of = rows.row_slots, version
+        first.bounds[:] = rows.num_tokens.max() if rows.lengths is None else rows.lengths
+        first.input_ids.copy_(rows.token_ids)
+        first.positions.copy_(rows.positions)
+        first.seq_lens.copy_(rows.positions).add_(1)
+        torch.floor_divide(rows.positions, block_size, out=first.block_indices)
+        torch.gather(first.block_table, 1, first.block_index_column, out=first.block_id_column)
+        # (block - index) * block_size + position, without a mixture of dtypes, which would be copied first.
+        first.slot_mapping.copy_(first.block_ids).sub_(first.block_indices)
+        torch.add(rows.positions, first.slot_mapping, alpha=block_size, out=first.slot_mapping)
+
+    def _size(self, num_rows: int) -> int:
+        at = bisect_left(self.sizes, num_rows)
+        return self.sizes[at] if at < len(self.sizes) else num_rows
+
+    def _first(self, num_rows: int) -> DecodeRows:
+        if num_rows not in self._rows:
+            self._rows[num_rows] = self._all[:num_rows]
+        return self._rows[num_rows]
+
+    def _batch(self, num_rows: int) -> ForwardBatch:
+        if num_rows not in self._batches:
+            rows = self._first(num_rows)
+            self._batches[num_rows] = ForwardBatch(
+                input_ids=rows.input_ids,
+                positions=rows.positions,
+                slot_mapping=rows.slot_mapping,
+                query_start_loc=self.model.arange[: num_rows + 1],
+                query_start_loc_cpu=self.model.arange_cpu[: num_rows + 1],
+                max_query_len=1,
+                seq_lens=rows.seq_lens,
+                seq_lens_upper_bound=torch.from_numpy(rows.bounds),
+                seq_lens_known=True,
+                max_seq_len=self.model.max_model_len,
+                block_table=rows.block_table,
+            )
+        return self._batches[num_rows]
+
+    def _keep(self, hidden_states: torch.Tensor) -> None:
+        if self._hidden_states is None:
+            self._hidden_states = hidden_states.new_empty(self.max_num_rows, hidden_states.shape[1])
+        self._hidden_states[: hidden_states.shape[0]] = hidden_states
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Capture a forward of each size, of padding alone; the largest first, as the others fit into its memory."""
+        # A pool of its own: in vLLM's, what the base model's later graphs keep could lie where these compute.
+        pool, config = torch.cuda.graph_pool_handle(), self.model.vllm_config
+        with set_current_vllm_config(config), graph_capture(device=self.model.device):
+            for size in reversed(self.sizes):
+                batch = self._batch(size)  # as long as can be, so that the graph serves every length
+                self._keep(self.model.run(batch, self.model.attn_metadata(batch, for_capture=True)))  # warms up
+                attn_metadata = self.model.attn_metadata(batch, for_capture=True)
+                graph = torch.cuda.CUDAGraph()
+                get_offloader().sync_prev_onload()
+                with capture_pool(pool, config) as of, torch.cuda.graph(graph, of, stream=current_stream()):
+                    self._keep(self.model.run(batch, attn_metadata))
+                    get_offloader().join_after_forward()
+                self._graphs[size] = graph
+        logger.info("PAD: captured CUDA graphs of the reward model for %s rows.", ", ".join(map(str, self.sizes)))
