@@ -322,14 +322,14 @@ def guide_(
 
     The value heads' matrix products are left to the library: a [d, d] product for each head is what it does best.
     """
-    num_rows, num_cols = len(rows), logits.shape[1]
-    if num_rows == 0:
+    if (num_rows := len(rows)) == 0:
         return
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
+    assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
     K = max(16, triton.next_power_of_2(max_top_k))
-    slices, slice_size = cut(num_rows, num_cols, K)
+    slices, slice_size = cut(num_rows, logits.shape[1], K)
     keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
     row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
     rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids)
@@ -341,7 +341,7 @@ def guide_(
     cap_args = (num_contexts, soft_cap or 1.0, scale)
     variant = {"HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
     select_kernel[(num_rows, slices)](
-        *row_args, vocab_size, num_cols, slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
+        *row_args, vocab_size, logits.shape[1], slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
     )
     is_whole = all_reduce is None and controls is None
     scores = None if is_whole else torch.zeros(num_rows * (num_contexts if soft_cap else 1), K, device=logits.device)

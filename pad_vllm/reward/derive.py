@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
+from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.memory import BaseMemory
 
 
@@ -67,8 +68,8 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
         base.scheduler_config,
         max_model_len=model_config.max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
-        # A row is a sequence, and so is what its context lacks.
-        max_num_seqs=min(2 * max_num_rows, max_num_batched_tokens),
+        # A row of a context is a sequence, and so is what the context lacks.
+        max_num_seqs=min(2 * max_num_rows * MAX_CONTEXTS, max_num_batched_tokens),
         enable_chunked_prefill=True,
         is_encoder_decoder=False,
         # One KV cache group: a block table serves every layer, sliding windows included.

@@ -57,7 +57,7 @@ def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: i
     output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
     for controls in (None, *(guidance.slots.controls(params.layout.row_slots, seen) for seen in (None, output))):
         guidance.guide(logits, hidden_states, rows, params, controls)
-    every = nowhere.unsqueeze(1).expand(-1, MAX_CONTEXTS)
+    every = nowhere.unsqueeze(1).repeat(1, MAX_CONTEXTS)
     params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
     guidance.guide(logits, hidden_states, rows, params)
 

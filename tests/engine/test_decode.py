@@ -11,7 +11,7 @@ from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_gui
 pytestmark = pytest.mark.every_release
 
 BATCHES = [*range(1, 10), 15, 16, 17, 3]
-MAX_TOKENS = 12
+MAX_TOKENS = 6
 SEEN: dict[int, set[tuple[int, ...]]] = {}
 """In the engine's process: rows of a decode forward -> where its tensors and the kernels' hidden states were."""
 
@@ -78,7 +78,7 @@ def seen(llm) -> dict[int, set[tuple[int, ...]]]:
     return SEEN
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["padded", "graphs"])
+@pytest.mark.parametrize(("runner", "graphs"), [("v1", False), ("v2", True)], ids=["v1-padded", "v2-graphs"])
 def test_padded_steps_use_the_same_storage_and_equal_the_oracle(models, encode, expect, runner, graphs):
     engine = Engine(runner, models.base, max_num_seqs=18, logits_processors=PLUGIN, **pad_config(models.named))
     try:

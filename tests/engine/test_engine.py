@@ -93,7 +93,7 @@ def test_triton_kernels_in_the_engine(models, encode, expect):
     """Model Runner V2 with the Triton kernels, all in the interpreter: the plugin as a GPU runs it."""
     # The interpreter takes its time: no more rows at the start than there are requests, and few tokens.
     engine = Engine(
-        "v2", models.base, kernels="triton", max_num_seqs=64, logits_processors=PLUGIN, **pad_config(models.named)
+        "v2", models.base, kernels="triton", max_num_seqs=8, logits_processors=PLUGIN, **pad_config(models.named)
     )
     # Every other beta and mode at every k: all of each with each other are the reference kernels' test above.
     prompts, params, expected = (case[::3] for case in every_mode(models, encode, expect, max_tokens=3))

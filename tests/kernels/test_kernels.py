@@ -270,7 +270,6 @@ def test_bias_soft_cap_and_scale(run):
 
 
 MIXTURES = [
-    [[(0, 1.0)], [(1, 0.5), (2, 0.5)], [(3, 1.0), (4, -0.5), (5, -0.5)]],
     [[(2, 0.7), (0, 0.3), (1, -1.0)], [(5, 2.0)], [(3, 0.6), (4, 0.2), (5, 0.2), (1, 0.5), (0, -0.3), (2, -1.2)]],
     [[(0, 0.0)], [(3, 1.0), (4, -1.0)], [(5, -1.0)]],
 ]
@@ -389,7 +388,7 @@ def test_no_rows(run):
         (9, 31, 8, 31),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes(run, num_rows, vocab_size, hidden_size, top_k, dtype):
     """Many slices, slices that do not fill, hidden sizes that are no power of two; float32 accumulation throughout."""
     logits, hidden, lm_head = problem(num_rows, vocab_size, hidden_size, dtype=dtype)
