@@ -55,6 +55,7 @@ MEMBERS = {
         *("get_new_blocks", "free_blocks", "touch", "get_cached_block", "cache_full_blocks", "reset_prefix_cache"),
         *("get_num_free_blocks", "get_usage"),
     ),
+    "vllm.forward_context:ForwardContext": ("attn_metadata", "moe_layer_index"),
     "vllm.model_executor.offloader.base:BaseOffloader": ("sync_prev_onload", "join_after_forward"),
     "vllm.v1.attention.backend:AttentionCGSupport": ("NEVER",),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": ("block_id",),

@@ -85,8 +85,8 @@ class BlockManager:
         """[max_num_contexts] blocks that each context holds"""
         self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
         """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
-        self.table_version = 0
-        """Another one whenever something in the table is"""
+        self.version = 0
+        """Another one whenever something in the table may be, or the block of a context's last token"""
         self.stats = CacheStats()
         self.tails: dict[Tail, Context] = {}
         self.copies: list[Copy] = []
@@ -95,7 +95,9 @@ class BlockManager:
         self._unwritten: list[tuple[Context, int]] = []  # from which of its blocks on
         self._clock = 0
         self._step_began = 0
-        self._last_used = np.zeros(max_num_contexts, np.int64)  # by the clock
+        self._last_used = np.zeros(max_num_contexts, np.int64)  # by the clock, but for those that were ready last
+        self._ready: np.ndarray | None = None  # slots that were, and hold their blocks since
+        self._lengths_begin = np.zeros(0, np.int64)  # [C] of these, the least length with the same last block
 
     @property
     def num_free_blocks(self) -> int:
@@ -133,6 +135,7 @@ class BlockManager:
             del self.tails[tail]
         context.tails.clear()
         self.pool.free_blocks(reversed(context.blocks))
+        self._note_used()
         context.blocks = []
         self.num_held[context.slot] = 0
 
@@ -151,11 +154,25 @@ class BlockManager:
 
     def ready(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
         """Whether contexts hold the blocks for so many tokens already; then they count as used."""
-        if not (self.num_held[slots] >= self._num_blocks(num_tokens)).all():
-            return False
+        if slots is not self._ready or not self._in_last_blocks(num_tokens):
+            self._note_used()
+            if not (self.num_held[slots] >= self._num_blocks(num_tokens)).all():
+                return False
+            self._ready, self._lengths_begin = slots, (num_tokens - 1) // self.block_size * self.block_size + 1
+            self.version += 1
         self._clock += 1
-        self._last_used[slots] = self._clock
         return True
+
+    def _in_last_blocks(self, num_tokens: np.ndarray) -> bool:
+        """Whether the contexts that were ready last would have their last token in the same block as then."""
+        beyond = num_tokens - self._lengths_begin
+        return bool(beyond.view(np.uint64).max() < self.block_size)  # what is before it is a huge number
+
+    def _note_used(self) -> None:
+        """Steps that change nothing leave this to the first one that does."""
+        if self._ready is not None:
+            self._last_used[self._ready] = self._clock
+            self._ready = None
 
     def admit(self, line: Sequence[int], num_tokens: Sequence[int]) -> tuple[int, list[tuple[Context, int]]]:
         """Give contexts blocks, from the front of ``line`` to the first for whom there are none.
@@ -172,6 +189,7 @@ class BlockManager:
             How many were admitted, and those of them that must be computed, in line, each with the number of its
             tokens that are computed already, or will be for a context before it.
         """
+        self._note_used()
         admitted, cold = 0, []
         victims = self._victims(line)
         for slot, length in zip(line, num_tokens, strict=True):
@@ -275,7 +293,7 @@ class BlockManager:
             ids += [block.block_id for block in context.blocks[start:]]
         self._unwritten.clear()
         if ids:
-            self.table_version += 1
+            self.version += 1
             self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
 
 

@@ -51,6 +51,8 @@ class DecodeRows:
     """[R] int64: which of its context's blocks the row's token is in"""
     block_ids: torch.Tensor
     """[R] int32: that block"""
+    offsets: torch.Tensor
+    """[R] int64: what lies between a position and its slot"""
     bounds: np.ndarray
     """[R] int32, on the host: at least ``seq_lens``"""
 
@@ -71,6 +73,7 @@ class DecodeRows:
             block_table=zeros(torch.int32, max_num_blocks),
             block_indices=zeros(torch.int64),
             block_ids=zeros(torch.int32),
+            offsets=zeros(torch.int64),
             bounds=np.ones(num_rows, np.int32),
         )
 
@@ -103,7 +106,7 @@ class Decoder:
         self._rows: dict[int, DecodeRows] = {}  # the first so many
         self._batches: dict[int, ForwardBatch] = {}  # of so many
         self._num_rows = 0  # of the last step
-        self._block_table_of: tuple[torch.Tensor | None, int] = None, 0  # row_slots, and the table's version
+        self._last: tuple[torch.Tensor | None, int] = None, 0  # row_slots of the last step, and its blocks' version
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.sizes:
@@ -135,19 +138,21 @@ class Decoder:
         return self._hidden_states[:num_rows]
 
     def _write(self, first: DecodeRows, rows: ContextRows) -> None:
-        version, block_size = self.blocks.table_version, self.blocks.block_size
-        if self._block_table_of[0] is not rows.row_slots or self._block_table_of[1] != version:
+        positions, version = rows.positions, self.blocks.version
+        same = self._last[0] is rows.row_slots and self._last[1] == version
+        if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
-            self._block_table_of = rows.row_slots, version
-        first.bounds[:] = rows.num_tokens.max() if rows.lengths is None else rows.lengths
+            self._last = rows.row_slots, version
+        if not same or rows.lengths is None:
+            block_size = self.blocks.block_size
+            torch.floor_divide(positions, block_size, out=first.block_indices)
+            torch.gather(first.block_table, 1, first.block_index_column, out=first.block_id_column)
+            first.offsets.copy_(first.block_ids).sub_(first.block_indices).mul_(block_size)
+        torch.add(positions, first.offsets, out=first.slot_mapping)
         first.input_ids.copy_(rows.token_ids)
-        first.positions.copy_(rows.positions)
-        first.seq_lens.copy_(rows.positions).add_(1)
-        torch.floor_divide(rows.positions, block_size, out=first.block_indices)
-        torch.gather(first.block_table, 1, first.block_index_column, out=first.block_id_column)
-        # (block - index) * block_size + position, without a mixture of dtypes, which would be copied first.
-        first.slot_mapping.copy_(first.block_ids).sub_(first.block_indices)
-        torch.add(rows.positions, first.slot_mapping, alpha=block_size, out=first.slot_mapping)
+        first.positions.copy_(positions)
+        first.seq_lens.copy_(positions).add_(1)
+        first.bounds[:] = rows.num_tokens.max() if rows.lengths is None else rows.lengths
 
     def _size(self, num_rows: int) -> int:
         at = bisect_left(self.sizes, num_rows)
@@ -161,7 +166,7 @@ class Decoder:
     def _batch(self, num_rows: int) -> ForwardBatch:
         if num_rows not in self._batches:
             rows = self._first(num_rows)
-            self._batches[num_rows] = ForwardBatch(
+            self._batches[num_rows] = batch = ForwardBatch(
                 input_ids=rows.input_ids,
                 positions=rows.positions,
                 slot_mapping=rows.slot_mapping,
@@ -174,6 +179,7 @@ class Decoder:
                 max_seq_len=self.model.max_model_len,
                 block_table=rows.block_table,
             )
+            batch.context = self.model.forward_context(batch)
         return self._batches[num_rows]
 
     def _keep(self, hidden_states: torch.Tensor) -> None:

@@ -18,7 +18,12 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
@@ -100,6 +105,8 @@ class ForwardBatch:
     """At least the largest of them"""
     block_table: torch.Tensor
     """[num_seqs, max_num_blocks] int32"""
+    context: ForwardContext | None = None
+    """vLLM's, of a batch that is run again and again"""
 
 
 class PagedModel:
@@ -330,11 +337,18 @@ class PagedModel:
 
     def run(self, batch: ForwardBatch, attn_metadata: dict[str, Any]) -> torch.Tensor:
         """:meth:`forward`, with the metadata at hand."""
+        context = batch.context or self.forward_context(batch)
+        context.attn_metadata, context.moe_layer_index = attn_metadata, 0  # what a forward changes in it
+        with override_forward_context(context):
+            hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
+        return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+
+    def forward_context(self, batch: ForwardBatch) -> ForwardContext:
+        """All of it that is the same whenever a batch is run."""
         with set_forward_context(
-            attn_metadata,
+            {},
             self.vllm_config,
             num_tokens=batch.input_ids.shape[0],
             slot_mapping=dict.fromkeys(self.layer_names, batch.slot_mapping),
         ):
-            hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
-        return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+            return get_forward_context()

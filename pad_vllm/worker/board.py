@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import threading
 import time
 import weakref
@@ -57,10 +58,11 @@ class Board:
             _every(MULTIPROCESS_INTERVAL, closed, _Multiprocess(self.values, labels).write)
 
     def show(self, stats: Stats) -> None:
-        self.values[:] = _values(stats)
+        _pack_into(self.values, 0, *_read(stats))
 
 
-_values = attrgetter(*NAMES)
+_read = attrgetter(*NAMES)
+_pack_into = struct.Struct(f"={len(NAMES)}d").pack_into
 
 
 def _touch(*paths: Path) -> None:

@@ -183,7 +183,7 @@ class Guidance:
         if params.control:
             controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
         self.guide(logits, hidden_states, layout.rows, params, controls)
-        self.stats.guided_tokens += len(layout.rows)
+        self.stats.guided_tokens += layout.rows.shape[0]
         self.stats.running_requests, self.stats.running_contexts = len(layout.slots), len(contexts.slots)
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - began

@@ -44,17 +44,17 @@ class V1Batch:
         )
         self.by_slot = {state.slot: state for state in self.states}
         self.output_ids = [state.output_ids for state in self.states]
-        self.last_prompt_positions = np.array([len(state.prompt_ids) - 1 for state in self.states], np.int64)
+        self.prompt_lens = [len(state.prompt_ids) for state in self.states]
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
 
-    def last_tokens(self) -> np.ndarray:
-        """[2, C] int64: positions of the requests' last tokens, and these; negative where the runner does not show
-        one."""
-        found = np.empty((2, len(self.output_ids)), np.int64)
-        found[0] = [len(ids) for ids in self.output_ids]
-        found[0] += self.last_prompt_positions
-        found[1] = [ids[-1] if ids else last for ids, last in zip(self.output_ids, self.last_prompt_ids, strict=True)]
-        return found
+    def tokens(self) -> np.ndarray:
+        """[3, C] int64: how many tokens each request has, the last one's position, and this; negative where the runner
+        does not show it."""
+        num_tokens, last_ids = [], []
+        for ids, prompt_len, last_id in zip(self.output_ids, self.prompt_lens, self.last_prompt_ids, strict=True):
+            num_tokens.append(prompt_len + len(ids))
+            last_ids.append(ids[-1] if ids else last_id)
+        return np.array((num_tokens, [n - 1 for n in num_tokens], last_ids), np.int64)
 
 
 class V1Adapter(Adapter):
@@ -113,18 +113,18 @@ class V1Adapter(Adapter):
         if self.batch is None:
             self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
         batch = self.batch
-        last_tokens = batch.last_tokens()
-        if last_tokens[1].min() < 0:
+        tokens = batch.tokens()
+        if tokens[2].min() < 0:
             raise RuntimeError("the runner does not show a request's last token")
         penalties = batch.penalties
         if penalties is not None:
             penalties.apply_(logits)
-        positions, token_ids = to_device(last_tokens, self.guidance.device, torch.int64).unbind()
+        _, positions, token_ids = to_device(tokens, self.guidance.device, torch.int64).unbind()
         self.guidance.apply(
             logits,
             GuidedBatch(
                 layout=batch.layout,
-                num_tokens=last_tokens[0] + 1,
+                num_tokens=tokens[0],
                 exact=True,
                 positions=positions,
                 token_ids=token_ids,
