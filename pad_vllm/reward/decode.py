@@ -110,7 +110,11 @@ class Decoder:
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.sizes:
-            self._capture()
+            try:
+                self._capture()
+            except Exception as error:
+                logger.warning("PAD: no CUDA graphs of the reward model, whose steps are slower for it: %r", error)
+                self.sizes, self._graphs = (), {}
 
     def forward(self, rows: ContextRows) -> torch.Tensor:
         """Compute rows, at most ``max_num_rows``, whose contexts hold their blocks.

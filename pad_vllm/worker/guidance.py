@@ -72,9 +72,8 @@ class Guidance:
         self.no_slot = scheduler.max_num_seqs
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
-        self.engine = RewardEngine(
-            self.model, max_num_batched_tokens, scheduler.max_num_seqs * MAX_CONTEXTS, max_num_rows
-        )
+        max_num_contexts = scheduler.max_num_seqs * MAX_CONTEXTS
+        self.engine = RewardEngine(self.model, max_num_batched_tokens, max_num_contexts, max_num_rows * MAX_CONTEXTS)
         self.stats = Stats()
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size

@@ -147,7 +147,7 @@ def test_preferences_are_bounded_together(models):
     tokenizer, template = {"pretrained_model_name_or_path": str(models.reward)}, "a {preference} b {prompt}"
     announcement = Announcement(True, max_preference_tokens=900, tokenizer=tokenizer, prompt_template=template)
     channel.announce(announcement, owner)
-    text = "concise " * 100
+    text = "concise " * 140
     validate(pad_preference=[text] * 2)
     with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens in 8 preferences, at most 1024 are allowed"):
         validate(pad_preference=[text] * 8)
