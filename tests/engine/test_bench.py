@@ -27,8 +27,8 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    bench("breakdown")
-    assert "breakdown: measured on 2" in bench("batch", "breakdown")
+    bench("batch", "breakdown")
+    assert "breakdown: measured on 2" in bench("breakdown")
     results = json.loads((tmp_path / "throughput.json").read_text())["results"]
     assert list(results) == ["batch", "breakdown"]
     assert [row["label"] for row in results["batch"]["rows"][:2]] == ["unguided", "guided"]

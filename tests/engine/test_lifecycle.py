@@ -120,10 +120,10 @@ def test_nothing_leaks(poor_engine, encode, runner):
 
 
 @pytest.mark.one_release
-def test_users_of_one_persona_compute_its_prompt_once(models, encode, expect, compose, runner):
+def test_users_of_one_persona_compute_its_prompt_once(models, encode, expect, compose):
     """To the token, also where it ends within a block, and by users who come at once."""
     persona, texts = "Be brief, and say why. " * 12, [f"{i} you are asked" for i in range(6)]
-    engine = Engine(runner, models.base, logits_processors=PLUGIN, max_num_seqs=8, **pad_config(models.reward))
+    engine = Engine("v1", models.base, logits_processors=PLUGIN, max_num_seqs=8, **pad_config(models.reward))
     prompts = [encode(text) for text in texts]
     composed = [compose(prompt, persona) for prompt in prompts]
     shared = next(i for i, ids in enumerate(zip(*composed, strict=False)) if len(set(ids)) > 1)

@@ -66,8 +66,7 @@ def make_nan(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_bad_configuration_stops_the_start(models, broken, runner):
+def test_bad_configuration_stops_the_start(models, broken):
     reward = str(models.reward)
     cases = {
         "unknown key": ({"reward_model": reward, "topk": 3}, ["pad.topk: no such key", "did you mean 'top_k'"]),
@@ -90,9 +89,9 @@ def test_bad_configuration_stops_the_start(models, broken, runner):
         ),
         "pool": ({"reward_model": reward, "kv_cache_memory_bytes": 4096}, ["pad.kv_cache_memory_bytes=4096", "least"]),
     }
-    worker = Worker(preloaded=runner == "v1")
+    worker = Worker(preloaded=True)
     try:
-        errors = worker.run(start_and_fail, [pad for pad, _ in cases.values()], str(models.base), runner)
+        errors = worker.run(start_and_fail, [pad for pad, _ in cases.values()], str(models.base), "v1")
     finally:
         worker.close()
     for (name, (_, fragments)), error in zip(cases.items(), errors, strict=True):
@@ -155,7 +154,7 @@ def test_engines_that_could_not_be_guided_do_not_start(models):
         ],
     }
     for runner, engines in cases.items():
-        worker = Worker(preloaded=runner == "v1")
+        worker = Worker(preloaded=True)
         try:
             started = worker.run(
                 start_engines, [kwargs for kwargs, _ in engines], str(models.base), str(models.reward), runner
