@@ -149,7 +149,7 @@ class PADConfig:
                     raise ValueError("pad_persona: a persona cannot name another")
                 if persona.top_k is not None:
                     check_int("pad_top_k", persona.top_k, 1, self.max_top_k)
-                persona.over(PAD())
+                persona.over(PAD())  # weights without preferences
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
             read[name] = persona

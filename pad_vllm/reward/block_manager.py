@@ -86,7 +86,7 @@ class BlockManager:
         self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
         """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
         self.version = 0
-        """Another one whenever something in the table may be, or the block of a context's last token"""
+        """Another one whenever the table, or the block that a context's last token is in, may be another"""
         self.stats = CacheStats()
         self.tails: dict[Tail, Context] = {}
         self.copies: list[Copy] = []
