@@ -107,6 +107,7 @@ class Decoder:
         self._batches: dict[int, ForwardBatch] = {}  # of so many
         self._num_rows = 0  # of the last step
         self._last: tuple[torch.Tensor | None, int] = None, 0  # row_slots of the last step, and its blocks' version
+        self._max_seq_len = 0  # of rows in these blocks
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.sizes:
@@ -125,12 +126,11 @@ class Decoder:
         num_rows = rows.row_slots.shape[0]
         size = self._size(num_rows)
         batch = self._batch(size)
-        batch.max_seq_len = int(rows.num_tokens.max())
-        batch.seq_lens_known = rows.lengths is not None
         if num_rows < self._num_rows:
             self._all[num_rows : self._num_rows].pad_()
         self._num_rows = num_rows
         self._write(self._first(num_rows), rows)
+        batch.max_seq_len, batch.seq_lens_known = self._max_seq_len, rows.lengths is not None
         if not self.sizes:
             return self.model.forward(batch)
         if size in self._graphs:
@@ -147,6 +147,8 @@ class Decoder:
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
             self._last = rows.row_slots, version
+            num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
+            self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
         if not same or rows.lengths is None:
             block_size = self.blocks.block_size
             torch.floor_divide(positions, block_size, out=first.block_indices)

@@ -154,7 +154,7 @@ def test_engines_that_could_not_be_guided_do_not_start(models):
         ],
     }
     for runner, engines in cases.items():
-        worker = Worker(preloaded=True)
+        worker = Worker(preloaded=runner == "v1")
         try:
             started = worker.run(
                 start_engines, [kwargs for kwargs, _ in engines], str(models.base), str(models.reward), runner

@@ -48,12 +48,17 @@ class V1Batch:
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
 
     def tokens(self) -> np.ndarray:
-        """[3, C] int64: how many tokens each request has, the last one's position, and this; negative where the runner
-        does not show it."""
+        """[3, C] int64: how many tokens each request has, the last one's position, and this.
+
+        Raises:
+            RuntimeError: the runner does not show one.
+        """
         num_tokens, last_ids = [], []
         for ids, prompt_len, last_id in zip(self.output_ids, self.prompt_lens, self.last_prompt_ids, strict=True):
             num_tokens.append(prompt_len + len(ids))
             last_ids.append(ids[-1] if ids else last_id)
+        if min(last_ids) < 0:
+            raise RuntimeError("the runner does not show a request's last token")
         return np.array((num_tokens, [n - 1 for n in num_tokens], last_ids), np.int64)
 
 
@@ -65,6 +70,7 @@ class V1Adapter(Adapter):
         self.states: dict[int, V1RequestState] = {}  # by row
         self.free_slots = list(range(guidance.no_slot)) if guidance else []
         self.rows: dict[int, V1RequestState] = {}  # those to guide
+        self.any_failed = False  # whether a request in the batch may have
         self.batch: V1Batch | None = None  # of these; None: requests have come, gone or moved
 
     def update_state(self, batch_update: BatchUpdate) -> None:
@@ -77,6 +83,7 @@ class V1Adapter(Adapter):
                 if state.slot is not None:
                     self.free_slots.append(state.slot)
                 self.end(state)
+        self.any_failed = any(state.failed for state in self.states.values())
 
     def _new_state(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
@@ -88,7 +95,7 @@ class V1Adapter(Adapter):
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
-        self.batch = None
+        self.any_failed, self.batch = True, None
 
     def apply(self, logits: torch.Tensor, ctx: None) -> None:
         if not self.states:
@@ -97,10 +104,11 @@ class V1Adapter(Adapter):
             self.rows = {row: state for row, state in self.states.items() if self._has_begun(state)}
         if self.rows:
             self.guide(list(self.rows.values()), lambda: self._guide(logits))
-        for row, state in self.states.items():
-            if state.failed:
-                logits[row] = float("-inf")
-                logits[row, state.stop_token_id] = 0.0
+        if self.any_failed:
+            for row, state in self.states.items():
+                if state.failed:
+                    logits[row] = float("-inf")
+                    logits[row, state.stop_token_id] = 0.0
 
     def _has_begun(self, state: V1RequestState) -> bool:
         if state.slot is None and not state.failed:
@@ -114,8 +122,6 @@ class V1Adapter(Adapter):
             self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
         batch = self.batch
         tokens = batch.tokens()
-        if tokens[2].min() < 0:
-            raise RuntimeError("the runner does not show a request's last token")
         penalties = batch.penalties
         if penalties is not None:
             penalties.apply_(logits)
