@@ -1,12 +1,13 @@
-# make demo    guided generation through vLLM, on small models that the demo trains itself
-# make serve-demo    the same over HTTP: two users of one server, their answers streamed side by side
+# make demo    SmolLM2 answers through vLLM for users of different tastes, side by side
+# make serve-demo    the same over HTTP: users of one server, their answers streamed side by side
 # make quick    lint, and the tests that start no engine: in under two minutes
 # make test    lint, every test, and on the other releases of vLLM those that depend on vLLM
 # make vllm-0.33    another release beside .venv; `VLLM=0.33 make test` then runs every test on it, and VLLM=0.33 any other
 #     target too
 # make vllm-newest    on the day of a release: the newest one in the registry, what moved in it, and which tests fail
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
-# make alignment    the alignment table, from nothing, in under an hour; it goes to benchmarks/results
+# make alignment    what guidance does, beside the other ways to personalize: the language table (SmolLM2), then the
+#     alignment table (synthetic models, from nothing); to benchmarks/results. Goes on where it was stopped
 # make bench    what guidance costs, side by side with the other ways; section by section to benchmarks/results, and
 #     goes on where it was stopped
 # All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
@@ -50,6 +51,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json
 
 alignment: $(INSTALLED)
+	$(BIN)/python -m benchmarks.language
 	$(BIN)/python -m benchmarks.alignment
 
 # Each in a process of its own, and no longer than a quarter of an hour; what is there already is not measured again.

@@ -26,12 +26,12 @@ from typing import Any
 
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
-from pad_vllm.demo import models, world
-from pad_vllm.demo.models import ARCHITECTURES, Recipe
 from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
 from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.reward.heads import load_heads
+from pad_vllm.synthetic import models, world
+from pad_vllm.synthetic.models import ARCHITECTURES, Recipe
 from pad_vllm.training.export import HEADS_FILE
 from pad_vllm.training.fit import fit
 from pad_vllm.training.heads import head_weights
@@ -153,7 +153,7 @@ def run(
                 base=str(path),
                 pad={"reward_model": str(reward.reward)},
                 users=own,
-                checker="pad_vllm.demo.world:check",
+                checker="pad_vllm.synthetic.world:check",
                 betas=BETAS,
                 best_of=best_of,
                 prompting="{preference} {prompt}",
@@ -230,7 +230,7 @@ FULL = {
     "best_of": 8,
 }
 SMALL = FULL | {"architectures": ("llama",), "num_users": 2, "num_prompts": 8, "num_dpo_pairs": 0, "best_of": 4}
-"""One base, the demo's, and nobody tuned for: two minutes where the demo's models are there."""
+"""One base, the demo's, and nobody tuned for: two minutes where the synthetic models are there."""
 
 
 def main() -> None:

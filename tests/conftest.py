@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each test is marked by its folder. The longest files run first, so that parallel workers end together."""
     for item in items:
         item.add_marker(tier(item))
-    items.sort(key=lambda item: (item.get_closest_marker("first") is None, TIERS.index(tier(item))))
+    items.sort(key=lambda item: TIERS.index(tier(item)))
 
 
 class Models:

@@ -6,21 +6,22 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beta", type=float, default=1.0, help="guidance strength (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=10, help="candidates per token (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, the models and the sampling")
+    parser.add_argument("--beta", type=float, default=2.5, help="guidance strength (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=40, help="candidates per token (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
+    parser.add_argument("--svg", metavar="FILE", help="write what is shown to a picture, too")
     parser.add_argument(
-        "--cache-dir", help="where trained models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)"
+        "--serve", action="store_true", help="over HTTP: two users of one server, and nobody, side by side"
     )
-    parser.add_argument("--serve", action="store_true", help="over HTTP: two users of one server, side by side")
 
 
-def run(serve: bool, **settings) -> int:
+def run(serve: bool, svg: str | None, **settings) -> int:
     if serve:
         from pad_vllm.demo.serve import serve as show_served
 
         return show_served(**settings)
     from pad_vllm.demo.show import show
 
-    show(**settings)
+    show(svg=svg, **settings)
     return 0

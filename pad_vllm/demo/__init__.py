@@ -1,1 +1,1 @@
-"""The demo: a small world in which preferences can be seen in the text, and models trained on it in minutes."""
+"""The demo: SmolLM2 answers in English for users of different tastes, and each answer is measured."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from openai import AsyncOpenAI
 from rich.box import SIMPLE_HEAD
@@ -17,41 +17,43 @@ from rich.table import Table
 
 
 async def stream_side_by_side(
-    console: Console, base_url: str, model: str, question: str, personas: Sequence[str], **settings
+    console: Console, base_url: str, model: str, question: str, personas: Mapping[str, str | None], **settings
 ) -> dict[str, str]:
     """Ask once for every persona, at the same time, and show the answers as they grow.
 
     Args:
+        personas: column's title -> persona; None: an unguided answer.
         settings: of the chat completions, such as ``max_tokens``.
 
     Returns:
-        persona -> answer.
+        title -> answer.
     """
     answers = dict.fromkeys(personas, "")
 
     def table() -> Table:
         shown = Table(box=SIMPLE_HEAD, title=f"[bold]{question}", title_justify="left", expand=True)
-        for persona in personas:
-            shown.add_column(persona, ratio=1)
+        for title in personas:
+            shown.add_column(title, ratio=1)
         shown.add_row(*answers.values())
         return shown
 
     async with AsyncOpenAI(base_url=base_url, api_key="-") as client:
 
-        async def ask(persona: str, live: Live) -> None:
+        async def ask(title: str, live: Live) -> None:
+            persona = personas[title]
             chunks = await client.chat.completions.create(
                 model=model,
                 messages=[{"role": "user", "content": question}],
                 stream=True,
-                extra_body={"vllm_xargs": {"pad_persona": persona}},
+                extra_body={} if persona is None else {"vllm_xargs": {"pad_persona": persona}},
                 **settings,
             )
             async for chunk in chunks:
-                answers[persona] += chunk.choices[0].delta.content or ""
+                answers[title] += chunk.choices[0].delta.content or ""
                 live.update(table())
 
         with Live(table(), console=console) as live:
-            await asyncio.gather(*(ask(persona, live) for persona in personas))
+            await asyncio.gather(*(ask(title, live) for title in personas))
     return answers
 
 
@@ -62,7 +64,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--personas", nargs="+", required=True)
     args = parser.parse_args()
-    asyncio.run(stream_side_by_side(Console(), args.base_url, args.model, args.question, args.personas))
+    asyncio.run(
+        stream_side_by_side(Console(), args.base_url, args.model, args.question, {name: name for name in args.personas})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``pad-vllm demo --serve``: an OpenAI-compatible server on loopback, and two of its users, side by side."""
+"""``pad-vllm demo --serve``: an OpenAI-compatible server on loopback, and its users, side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import shlex
 import socket
 import subprocess
@@ -19,47 +18,53 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pad_vllm.demo import world
 from pad_vllm.demo.client import stream_side_by_side
-from pad_vllm.demo.models import DemoModels, build
-from pad_vllm.demo.show import MAX_TOKENS, USERS
+from pad_vllm.demo.measures import measure
+from pad_vllm.demo.show import ENGINE, MAX_TOKENS, TEMPERATURE
+from pad_vllm.demo.smollm import DemoModels, build
+from pad_vllm.demo.users import QUESTIONS, USERS
 
-MODEL = "demo"
+MODEL = "smollm2"
+SERVED = ("Omar", "Noor")
+NOBODY = "nobody"
 START_SECONDS = 300
 
 
-def serve(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | None = None) -> int:
-    """Start the server, ask it the same questions for two users, print both answers as they come, and stop it.
+def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) -> int:
+    """Start the server, ask it the same questions for users and for nobody, print answers as they come, and stop it.
 
     Returns:
-        Exit status: 0 where every answer shows all that its user wants.
+        Exit status: 0 where everybody was answered.
     """
     console = Console(width=None if os.isatty(1) else 120)
     console.rule("[bold]pad-vllm: one server, each user's taste")
-    models = build(cache_dir, seed)
-    rng = random.Random(seed)
-    wants = {name.lower(): USERS[name] for name in ("Ada", "Ben")}
-    personas = {
-        name: {"preference": world.preference(wanted, rng), "beta": beta, "top_k": top_k}
-        for name, wanted in wants.items()
-    }
-    questions = [rng.choice(world.HELD_OUT_QUESTIONS).format(topic.task) for topic in rng.sample(world.TOPICS, 2)]
-    satisfied = True
+    with console.status("Making SmolLM2-135M-Instruct ..."):
+        models = build(cache_dir)
+    users = {name.lower(): USERS[name] for name in SERVED}
+    strength = {"beta": beta, "top_k": top_k}
+    personas = {name: {**user.persona, **strength} for name, user in users.items()}
+    texts: dict[str, list[str]] = {name: [] for name in (NOBODY, *users)}
     with tempfile.TemporaryDirectory(prefix="pad-vllm-demo-") as folder:
         config = Path(folder, "pad.json")
         config.write_text(json.dumps({"reward_model": str(models.reward), "personas": personas}, indent=1))
-        console.print("The server's personas, of which a client names one:")
-        for name, persona in personas.items():
-            console.print(f"  [bold]{name}[/]: {persona['preference']}")
+        console.print("The server's personas, of which a client names one, or none:")
+        for name, user in users.items():
+            console.print(f"  [bold]{name}[/]: {user.say()}")
         with start(console, models, config, Path(folder, "log")) as base_url:
-            for question in questions:
+            for question in QUESTIONS:
+                settings = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE, "seed": seed}
                 asked = stream_side_by_side(
-                    console, base_url, MODEL, question, list(personas), max_tokens=MAX_TOKENS, temperature=0
+                    console, base_url, MODEL, question, {NOBODY: None} | {n: n for n in users}, **settings
                 )
                 for name, answer in asyncio.run(asked).items():
-                    satisfied &= world.satisfaction(answer, wants[name]) == 1
-    console.print("Both got what they wanted." if satisfied else "Not every answer shows all that its user wanted.")
-    return 0 if satisfied else 1
+                    texts[name].append(answer)
+    before = measure("\n\n".join(texts[NOBODY]))
+    for name, user in users.items():
+        after = measure("\n\n".join(texts[name]))
+        for dimension, moved in user.has(before, after).items():
+            mark = "[green]✓[/]" if moved else "[red]✗[/]"
+            console.print(f"{name}: {dimension} {before[dimension]:.1f} > {after[dimension]:.1f} {mark}")
+    return 0 if all(answer for own in texts.values() for answer in own) else 1
 
 
 @contextlib.contextmanager
@@ -72,8 +77,9 @@ def start(console: Console, models: DemoModels, config: Path, log: Path) -> Iter
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
-    options += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)]
+    options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    options += ["--max-model-len", str(ENGINE["max_model_len"]), "--dtype", "float32", "--enforce-eager"]
+    options += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
     options += ["--logits-processors", "pad_vllm:PADLogitsProcessor"]
     options += ["--additional-config", json.dumps({"pad": str(config)})]
     console.print(f"[dim]$ vllm serve {models.base} {shlex.join(options)}", soft_wrap=True)

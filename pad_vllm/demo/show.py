@@ -2,172 +2,118 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import random
-import warnings
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pad_vllm.demo import world
-from pad_vllm.demo.models import DemoModels, build
+from pad_vllm.demo.measures import DIMENSIONS, measure
+from pad_vllm.demo.smollm import DemoModels, build
+from pad_vllm.demo.users import QUESTIONS, USERS, User
+from pad_vllm.evaluation.engine import quiet
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-MAX_TOKENS = 96
-TEMPERATURE = 0.8
-NUM_QUESTIONS = 48
-"""Questions per preference in the table of measurements."""
-
-USERS: dict[str, dict[str, str]] = {
-    "Ada": {"length": "concise", "tone": "formal"},
-    "Ben": {"tone": "playful", "stance": "direct", "example": "example"},
-    "Cleo": {"length": "concise", "stance": "cautious", "tone": "playful"},
-    "Dev": {"tone": "formal", "restatement": "restating", "example": "example", "encouragement": "encouraging"},
-}
-"""What each user wants; the last two want dimensions together that no training preference asks for together."""
+MAX_TOKENS = 160
+TEMPERATURE = 0.7
+ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
 
 
-def show(beta: float = 1.0, top_k: int = 10, seed: int = 0, cache_dir: str | None = None) -> None:
-    """Train the models if need be, generate through vLLM, print answers and measurements."""
-    console = Console(width=None if os.isatty(1) else 120)
+def show(
+    beta: float,
+    top_k: int,
+    seed: int = 0,
+    cache_dir: str | None = None,
+    svg: str | None = None,
+    questions: Sequence[str] = QUESTIONS,
+) -> None:
+    """Make the models if need be, generate through vLLM, print answers and what is measured of them."""
+    console = Console(width=None if os.isatty(1) and not svg else 120, record=svg is not None)
     console.rule("[bold]pad-vllm: one model, each user's taste")
-    models = build(cache_dir, seed)
-    console.print(
-        f"Models in {models.base.parent}. The reward model rewards the answer that was asked for above the other in "
-        f"{models.metrics['backbone']['accuracy']:.0%} of pairs about topics, in words and in combinations that it was "
-        "never trained on."
-    )
+    with console.status("Making SmolLM2-135M-Instruct ..."):
+        models = build(cache_dir)
     with console.status("Starting vLLM ..."):
         llm = start(models)
-
-    rng = random.Random(seed)
-    for question in _questions(2, rng):
-        _print_answers(console, llm, question, {"pad_beta": beta, "pad_top_k": top_k}, rng)
-    _print_measurements(console, measure(llm, beta, top_k, seed), beta, top_k)
+    requests = [(question, user) for question in questions for user in (None, *USERS.values())]
+    began = time.perf_counter()
+    with console.status(f"{len(requests)} answers, as one batch ..."):
+        answers = generate(llm, requests, {"pad_beta": beta, "pad_top_k": top_k}, seed)
+    seconds = time.perf_counter() - began
+    for i, question in enumerate(questions):
+        unguided, *guided = answers[i * (len(USERS) + 1) : (i + 1) * (len(USERS) + 1)]
+        console.print(side_by_side(question, unguided, guided))
+    console.print(
+        f"SmolLM2-135M-Instruct, guided by a reward model made of it (beta {beta:g}, top-k {top_k}): {len(answers)} "
+        f"answers in {seconds:.0f} s, users and nobody in one batch. Models in {models.base.parent}."
+        if svg is None
+        else f"SmolLM2-135M-Instruct, guided by itself, nothing trained: beta {beta:g}, top-k {top_k}."
+    )
+    if svg is not None:
+        console.save_svg(svg, title="make demo")
 
 
 def start(models: DemoModels) -> LLM:
-    """A vLLM engine of the base model, guided by the reward model."""
-    # Quiet, in this process, and reaching nothing; the parent's environment wins.
-    for key, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-    }.items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
+    """A vLLM engine of SmolLM2, guided by the reward model, in this process."""
+    quiet()
     from vllm import LLM
 
     return LLM(
         str(models.base),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        kv_cache_memory_bytes=256 << 20,
         logits_processors=["pad_vllm:PADLogitsProcessor"],
         additional_config={"pad": {"reward_model": str(models.reward)}},
+        **ENGINE,
     )
 
 
 def generate(
-    llm: LLM, questions: Sequence[str], extra_args: Sequence[Mapping | None], temperature: float, seed: int = 0
+    llm: LLM, requests: Sequence[tuple[str, User | None]], strength: Mapping[str, Any], seed: int
 ) -> list[str]:
-    """One answer per question, each with its own guidance arguments (None: unguided)."""
+    """An answer for each question and user; for no user an unguided one."""
     from vllm import SamplingParams
 
+    def guidance(user: User | None) -> dict[str, Any] | None:
+        return None if user is None else {f"pad_{key}": value for key, value in user.persona.items()} | dict(strength)
+
     params = [
-        SamplingParams(temperature=temperature, max_tokens=MAX_TOKENS, seed=seed + i, extra_args=args)
-        for i, args in enumerate(extra_args)
+        SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, seed=seed, extra_args=guidance(user))
+        for _, user in requests
     ]
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    return [output.outputs[0].text for output in llm.chat(chats, params, use_tqdm=False)]
+    chats = [[{"role": "user", "content": question}] for question, _ in requests]
+    return [output.outputs[0].text.strip() for output in llm.chat(chats, params, use_tqdm=False)]
 
 
-def measure(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Mean satisfaction without and with guidance, of every single value and two held-out combinations.
-
-    Sampled at temperature 0.8, on questions in a phrasing that the reward model was never trained on.
-    """
-    rng = random.Random(seed)
-    wants = {value: {dimension: value} for dimension, values in world.DIMENSIONS.items() for value in values}
-    wants |= {" + ".join(USERS[name].values()): USERS[name] for name in ("Cleo", "Dev")}
-    questions = _questions(NUM_QUESTIONS, rng)
-    unguided = generate(llm, questions, [None] * len(questions), TEMPERATURE, seed)
-    guidance = [
-        {"pad_preference": world.preference(wanted, rng), "pad_beta": beta, "pad_top_k": top_k}
-        for wanted in wants.values()
-        for _ in questions
-    ]
-    guided = generate(llm, questions * len(wants), guidance, TEMPERATURE, seed)
-    satisfied = {}
-    for i, (name, wanted) in enumerate(wants.items()):
-        own = guided[i * len(questions) : (i + 1) * len(questions)]
-        satisfied[name] = (_mean_satisfaction(unguided, wanted), _mean_satisfaction(own, wanted))
-    return satisfied
-
-
-def _questions(number: int, rng: random.Random) -> list[str]:
-    """Questions about different topics, in a phrasing that the reward model was never trained on."""
-    topics = rng.sample(world.TOPICS, number)
-    return [rng.choice(world.HELD_OUT_QUESTIONS).format(topic.task) for topic in topics]
-
-
-def _mean_satisfaction(texts: Sequence[str], wanted: Mapping[str, str]) -> float:
-    return sum(world.satisfaction(text, wanted) for text in texts) / len(texts)
-
-
-def _print_answers(console: Console, llm: LLM, question: str, guidance: dict, rng: random.Random) -> None:
-    """One question, answered unguided and for every user."""
-    preferences = {name: world.preference(wanted, rng) for name, wanted in USERS.items()}
-    extra_args = [None, *({"pad_preference": text, **guidance} for text in preferences.values())]
-    unguided, *answers = generate(llm, [question] * len(extra_args), extra_args, temperature=0)
+def side_by_side(question: str, unguided: str, guided: Sequence[str]) -> Table:
+    """One question's answers and what is measured of them."""
     table = Table(box=SIMPLE_HEAD, title=f"[bold]{question}", title_justify="left", show_lines=True, expand=True)
     table.add_column("for", ratio=3)
-    table.add_column("the answer", ratio=6)
-    table.add_column("unguided > guided", ratio=3)
-    table.add_row("nobody: unguided", unguided, "")
-    for (name, wanted), answer in zip(USERS.items(), answers, strict=True):
-        seen = " [dim](a combination never trained on)[/]" if world.is_held_out(wanted) else ""
-        table.add_row(f"[bold]{name}[/]: {preferences[name]}{seen}", answer, _compare(unguided, answer, wanted))
-    console.print(table)
+    table.add_column("the answer", ratio=7)
+    table.add_column("measured", ratio=3)
+    before = measure(unguided)
+    table.add_row("nobody: unguided", Text(unguided), Text("\n".join(_say(name, before) for name in DIMENSIONS)))
+    for (name, user), answer in zip(USERS.items(), guided, strict=True):
+        after = measure(answer)
+        found = Text()
+        for dimension, moved in user.has(before, after).items():
+            found.append(f"{_say(dimension, after)} ").append(*(("✓", "green") if moved else ("✗", "red"))).append("\n")
+        table.add_row(f"[bold]{name}[/]: {user.say()}\n[dim]({user.what})[/]", Text(answer), found)
+    return table
 
 
-def _compare(unguided: str, guided: str, wanted: Mapping[str, str]) -> Text:
-    """Each wanted value, and whether either answer shows it."""
-    text = Text()
-    before, after = world.measure(unguided), world.measure(guided)
-    for dimension, value in wanted.items():
-        marks = [("✓", "green") if found[dimension] == value else ("✗", "red") for found in (before, after)]
-        text.append(f"{_label(value)} ").append(*marks[0]).append(" > ").append(*marks[1]).append("\n")
-    return text
+def _say(name: str, measures: Mapping[str, float]) -> str:
+    return _WORDS[name].format(measures[name])
 
 
-def _label(value: str) -> str:
-    return f"with {value}" if value == "example" else value
-
-
-def _print_measurements(
-    console: Console, satisfied: Mapping[str, tuple[float, float]], beta: float, top_k: int
-) -> None:
-    title = f"[bold]Preferences satisfied[/] (beta {beta:g}, top-k {top_k}, {NUM_QUESTIONS} questions each)"
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("preference")
-    table.add_column("unguided", justify="right")
-    table.add_column("guided", justify="right")
-    table.add_column("")
-    for name, (unguided, guided) in satisfied.items():
-        label = " + ".join(map(_label, name.split(" + ")))
-        bar = Text("█" * round(20 * unguided), "dim").append("█" * max(round(20 * (guided - unguided)), 0), "green")
-        table.add_row(label + (" *" if "+" in name else ""), f"{unguided:.0%}", f"{guided:.0%}", bar)
-    console.print(table)
-    console.print("* combinations that the reward model was never trained on")
+_WORDS = {
+    "grade": "grade {:.0f}",
+    "sentiment": "sentiment {:+.2f}",
+    "length": "{:.0f} words",
+    "lists": "{:.0f}% of lines listed",
+    "person": "{:.1f}% 'you'",
+    "emphasis": "{:.1f}% '!', 'very' ...",
+}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +17,17 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
 }
+
+
+def quiet() -> None:
+    """vLLM in this process says what goes wrong and nothing else, and reaches nothing; before it is imported. What the
+    environment says wins."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Answers:
-    """Texts and token ids in the order of the requests, and how long the engine took for all of them."""
+    """Texts and token ids in the order of the requests, and how long the engine took for all of them.
+
+    ``nll``: of each answer the mean negative log-likelihood of its tokens by the base model as it read the prompt, in
+    nats, where asked for.
+    """
 
     texts: list[str]
     tokens: list[list[int]]
     seconds: float
+    nll: list[float] | None = None
 
 
 def generate(
@@ -42,11 +59,13 @@ def generate(
     temperature: float,
     max_tokens: int,
     seed: int,
+    nll: bool = False,
     **engine: Any,
 ) -> dict[str, Answers]:
     """Answers to each batch of requests by one engine of ``model``; request i of every batch draws with ``seed`` + i.
 
     Args:
+        nll: whether to say how likely the base model finds the answers.
         engine: arguments of ``vllm.LLM``.
     """
     for key, value in _ENVIRONMENT.items():
@@ -55,6 +74,8 @@ def generate(
     context.set_forkserver_preload(["pad_vllm.evaluation.preload"])  # vLLM's modules, once for all engines
     with ProcessPoolExecutor(1, context) as process:
         sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        if nll:
+            sampling["logprobs"] = 0  # of the sampled tokens; raw, as the base model has them before any processor
         return process.submit(_generate, model, dict(batches), sampling, seed, engine).result()
 
 
@@ -75,11 +96,15 @@ def _generate(
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        return Answers(
-            [output.outputs[0].text for output in outputs],
-            [list(output.outputs[0].token_ids) for output in outputs],
-            seconds,
-        )
+        first = [output.outputs[0] for output in outputs]
+        nll = None
+        if "logprobs" in sampling:
+            nll = [
+                -sum(found[token].logprob for token, found in zip(one.token_ids, one.logprobs, strict=True))
+                / max(len(one.token_ids), 1)
+                for one in first
+            ]
+        return Answers([one.text for one in first], [list(one.token_ids) for one in first], seconds, nll)
 
     for name, requests in batches.items():
         run(requests[:2])  # what is done once is not the method's

@@ -47,6 +47,7 @@ def export(
     heads: Mapping[str, torch.Tensor] | None = None,
     record: Mapping | None = None,
     defaults: Mapping | None = None,
+    adapter: Path | None = None,
 ) -> Path:
     """Write a reward model that the plugin loads.
 
@@ -54,6 +55,7 @@ def export(
         heads: ``<name>.weight`` and ``<name>.bias``, in the order in which users give their weights.
         record: how it was made, for ``training.json``.
         defaults: how it is to be used, for ``pad.json``.
+        adapter: folder of the LoRA that has been merged into it, kept beside it.
     """
     with whole_folder(Path(target)) as folder:
         model.save_pretrained(folder)
@@ -64,6 +66,8 @@ def export(
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         if defaults is not None:
             write_defaults(folder, defaults)
+        if adapter is not None:
+            shutil.copytree(adapter, folder / adapter.name)
     return Path(target)
 
 

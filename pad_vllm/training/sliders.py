@@ -134,7 +134,7 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     attributes explain all of them, larger is always likelier. So they are scaled until all together move these rewards
     as much as that attribute does by itself which moves them most, or the largest is 1: as strong as one preference.
     How strongly to guide is for ``beta`` to say. (With the largest as 1 always, attributes that say the same add up,
-    and with a sum of 1 those that say different things are faint: of four users of the demo's world the one left an
+    and with a sum of 1 those that say different things are faint: of four users of the synthetic world the one left an
     answer in three well formed, the other 83% satisfied where their own words satisfied all.)
 
     Raises:

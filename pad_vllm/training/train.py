@@ -33,6 +33,8 @@ from pad_vllm.training.trainer import PADTrainer, last_checkpoint, reward_margin
 logger = logging.getLogger(__name__)
 
 STAGES = ("backbone", "heads")
+ADAPTER = "adapter"
+"""A LoRA by itself, a folder in the reward model's own."""
 _SAVING = {"save_strategy": "steps", "save_total_limit": 2, "eval_strategy": "steps"}
 
 
@@ -63,7 +65,8 @@ class TrainingConfig:
             the server reads it.
         max_length: tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
-        lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end. 0: all weights.
+        lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end, and kept beside the
+            model in ``adapter/``. 0: all weights.
         save_steps: a checkpoint every so many steps, from which a killed run goes on when started again.
     """
 
@@ -169,7 +172,8 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     record = {"settings": dataclasses.asdict(config), "metrics": metrics, "num_comparisons": len(pairs)}
     defaults = {"prompt_template": config.prompt_template, "insert_after": config.insert_after, "reference": "base"}
     defaults = {key: value for key, value in defaults.items() if value is not None}
-    export(output, model.to(dtype), tokenizer, heads, record, defaults)
+    adapter = work / ADAPTER
+    export(output, model.to(dtype), tokenizer, heads, record, defaults, adapter if adapter.exists() else None)
     shutil.rmtree(work)
     return metrics
 
@@ -225,7 +229,10 @@ class _Run:
             )
             trained = get_peft_model(model, lora)
         self._train("backbone", trained, reference, pairs, lambda m: measure(m, reference, eval_pairs))
-        return (trained.merge_and_unload() if config.lora_rank else trained).eval()
+        if not config.lora_rank:
+            return trained.eval()
+        trained.save_pretrained(self._work / ADAPTER)
+        return trained.merge_and_unload().eval()
 
     def heads(
         self, model: HeadedModel, reference: PreTrainedModel, pairs: list[PairExample], eval_pairs: list[PairExample]

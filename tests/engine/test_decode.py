@@ -78,7 +78,13 @@ def seen(llm) -> dict[int, set[tuple[int, ...]]]:
     return SEEN
 
 
-@pytest.mark.parametrize(("runner", "graphs"), [("v1", False), ("v2", True)], ids=["v1-padded", "v2-graphs"])
+@pytest.mark.parametrize(
+    ("runner", "graphs"),
+    [
+        pytest.param("v1", False, id="v1-padded"),
+        pytest.param("v2", True, id="v2-graphs", marks=pytest.mark.one_release),
+    ],
+)
 def test_padded_steps_use_the_same_storage_and_equal_the_oracle(models, encode, expect, runner, graphs):
     engine = Engine(runner, models.base, max_num_seqs=18, logits_processors=PLUGIN, **pad_config(models.named))
     try:

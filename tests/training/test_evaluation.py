@@ -11,10 +11,10 @@ from benchmarks import alignment
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The alignment table on the demo's models, small."""
+def small(cache, tmp_path_factory):
+    """The alignment table on the synthetic models, small."""
     output = tmp_path_factory.mktemp("alignment")
-    results = alignment.run(output, **alignment.SMALL)
+    results = alignment.run(output, **alignment.SMALL, cache_dir=str(cache))
     return output, results
 
 

@@ -1,16 +1,17 @@
-"""Sliders in the demo's world: what users want who never say it, found among attributes in words."""
+"""Sliders in the synthetic world: what users want who never say it, found among attributes in words."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.alignment import own_record
-from pad_vllm.demo import models, world
 from pad_vllm.params import MAX_PREFERENCES
+from pad_vllm.synthetic import models, world
 from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 from tests.support.engine import Worker
 
@@ -29,8 +30,8 @@ USERS = [
 
 
 @pytest.fixture(scope="module")
-def reward() -> str:
-    return str(models.build().reward)
+def reward(cache) -> str:
+    return str(models.build(cache).reward)
 
 
 def fitted(reward: str, wanted: Mapping[str, str], folder, seed: int = 0):
@@ -63,14 +64,16 @@ def test_the_largest_sliders_are_what_the_user_wants(wanted, reward, tmp_path):
 NUM_QUESTIONS = 24
 
 
-def satisfaction(arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]]) -> list[tuple[float, float]]:
+def satisfaction(
+    cache: Path, arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]]
+) -> list[tuple[float, float]]:
     """Of what a user wants, under a request's arguments; and the share of well formed answers."""
-    from pad_vllm.demo.show import generate, start
+    from pad_vllm.synthetic.measure import generate, start
 
     topics = random.Random(0).sample(world.TOPICS, NUM_QUESTIONS)
     questions = [world.HELD_OUT_QUESTIONS[0].format(topic.task) for topic in topics]
     asked = [extra_args for _, extra_args in arguments for _ in questions]
-    texts = generate(start(models.build()), questions * len(arguments), asked, temperature=0.8)
+    texts = generate(start(models.build(cache)), questions * len(arguments), asked, temperature=0.8)
     found = []
     for i, (wanted, _) in enumerate(arguments):
         own = texts[i * NUM_QUESTIONS : (i + 1) * NUM_QUESTIONS]
@@ -80,14 +83,14 @@ def satisfaction(arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | No
     return found
 
 
-def test_served_they_satisfy_nearly_as_the_users_own_words_do(reward, tmp_path_factory):
+def test_served_they_satisfy_nearly_as_the_users_own_words_do(cache, reward, tmp_path_factory):
     arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]] = []
     for i, wanted in enumerate(USERS[1:]):
         persona = persona_of(sliders_of(fitted(reward, wanted, tmp_path_factory.mktemp("user"))))
         words = {"pad_preference": world.preference(wanted, random.Random(i)), "pad_reference": "neutral"}
         arguments += [(wanted, None), (wanted, words), (wanted, persona)]
     worker = Worker(preloaded=True)
-    found = worker.run(satisfaction, arguments)
+    found = worker.run(satisfaction, cache, arguments)
     worker.close()
     for i in range(0, len(found), 3):
         unguided, words, sliders = found[i : i + 3]

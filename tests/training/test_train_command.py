@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pad_vllm.cli import main
-from pad_vllm.demo import models, world
-from pad_vllm.demo.models import PROMPT_TEMPLATE, TINY
 from pad_vllm.reward.heads import load_heads
+from pad_vllm.synthetic import models, world
+from pad_vllm.synthetic.models import PROMPT_TEMPLATE, TINY
 from pad_vllm.training import trainer
 from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights

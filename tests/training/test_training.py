@@ -1,4 +1,4 @@
-"""The PAD objective, the training loops, and the build of the demo's models."""
+"""The PAD objective, the training loops, and the build of the synthetic models."""
 
 import math
 import random
@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pad_vllm.demo import models, world
-from pad_vllm.demo.models import TINY
 from pad_vllm.reward.heads import ValueHeads, load_heads
 from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.synthetic import models, world
+from pad_vllm.synthetic.models import TINY
 from pad_vllm.training import trainer
 from pad_vllm.training.data import Comparison, Example, PairExample, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of

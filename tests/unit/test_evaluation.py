@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pad_vllm.demo import world
 from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.evaluation.engine import Answers
 from pad_vllm.evaluation.evaluate import EvaluationConfig, load_checker, read_config
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
 from pad_vllm.evaluation.report import plot, table
+from pad_vllm.synthetic import world
 
 
 def test_bootstrap_intervals_hold_what_they_say():
@@ -114,7 +114,7 @@ def test_a_configuration_of_files(tmp_path):
         (tmp_path / "eval.yaml").write_text(bad)
         with pytest.raises(ValueError, match=says):
             read_config(tmp_path / "eval.yaml")
-    assert load_checker("pad_vllm.demo.world:check") is world.check
+    assert load_checker("pad_vllm.synthetic.world:check") is world.check
     with pytest.raises(ValueError, match="'nothing' is not the 'module:name'"):
         load_checker("nothing")
 

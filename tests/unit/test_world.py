@@ -1,12 +1,12 @@
-"""The demo's world: the generator and the checker agree, and what is held out stays out."""
+"""The synthetic world: the generator and the checker agree, and what is held out stays out."""
 
 import random
 from collections import Counter
 
 import pytest
 
-from pad_vllm.demo import world
-from pad_vllm.demo.world import DIMENSIONS, HELD_OUT_QUESTIONS, STYLES, TOPICS, Style, measure, satisfaction
+from pad_vllm.synthetic import world
+from pad_vllm.synthetic.world import DIMENSIONS, HELD_OUT_QUESTIONS, STYLES, TOPICS, Style, measure, satisfaction
 
 
 @pytest.fixture

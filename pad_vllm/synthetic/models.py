@@ -1,4 +1,4 @@
-"""The demo's models: a tokenizer, base models and a personalized reward model, trained on the demo's world.
+"""The synthetic models: a tokenizer, base models and a personalized reward model, trained on the synthetic world.
 
 A base model learns answers of all styles alike and takes no side; of users who say what they want, it has seen answers
 that heed it, and then more that seldom do: it knows the words, and makes little of them. The reward model begins as a
@@ -36,9 +36,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from pad_vllm.demo import world
 from pad_vllm.reward import chat, template
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
+from pad_vllm.synthetic import world
 from pad_vllm.training import data, heads, objective, train, trainer
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
 from pad_vllm.training.train import Stage, TrainingConfig
@@ -105,7 +105,7 @@ TINY = Recipe(
 """Seconds instead of minutes, and models that have learned nothing: for tests."""
 
 
-class DemoModels(NamedTuple):
+class SyntheticModels(NamedTuple):
     """Folders in transformers' format, each with the tokenizer, and what was measured in training: how often the reward
     model rewards the chosen answer above the rejected one, on pairs of which everything was held out."""
 
@@ -114,8 +114,8 @@ class DemoModels(NamedTuple):
     metrics: dict[str, dict[str, float]]
 
 
-def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Recipe = FULL) -> DemoModels:
-    """The demo's models, trained now unless the cache has them.
+def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Recipe = FULL) -> SyntheticModels:
+    """The synthetic models, trained now unless the cache has them.
 
     Args:
         cache_dir: root of the cache; ``$PAD_VLLM_CACHE``, else ``~/.cache/pad-vllm``.
@@ -128,7 +128,7 @@ def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Rec
     """
     base = build_base("llama", cache_dir, seed, recipe)
     reward = _cached(cache_dir, "reward", seed, recipe, lambda folder: _train_reward(folder, base, seed, recipe))
-    return DemoModels(base, reward, json.loads((reward / "training.json").read_text())["metrics"])
+    return SyntheticModels(base, reward, json.loads((reward / "training.json").read_text())["metrics"])
 
 
 def build_base(

@@ -1,31 +1,28 @@
-"""The demo's world, guided by the demo's models through the real engine. Trains them where the cache has none."""
+"""The synthetic world, guided by the synthetic models through the real engine."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from pad_vllm.demo import world
-from pad_vllm.demo.show import USERS
+from pad_vllm.synthetic import world
+from pad_vllm.synthetic.measure import USERS
 from tests.support.engine import Worker
 
-pytestmark = pytest.mark.first  # trains the models that others read
 
-
-def measure_demo() -> dict[str, tuple[float, float]]:
+def measure_guided(cache: Path) -> dict[str, tuple[float, float]]:
     """Satisfaction (unguided, guided) of every single value and held-out combination."""
-    from pad_vllm.demo.models import build
-    from pad_vllm.demo.show import measure, start
+    from pad_vllm.synthetic.measure import measure, start
+    from pad_vllm.synthetic.models import build
 
-    return measure(start(build()), beta=1.0, top_k=10)
+    return measure(start(build(cache)), beta=1.0, top_k=10)
 
 
 @pytest.fixture(scope="module")
-def satisfied():
+def satisfied(cache):
     worker = Worker(preloaded=True)
-    yield worker.run(measure_demo)
+    yield worker.run(measure_guided, cache)
     worker.close()
 
 
@@ -41,8 +38,3 @@ def test_guidance_follows_combinations_never_trained_on(satisfied):
         unguided, guided = satisfied[" + ".join(wanted.values())]
         assert guided >= 0.85, (wanted, unguided, guided)
         assert guided - unguided >= 0.3, (wanted, unguided, guided)
-
-
-def test_the_command_says_what_it_can_do():
-    out = subprocess.run([sys.executable, "-m", "pad_vllm.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "demo" in out.stdout

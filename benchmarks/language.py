@@ -1,0 +1,351 @@
+"""The language table: what guidance does to SmolLM2's English, beside the other ways to personalize it.
+
+    python -m benchmarks.language [--small] [--methods NAME ...] [--work FOLDER] [--output benchmarks/results]
+
+The demo's reward model is SmolLM2 itself, held against its own answer without the preference. Users want
+
+- one: of twelve values (six measures, less or more of each);
+- two: values of different measures together.
+
+Every method's answers are kept in the work folder as they come, and are not made again. Writes language.md,
+language.json and language.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
+
+from pad_vllm.demo import recipe, wishes
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
+from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
+from pad_vllm.evaluation.engine import Answers, Request, generate
+from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.training.data import Example, prompt_ids
+
+GROUPS = ("one", "two")
+NUM_EXAMPLES = 3
+NUM_CHOICES = 30
+"""Comparisons of a user to whom sliders are fitted."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts each group's users ask, and how far the costly methods go.
+
+    Attributes:
+        prompts: by group.
+        base_answers: unguided answers to each prompt, against which the others are held.
+        best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
+        betas: strengths of guidance.
+        fitted: values of users to whom sliders are fitted.
+        tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
+        choice_prompts: training prompts whose answers those users chose from.
+        together: methods that an engine answers before their answers are kept.
+    """
+
+    prompts: Mapping[str, int]
+    base_answers: int = 4
+    best_of: int = 8
+    best_of_prompts: int = 4
+    betas: tuple[float, ...] = (1.5, 3.0, 5.0)
+    fitted: tuple[str, ...] = ("brief", "emphatic")
+    tuned: tuple[str, ...] = ("brief", "personal")
+    tuned_pairs: int = 96
+    choice_prompts: int = 136
+    max_tokens: int = 128
+    temperature: float = 0.7
+    top_k: int = 40
+    seed: int = 0
+    together: int = 2
+
+
+FULL = Sizes({"one": 16, "two": 4})
+SMALL = Sizes(
+    {"one": 1, "two": 1},
+    base_answers=1,
+    best_of=2,
+    best_of_prompts=1,
+    betas=(3.0,),
+    fitted=(),
+    tuned=(),
+    choice_prompts=0,
+    max_tokens=40,
+    together=9,
+)
+
+
+class Cell(NamedTuple):
+    """What a user wants of an answer to a prompt, and how the user says it."""
+
+    group: str
+    prompt: str
+    values: tuple[str, ...]
+    preference: str
+
+
+class Plan(NamedTuple):
+    """What a method asks for cells (``base``: for prompts), and the engine that it asks."""
+
+    indices: Sequence[int]
+    requests: Sequence[Request]
+    model: Path
+    pad: Mapping[str, Any]
+
+    def like(self, other: Plan) -> bool:
+        """Whether one engine can answer both."""
+        return self.model == other.model and self.pad == other.pad
+
+
+class Bench:
+    """Answers of every method, made as they are asked for and kept in ``work``."""
+
+    def __init__(self, models: DemoModels, work: Path, sizes: Sizes) -> None:
+        from transformers import AutoTokenizer
+
+        self.models, self.work, self.sizes = models, work, sizes
+        self.tokenizer = AutoTokenizer.from_pretrained(models.base)
+        self.template = PromptTemplate(self.tokenizer, PROMPT_TEMPLATE)
+        self.cells = list(cells(sizes))
+        work.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def choices(self) -> dict[str, list[dict[str, Any]]]:
+        """Comparisons that a user of each value made among SmolLM2's answers to training prompts."""
+        sizes = replace(recipe.FULL, num_prompts=self.sizes.choice_prompts, num_comparisons=10**6, combined=0.0)
+        records = recipe.compare(recipe.sample(self.work, self.models.base, sizes), sizes)
+        return {
+            value: [r for r in records if r["labels"] == {name: sign}] for value, (name, sign) in DIRECTIONS.items()
+        }
+
+    def answer(self, plans: Mapping[str, Plan]) -> dict[str, list[dict[str, Any]]]:
+        """Method -> records of its answers: ``cell``, ``text``, ``num_tokens``, ``nll``, ``seconds``. A few methods
+        share an engine."""
+        found = {method: self.kept(method) for method in plans}
+        missing = [method for method in plans if found[method] is None]
+        while missing:
+            first = plans[missing[0]]
+            now = [method for method in missing if plans[method].like(first)][: self.sizes.together]
+            answers = generate(
+                str(first.model),
+                {method: plans[method].requests for method in now},
+                temperature=self.sizes.temperature,
+                max_tokens=self.sizes.max_tokens,
+                seed=self.sizes.seed,
+                nll=True,
+                additional_config={"pad": {"top_k": self.sizes.top_k, **first.pad}},
+                logits_processors=["pad_vllm:PADLogitsProcessor"],
+                **recipe.ENGINE,
+            )
+            found |= {method: self.keep(method, plans[method].indices, answers[method]) for method in now}
+            missing = [method for method in missing if method not in now]
+        return found
+
+    def kept(self, method: str) -> list[dict[str, Any]] | None:
+        file = self.work / f"{method}.jsonl"
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else None
+
+    def keep(self, method: str, indices: Sequence[int], answers: Answers) -> list[dict[str, Any]]:
+        seconds = answers.seconds / len(indices)
+        records = [
+            {"cell": i, "text": text.strip(), "num_tokens": len(tokens), "nll": nll, "seconds": seconds}
+            for i, text, tokens, nll in zip(indices, answers.texts, answers.tokens, answers.nll or [], strict=True)
+        ]
+        print(f"{method}: {len(records)} answers in {answers.seconds:.0f} s", flush=True)
+        recipe.write_lines(self.work / f"{method}.jsonl", records)
+        return records
+
+    def plain(self, prompt: str) -> list[int]:
+        return prompt_ids(prompt, self.tokenizer)
+
+    def with_examples(self, cell: Cell) -> list[int]:
+        """The prompt after three of the user's own choices, and the preference."""
+        rng = random.Random(f"{self.sizes.seed} {cell.prompt}")
+        chosen = rng.sample(self.choices[cell.values[0]], NUM_EXAMPLES)
+        messages = [
+            message
+            for record in chosen
+            for message in (
+                {"role": "user", "content": record["prompt"]},
+                {"role": "assistant", "content": record["chosen"]},
+            )
+        ]
+        ids = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": cell.prompt}], add_generation_prompt=True, return_dict=False
+        )
+        return self.template.compose(ids, cell.preference)
+
+
+def cells(sizes: Sizes) -> Iterator[Cell]:
+    rng = random.Random(sizes.seed)
+    prompts = wishes.prompts(held_out=True)
+    for group in GROUPS:
+        wants = wishes.combinations(held_out=True) if group == "two" else [(value,) for value in DIRECTIONS]
+        for prompt in prompts[: sizes.prompts[group]]:
+            for values in wants:
+                yield Cell(group, prompt, values, wishes.preference(values, rng, held_out=True))
+
+
+def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[dict[str, Any]]]:
+    """Method -> records. Those of ``base`` are of prompts, and of all others of cells.
+
+    Args:
+        methods: how the names begin of those that are to answer now; others are there if they did so before.
+    """
+
+    def wanted(method: str) -> bool:
+        return method == "base" or bench.kept(method) is not None or method.startswith(tuple(methods))
+
+    sizes, cells = bench.sizes, bench.cells
+    reward = {"reward_model": str(bench.models.reward)}
+    singles = [i for i, cell in enumerate(cells) if cell.group == "one"]
+    plans: dict[str, Plan] = {}
+
+    def ask(
+        method: str, indices: Sequence[int], request: Callable[[Cell], Request], pad: Mapping = reward, **engine: Path
+    ) -> None:
+        model = engine.get("model", bench.models.base)
+        if wanted(method):
+            plans[method] = Plan(indices, [request(cells[i]) for i in indices], model, pad)
+
+    def guided(beta: float) -> Callable[[Cell], Request]:
+        return lambda cell: Request(
+            bench.plain(cell.prompt), {"pad_preference": cell.preference, "pad_beta": float(beta)}
+        )
+
+    def prompted(cell: Cell) -> Request:
+        return Request(bench.template.compose(bench.plain(cell.prompt), cell.preference))
+
+    prompts = list(dict.fromkeys(cell.prompt for cell in cells))
+    numbers = [number for number in range(len(prompts)) for _ in range(sizes.base_answers)]
+    everyone = range(len(cells))
+    plans["base"] = Plan(numbers, [Request(bench.plain(prompts[n])) for n in numbers], bench.models.base, reward)
+    ask("prompting", everyone, prompted)
+    for beta in sizes.betas:
+        ask(f"PAD, beta {beta:g}", everyone, guided(beta))
+    found = bench.answer(plans)
+    plans.clear()
+    method = f"best of {sizes.best_of}"
+    if wanted(method):
+        found[method] = bench.kept(method) or best_of(bench, method, singles)
+    if sizes.choice_prompts and wanted("prompting with examples"):
+        ask("prompting with examples", singles, lambda cell: Request(bench.with_examples(cell)))
+    for value in sizes.fitted:
+        method = f"sliders of {value}"
+        if not wanted(method):
+            continue
+        sliders = {} if bench.kept(method) else fit_user(bench, value)
+        own = [i for i in singles if cells[i].values == (value,)]
+        ask(method, own, lambda cell, s=sliders: Request(bench.plain(cell.prompt), s))
+    with tempfile.TemporaryDirectory() as folder:
+        for value in sizes.tuned:
+            method = f"DPO for {value}"
+            if not wanted(method):
+                continue
+            model = bench.models.base if bench.kept(method) else tune_user(bench, value, Path(folder, value))
+            own = [i for i in singles if cells[i].values == (value,)]
+            ask(method, own, lambda cell: Request(bench.plain(cell.prompt)), model=model)
+        return found | bench.answer(plans)
+
+
+def best_of(bench: Bench, method: str, singles: Sequence[int]) -> list[dict[str, Any]]:
+    """Of several answers of the base model that which the reward model rewards most, as log pi_theta - log pi_ref."""
+    from transformers import AutoModelForCausalLM
+
+    from pad_vllm.training.trainer import score_answers
+
+    sizes = bench.sizes
+    prompts = list(dict.fromkeys(bench.cells[i].prompt for i in singles))[: sizes.best_of_prompts]
+    own = [i for i in singles if bench.cells[i].prompt in prompts]
+    start = time.perf_counter()
+    asked = [Request(bench.plain(prompt)) for prompt in prompts for _ in range(sizes.best_of)]
+    drawn = generate(
+        str(bench.models.base),
+        {method: asked},
+        temperature=sizes.temperature,
+        max_tokens=sizes.max_tokens,
+        seed=sizes.seed + 10**6,
+        nll=True,
+        **recipe.ENGINE,
+    )[method]
+    by_prompt = {p: range(n * sizes.best_of, (n + 1) * sizes.best_of) for n, p in enumerate(prompts)}
+    reference, model = (AutoModelForCausalLM.from_pretrained(m).eval() for m in bench.models)
+    ref = score_answers(reference, [Example(list(r.prompt), t) for r, t in zip(asked, drawn.tokens, strict=True)])
+    best = []
+    for i in own:
+        cell = bench.cells[i]
+        rows = by_prompt[cell.prompt]
+        context = bench.template.compose(bench.plain(cell.prompt), cell.preference)
+        rewards = score_answers(model, [Example(context, drawn.tokens[n]) for n in rows]) - ref[list(rows)]
+        best.append(rows[int(rewards.argmax())])
+    texts, tokens, nll = ([x[n] for n in best] for x in (drawn.texts, drawn.tokens, drawn.nll))
+    return bench.keep(method, own, Answers(texts, tokens, time.perf_counter() - start, nll))
+
+
+def fit_user(bench: Bench, value: str) -> dict[str, Any]:
+    """Arguments of a user's requests, from comparisons in which the user never said what was wanted."""
+    from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
+
+    # One text for each end of three dimensions, the user's among them.
+    names = list(dict.fromkeys([DIRECTIONS[value][0], *DIMENSIONS]))[:3]
+    texts = [wishes.wordings(end)[0] for name in names for end in (DIMENSIONS[name].less, DIMENSIONS[name].more)]
+    with tempfile.TemporaryDirectory() as folder:
+        attributes = Path(folder, "attributes.json")
+        attributes.write_text(json.dumps(texts))
+        data = recipe.write_lines(Path(folder, "choices.jsonl"), bench.choices[value][:NUM_CHOICES])
+        fitted = fit_sliders(str(bench.models.reward), data, attributes)
+    print(f"sliders of {value}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
+    return persona_of(sliders_of(fitted)) | {"pad_beta": bench.sizes.betas[len(bench.sizes.betas) // 2]}
+
+
+def tune_user(bench: Bench, value: str, target: Path) -> Path:
+    """A model for one user, by DPO: the PAD objective without a preference to read."""
+    from pad_vllm.training.train import TrainingConfig, train
+
+    records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
+    data = recipe.write_lines(target.with_name("choices.jsonl"), records)
+    stage = replace(recipe.FULL.stage, epochs=2.0)
+    config = TrainingConfig(
+        str(data),
+        str(bench.models.base),
+        str(target),
+        stages=("backbone",),
+        lora_rank=recipe.FULL.lora_rank,
+        save_steps=10**6,
+        backbone=stage,
+    )
+    train(config)
+    return target
+
+
+def main() -> None:
+    from .language_report import write
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--small", action="store_true", help="a few prompts and methods: two minutes")
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], metavar="NAME", help="how their names begin; default: all"
+    )
+    parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
+    parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
+    args = parser.parse_args()
+    models = build(args.cache_dir)
+    work = args.work or models.base.parent / f"language-{models.reward.name}{'-small' if args.small else ''}"
+    bench = Bench(models, work, SMALL if args.small else FULL)
+    write(args.output, bench, answers_of(bench, args.methods))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The language table's figures: how far each measure moved, at what price, as Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.evaluation.metrics import bootstrap, distinct
+
+from .record import hardware
+
+if TYPE_CHECKING:
+    from .language import Bench
+
+NUM_SCORED = 96
+"""Answers of a method whose likelihood under unguided SmolLM2 takes a pass of its own: the base model that made them
+had read something else than the prompt."""
+READ_ELSE = ("prompting", "DPO")
+
+
+class Unguided:
+    """The measures of unguided answers to each prompt."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> None:
+        by_prompt = defaultdict(list)
+        for record in records:
+            by_prompt[prompts[record["cell"]]].append(measure(record["text"]))
+        self.mean, self.median = (
+            {p: {d: f(m[d] for m in own) for d in DIMENSIONS} for p, own in by_prompt.items()}
+            for f in (statistics.mean, statistics.median)
+        )
+
+
+def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each method and group: ``moved`` has each measure's mean change in the direction asked, in its unit,
+    over both directions; every estimate is a mean and its 95% interval, by a bootstrap over prompts."""
+    prompts = list(dict.fromkeys(cell.prompt for cell in bench.cells))
+    unguided = Unguided(found["base"], prompts)
+    base_seconds = statistics.mean(record["seconds"] for record in found["base"])
+    rows = [_base_row(found["base"], prompts)]
+    for method, records in found.items():
+        if method == "base":
+            continue
+        nll = _likelihoods(bench, method, records)
+        for group in dict.fromkeys(bench.cells[record["cell"]].group for record in records):
+            own = [r for r in records if bench.cells[r["cell"]].group == group]
+            rows.append(
+                {"method": method, "group": group, "seconds_over_base": _mean(own, "seconds") / base_seconds}
+                | _moves(bench, own, unguided)
+                | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own])
+                | {"nll": statistics.mean(nll[r["cell"]] for r in own if r["cell"] in nll)}
+            )
+    return rows
+
+
+def _base_row(records: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> dict[str, Any]:
+    return (
+        {"method": "base", "group": "all", "seconds_over_base": 1.0, "num_answers": len(records)}
+        | _fluency([(r["text"], prompts[r["cell"]]) for r in records])
+        | {"nll": _mean(records, "nll")}
+    )
+
+
+def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
+    moved, satisfied = defaultdict(list), []
+    for record in records:
+        cell = bench.cells[record["cell"]]
+        measures = measure(record["text"])
+        for name, sign in (DIRECTIONS[value] for value in cell.values):
+            moved[name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
+            beyond = sign * (measures[name] - unguided.median[cell.prompt][name])
+            satisfied.append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
+    return {
+        "num_answers": len(records),
+        "satisfied": bootstrap(*zip(*satisfied, strict=True)),
+        "moved": {name: bootstrap(*zip(*moved[name], strict=True)) for name in DIMENSIONS if name in moved},
+    }
+
+
+def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    texts, prompts = zip(*answers, strict=True)
+    return {"loops": bootstrap([float(loops(text)) for text in texts], prompts), "distinct_2": distinct(texts, 2)}
+
+
+def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Cell -> negative log-likelihood per token of its answer after the plain prompt, by unguided SmolLM2."""
+    if not method.startswith(READ_ELSE):
+        return {record["cell"]: record["nll"] for record in records}
+    file = bench.work / f"nll of {method}.json"
+    if not file.exists():
+        from transformers import AutoModelForCausalLM
+
+        from pad_vllm.training.data import Example, answer_ids
+        from pad_vllm.training.trainer import score_answers
+
+        model = AutoModelForCausalLM.from_pretrained(bench.models.base).eval()
+        some = random.Random(0).sample(list(records), min(NUM_SCORED, len(records)))
+        examples = [
+            Example(bench.plain(bench.cells[r["cell"]].prompt), answer_ids(r["text"], bench.tokenizer)) for r in some
+        ]
+        sums = score_answers(model, examples).tolist()
+        per_token = [-total / len(e.answer) for total, e in zip(sums, examples, strict=True)]
+        file.write_text(json.dumps({r["cell"]: n for r, n in zip(some, per_token, strict=True)}))
+    return {int(cell): nll for cell, nll in json.loads(file.read_text()).items()}
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.mean(record[name] for record in records)
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of users with one wish: which measures PAD moves further than prompting does."""
+    own = {row["method"]: row for row in rows if row["group"] == "one"}
+    base = next(row for row in rows if row["method"] == "base")
+    lines = []
+    for method, row in own.items():
+        if not method.startswith("PAD") or "prompting" not in own:
+            continue
+        further = [name for name, (_, low, _) in row["moved"].items() if low > own["prompting"]["moved"][name][2]]
+        less = [name for name, (_, _, high) in row["moved"].items() if high < own["prompting"]["moved"][name][1]]
+        lines.append(
+            f"{method} moves {len(further)} of {len(row['moved'])} measures further than prompting, intervals apart "
+            f"({', '.join(further) or 'none'}), and {len(less)} less ({', '.join(less) or 'none'}); "
+            f"{100 * (row['loops'][0] - base['loops'][0]):+.0f} points of looping answers against base."
+        )
+    return lines
+
+
+def table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
+    own = [row for row in rows if row["group"] == group]
+    names = list(DIMENSIONS)
+    lines = [
+        f"| | satisfied | {' | '.join(names)} | loops | NLL / token | distinct-2 | time / base |",
+        "| --- |" + " ---: |" * (len(names) + 5),
+    ]
+    for row in own:
+        moved = [_say(row["moved"][name]) if name in row["moved"] else "" for name in names]
+        mean, low, high = (100 * value for value in row["satisfied"])
+        lines.append(
+            f"| {row['method']} | {mean:.0f}% ({low:.0f} to {high:.0f}) | {' | '.join(moved)} | "
+            f"{100 * row['loops'][0]:.0f}% | {row['nll']:.2f} | {row['distinct_2']:.2f} | "
+            f"{row['seconds_over_base']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _say(estimate: Sequence[float]) -> str:
+    mean, low, high = estimate
+    digits = 0 if abs(mean) >= 10 else 1 if abs(mean) >= 1 else 2
+    return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+TITLES = {"one": "One wish", "two": "Two wishes"}
+
+
+def write(output: Path, bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    rows = figures(bench, found)
+    base = rows[0]
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"hardware": hardware(), "date": date.today().isoformat(), "rows": rows}
+    (output / "language.json").write_text(json.dumps(record, indent=1) + "\n")
+    units = "; ".join(f"`{name}`: {d.unit}, for {d.more} or {d.less}" for name, d in DIMENSIONS.items())
+    text = [
+        "# Language",
+        "What guidance does to the English of SmolLM2-135M-Instruct, beside other ways to personalize it; on "
+        f"{record['hardware']}, {record['date']}, by `make alignment`. The reward model is SmolLM2 itself, with "
+        "`reference: neutral`; nothing is trained.",
+        "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers to "
+        f"its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
+        f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
+        f"{base['distinct_2']:.2f}, {base['num_answers']} answers.",
+        "\n".join(f"- {line}" for line in verdicts(rows)),
+    ]
+    for group, title in TITLES.items():
+        if any(row["group"] == group for row in rows):
+            text += [f"## {title}", table(rows, group)]
+    text.append(
+        "`best of 8`, sliders and DPO answer a part of the prompts or of the users. What `prompting ...` and `DPO` "
+        f"wrote has its likelihood from {NUM_SCORED} answers."
+    )
+    (output / "language.md").write_text("\n\n".join(text) + "\n")
+    plot(rows, output / "language.png")
+    return rows
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Satisfaction against fluency, a point for each method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    own = [row for row in rows if row["group"] == "one"]
+    kinds = {"PAD": "tab:green", "prompting": "tab:blue"}
+    for row in own:
+        color = next((c for kind, c in kinds.items() if row["method"].startswith(kind)), "tab:gray")
+        point = row["nll"], 100 * row["satisfied"][0]
+        axis.plot(*point, "o", color=color)
+        axis.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.axvline(rows[0]["nll"], color="black", linewidth=0.8, linestyle=":")
+    axis.annotate("unguided", (rows[0]["nll"], 50), fontsize=7, rotation=90, va="bottom", ha="right")
+    axis.set_xlabel("nats a token under unguided SmolLM2 (left: more fluent)")
+    axis.set_ylabel("wishes satisfied (%)")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close("all")

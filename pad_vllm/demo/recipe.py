@@ -1,0 +1,253 @@
+"""A reward model for SmolLM2, learned from its own answers: ``python -m pad_vllm.demo.recipe FOLDER``.
+
+1. SmolLM2 answers the training prompts through the engine: plain, with a preference in its prompt, and guided by itself
+   (``reference: neutral``), which needs no training and goes to extremes.
+2. Answers to one prompt that differ in a measure become comparisons of a user who wants that.
+3. ``pad-vllm train`` learns a LoRA from them.
+
+Each step keeps what it has done, and goes on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pad_vllm.demo import wishes
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.smollm import PROMPT_TEMPLATE, build_base
+from pad_vllm.evaluation.engine import Request, generate
+from pad_vllm.training.train import Stage, TrainingConfig, train
+
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2 << 30,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 64
+    * 512,  # no prompt in pieces: there vLLM 0.32 fails on a CPU where a request has a seed
+}
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, strengths and lengths.
+
+    Attributes:
+        num_prompts: of the training prompts; the last ``num_test_prompts`` of them are for measuring only.
+        prompts_per_part: answered by one engine, whose answers are then kept.
+        beta, top_k: of guidance without training.
+        margin: by how many standard deviations of the plain answers' measure two answers of a comparison differ.
+        num_comparisons, num_test_comparisons: at most.
+    """
+
+    num_prompts: int = 136
+    num_test_prompts: int = 16
+    prompts_per_part: int = 68
+    max_tokens: int = 128
+    temperature: float = 0.7
+    beta: float = 3.0
+    top_k: int = 40
+    margin: float = 1.0
+    num_comparisons: int = 640
+    num_test_comparisons: int = 96
+    combined: float = 0.2
+    lora_rank: int = 4
+    stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
+    seed: int = 0
+
+
+FULL = Recipe()
+TINY = Recipe(
+    num_prompts=2,
+    num_test_prompts=1,
+    prompts_per_part=2,
+    max_tokens=40,
+    margin=0.1,
+    num_comparisons=8,
+    num_test_comparisons=2,
+    stage=Stage(lr=5e-4, batch_size=4),
+)
+"""A minute, and a reward model that has learned next to nothing: for tests."""
+
+
+def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Answers to the training prompts: ``prompt``, ``how``, ``value`` (that was asked for), ``text``, ``finished``."""
+    found = []
+    prompts = wishes.prompts()[: recipe.num_prompts]
+    for start in range(0, len(prompts), recipe.prompts_per_part):
+        part = folder / f"answers-{start:03}.jsonl"
+        if not part.exists():
+            print(f"Answering prompts {start} to {min(start + recipe.prompts_per_part, len(prompts))}", flush=True)
+            records = _answer(base, prompts[start : start + recipe.prompts_per_part], start, recipe)
+            write_lines(part, records)
+        found += [json.loads(line) for line in part.read_text("utf-8").splitlines()]
+    return found
+
+
+def _answer(base: Path, prompts: Sequence[str], first: int, recipe: Recipe) -> list[dict[str, Any]]:
+    from transformers import AutoTokenizer
+
+    from pad_vllm.reward.template import PromptTemplate
+    from pad_vllm.training.data import prompt_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template = PromptTemplate(tokenizer, PROMPT_TEMPLATE)
+    records, requests = [], []
+    for number, prompt in enumerate(prompts, first):
+        rng = random.Random(f"{recipe.seed} {number}")
+        ids = prompt_ids(prompt, tokenizer)
+        for how, value in _ways(rng):
+            text = wishes.preference([value], rng) if value else None
+            guidance = {"pad_preference": text} if how == "guided" else {}
+            requests.append(Request(template.compose(ids, text) if how == "prompted" else ids, guidance))
+            records.append({"prompt": prompt, "how": how, "value": value})
+    pad = {
+        "reward_model": str(base),
+        "prompt_template": PROMPT_TEMPLATE,
+        "reference": "neutral",
+        "beta": recipe.beta,
+        "top_k": recipe.top_k,
+    }
+    answers = generate(
+        str(base),
+        {"all": requests},
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed + 1000 * first,
+        additional_config={"pad": pad},
+        logits_processors=["pad_vllm:PADLogitsProcessor"],
+        **ENGINE,
+    )["all"]
+    num_tokens = sum(map(len, answers.tokens))
+    print(f"{len(requests)} answers, {num_tokens} tokens, {num_tokens / answers.seconds:.0f} a second", flush=True)
+    ends = tokenizer.eos_token_id
+    return [
+        record | {"text": text.strip(), "finished": tokens[-1:] == [ends]}
+        for record, text, tokens in zip(records, answers.texts, answers.tokens, strict=True)
+    ]
+
+
+def _ways(rng: random.Random) -> Iterator[tuple[str, str | None]]:
+    """How a prompt is answered: as it is, as two preferences ask, and guided both ways of two dimensions."""
+    yield PLAIN, None
+    for value in rng.sample(list(DIRECTIONS), 2):
+        yield "prompted", value
+    for name in rng.sample(list(DIMENSIONS), 2):
+        yield "guided", DIMENSIONS[name].less
+        yield "guided", DIMENSIONS[name].more
+
+
+def compare(answers: Sequence[Mapping[str, Any]], recipe: Recipe, held_out: bool = False) -> list[dict[str, Any]]:
+    """Comparisons of users who want one value, or two: records as ``pad-vllm train`` reads them.
+
+    The chosen answer does not go in circles, and no answer breaks off: one that met the limit ends with its last
+    complete sentence.
+
+    Args:
+        held_out: preferences in words, and of two values together, that training does not use.
+    """
+    rng = random.Random(f"{recipe.seed} {held_out}")
+    plain = [measure(answer["text"]) for answer in answers if answer["how"] == PLAIN]
+    spread = {name: statistics.pstdev(m[name] for m in plain) or 1.0 for name in DIMENSIONS}
+    by_prompt = defaultdict(list)
+    for answer in answers:
+        if text := answer["text"] if answer["finished"] else up_to_a_sentence(answer["text"]):
+            by_prompt[answer["prompt"]].append((text, measure(text)))
+    wanted: list[tuple[str, ...]] = [(value,) for value in DIRECTIONS] + wishes.combinations(held_out)
+
+    def candidates(values: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        asked = [DIRECTIONS[value] for value in values]
+        for prompt, found in by_prompt.items():
+            pairs = [
+                (chosen, rejected)
+                for chosen, m in found
+                for rejected, n in found
+                if not loops(chosen) and all(sign * (m[d] - n[d]) >= recipe.margin * spread[d] for d, sign in asked)
+            ]
+            if pairs:
+                chosen, rejected = rng.choice(pairs)
+                yield {
+                    "prompt": prompt,
+                    "preference": wishes.preference(values, rng, held_out),
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "labels": dict(asked),
+                }
+
+    total = recipe.num_test_comparisons if held_out else recipe.num_comparisons
+    records = []
+    for group, share in (
+        (wanted[: len(DIRECTIONS)], 1 - recipe.combined),
+        (wanted[len(DIRECTIONS) :], recipe.combined),
+    ):
+        for values in group:
+            own = list(candidates(values))
+            rng.shuffle(own)
+            records += own[: max(1, round(total * share / len(group)))]
+    rng.shuffle(records)
+    return records
+
+
+def up_to_a_sentence(text: str) -> str:
+    """A text that breaks off, without its last, unfinished sentence; empty where that was most of it."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s)", text)]
+    return text[: ends[-1]] if ends and 2 * ends[-1] > len(text) else ""
+
+
+def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> Path:
+    """All three steps. Returns the reward model's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = build_base(cache_dir)
+    answers = sample(folder, base, recipe)
+    prompts = wishes.prompts()[: recipe.num_prompts]
+    test = set(prompts[len(prompts) - recipe.num_test_prompts :])
+    files = {}
+    for name, held_out in (("train", False), ("test", True)):
+        records = compare([a for a in answers if (a["prompt"] in test) == held_out], recipe, held_out)
+        print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
+        files[name] = write_lines(folder / f"{name}.jsonl", records)
+    reward = folder / "reward"
+    if not reward.exists():
+        config = TrainingConfig(
+            str(files["train"]),
+            str(base),
+            str(reward),
+            stages=("backbone",),
+            eval_data=str(files["test"]),
+            prompt_template=PROMPT_TEMPLATE,
+            lora_rank=recipe.lora_rank,
+            save_steps=100,  # where it is measured too, which takes minutes
+            backbone=recipe.stage,
+            seed=recipe.seed,
+            trainer={"logging_steps": 5},
+        )
+        print(train(config))
+    return reward
+
+
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    part.rename(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
+    print(f"The reward model is in {learn(parser.parse_args().folder)}")
+
+
+if __name__ == "__main__":
+    main()

