@@ -59,7 +59,7 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 4
-    betas: tuple[float, ...] = (1.5, 3.0, 5.0)
+    betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
@@ -71,13 +71,13 @@ class Sizes:
     together: int = 2
 
 
-FULL = Sizes({"one": 16, "two": 4})
+FULL = Sizes({"one": 12, "two": 3})
 SMALL = Sizes(
     {"one": 1, "two": 1},
     base_answers=1,
     best_of=2,
     best_of_prompts=1,
-    betas=(3.0,),
+    betas=(2.5,),
     fitted=(),
     tuned=(),
     choice_prompts=0,

@@ -172,8 +172,8 @@ def write(output: Path, bench: Bench, found: Mapping[str, Sequence[Mapping[str, 
         "What guidance does to the English of SmolLM2-135M-Instruct, beside other ways to personalize it; on "
         f"{record['hardware']}, {record['date']}, by `make alignment`. The reward model is SmolLM2 itself, with "
         "`reference: neutral`; nothing is trained.",
-        "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers to "
-        f"its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
+        "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
+        f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
         f"{base['distinct_2']:.2f}, {base['num_answers']} answers.",
         "\n".join(f"- {line}" for line in verdicts(rows)),

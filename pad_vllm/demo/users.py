@@ -40,8 +40,11 @@ class User:
 USERS: dict[str, User] = {
     "Mia": User("a wish for words", {"preference": "Use very simple words."}, ("simple",)),
     "Noor": User(
-        "two wishes in one",
-        {"preference": "Answer in one or two sentences. Use lots of exclamation marks!"},
+        "two wishes, each in full",
+        {
+            "preference": ["Answer in one or two sentences.", "Use lots of exclamation marks!"],
+            "preference_weights": [1.0, 1.0],
+        },
         ("brief", "emphatic"),
     ),
     "Omar": User("a wish for form", {"preference": "Use bullet points."}, ("list",)),
@@ -49,7 +52,7 @@ USERS: dict[str, User] = {
         "sliders",
         {
             "preference": ["Speak to me directly.", "Be cheerful and warm."],
-            "preference_weights": [0.8, 0.6],
+            "preference_weights": [0.6, 0.5],
         },
         ("personal", "upbeat"),
     ),
@@ -60,4 +63,4 @@ USERS: dict[str, User] = {
     ),
 }
 
-QUESTIONS = ("Why does the moon change its shape through the month?", "How do I get better at chess?")
+QUESTIONS = ("Are printed books better than books on a screen?", "How do I get better at chess?")

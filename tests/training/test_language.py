@@ -92,16 +92,16 @@ def test_the_language_table(models, tmp_path):
     bench = language.Bench(models, tmp_path / "work", language.SMALL)
     found = language.answers_of(bench)
     rows = language_report.write(tmp_path, bench, found)
-    methods = ["base", "prompting", "PAD, beta 3", "best of 2"]
+    methods = ["base", "prompting", "PAD, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
-    assert len(found["prompting"]) == len(found["PAD, beta 3"]) == 18
+    assert len(found["prompting"]) == len(found["PAD, beta 2.5"]) == 18
     own = {row["method"]: row for row in rows if row["group"] == "one"}
     # A single prompt: what is plain to see, and the rest is for the whole table.
-    assert own["PAD, beta 3"]["satisfied"].mean > 0.6
-    assert own["PAD, beta 3"]["moved"]["length"].mean > 0
+    assert own["PAD, beta 2.5"]["satisfied"].mean > 0.6
+    assert own["PAD, beta 2.5"]["moved"]["length"].mean > 0
     text = (tmp_path / "language.md").read_text()
-    assert "PAD, beta 3 moves" in text
-    assert text.count("| PAD, beta 3 |") == 2
+    assert "PAD, beta 2.5 moves" in text
+    assert text.count("| PAD, beta 2.5 |") == 2
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     again = language.Bench(models, tmp_path / "work", language.SMALL)
     assert language.answers_of(again) == found  # nothing is made twice
