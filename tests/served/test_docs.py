@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 PIP = 'pip() { python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
 """pip installs into a folder here, and not over the environment that the tests run in."""
 RUN_ELSEWHERE = ["make demo", "make quick", "make test"]
-"""test_demo.py and test_demo_served.py run what the first runs; this is the others."""
+"""test_language.py runs what the first runs; this is the others."""
 DOCUMENTS = [
     "CONTRIBUTING.md",
     "README.md",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from benchmarks import language, language_report
 from pad_vllm.demo import recipe, smollm, wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.users import QUESTIONS, USERS
 
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
 """Of SmolLM2 to twelve prompts, as the recipe sampled them."""
@@ -41,6 +42,17 @@ def test_the_models_are_ordinary_folders(models):
         "pad.json"
     }
     assert json.loads((models.reward / "pad.json").read_text())["reference"] == "neutral"
+
+
+def test_the_demo_as_a_user_types_it(tmp_path):
+    command = [Path(sys.executable).with_name("pad-vllm"), "demo", "--svg", str(tmp_path / "demo.svg")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name, user in USERS.items():
+        assert out.count(f"{name}:") == len(QUESTIONS), out
+        assert user.what.split()[0] in out
+    assert out.count("nobody: unguided") == len(QUESTIONS)
+    assert out.count("words ✓") >= len(QUESTIONS), out
+    assert "<svg" in (tmp_path / "demo.svg").read_text()
 
 
 def test_a_missing_package_and_another_file_are_named(tmp_path, monkeypatch):
