@@ -32,7 +32,7 @@ from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, prompt_ids
+from pad_vllm.training.data import Example, prompt_ids, write_records
 
 GROUPS = ("one", "two")
 NUM_EXAMPLES = 3
@@ -163,7 +163,7 @@ class Bench:
             for i, text, tokens, nll in zip(indices, answers.texts, answers.tokens, answers.nll or [], strict=True)
         ]
         print(f"{method}: {len(records)} answers in {answers.seconds:.0f} s", flush=True)
-        recipe.write_lines(self.work / f"{method}.jsonl", records)
+        write_records(self.work / f"{method}.jsonl", records)
         return records
 
     def plain(self, prompt: str) -> list[int]:
@@ -303,7 +303,7 @@ def fit_user(bench: Bench, value: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         attributes = Path(folder, "attributes.json")
         attributes.write_text(json.dumps(texts))
-        data = recipe.write_lines(Path(folder, "choices.jsonl"), bench.choices[value][:NUM_CHOICES])
+        data = write_records(Path(folder, "choices.jsonl"), bench.choices[value][:NUM_CHOICES])
         fitted = fit_sliders(str(bench.models.reward), data, attributes)
     print(f"sliders of {value}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
     return persona_of(sliders_of(fitted)) | {"pad_beta": bench.sizes.betas[len(bench.sizes.betas) // 2]}
@@ -314,7 +314,7 @@ def tune_user(bench: Bench, value: str, target: Path) -> Path:
     from pad_vllm.training.train import TrainingConfig, train
 
     records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
-    data = recipe.write_lines(target.with_name("choices.jsonl"), records)
+    data = write_records(target.with_name("choices.jsonl"), records)
     stage = replace(recipe.FULL.stage, epochs=2.0)
     config = TrainingConfig(
         str(data),

@@ -181,10 +181,9 @@ def write(output: Path, bench: Bench, found: Mapping[str, Sequence[Mapping[str, 
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", table(rows, group)]
-    text.append(
-        "`best of 8`, sliders and DPO answer a part of the prompts or of the users. What `prompting ...` and `DPO` "
-        f"wrote has its likelihood from {NUM_SCORED} answers."
-    )
+    text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
+    if parts := [method for method in found if method.startswith(("best of", "sliders", "DPO"))]:
+        text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / "language.md").write_text("\n\n".join(text) + "\n")
     plot(rows, output / "language.png")
     return rows

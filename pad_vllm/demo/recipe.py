@@ -25,6 +25,7 @@ from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, build_base
 from pad_vllm.evaluation.engine import Request, generate
+from pad_vllm.training.data import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
 ENGINE = {
@@ -78,7 +79,7 @@ TINY = Recipe(
     num_test_comparisons=2,
     stage=Stage(lr=5e-4, batch_size=4),
 )
-"""A minute, and a reward model that has learned next to nothing: for tests."""
+"""Two minutes, and a reward model that has learned next to nothing: for tests."""
 
 
 def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:
         if not part.exists():
             print(f"Answering prompts {start} to {min(start + recipe.prompts_per_part, len(prompts))}", flush=True)
             records = _answer(base, prompts[start : start + recipe.prompts_per_part], start, recipe)
-            write_lines(part, records)
+            write_records(part, records)
         found += [json.loads(line) for line in part.read_text("utf-8").splitlines()]
     return found
 
@@ -216,7 +217,7 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
     for name, held_out in (("train", False), ("test", True)):
         records = compare([a for a in answers if (a["prompt"] in test) == held_out], recipe, held_out)
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
-        files[name] = write_lines(folder / f"{name}.jsonl", records)
+        files[name] = write_records(folder / f"{name}.jsonl", records)
     reward = folder / "reward"
     if not reward.exists():
         config = TrainingConfig(
@@ -234,13 +235,6 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
         )
         print(train(config))
     return reward
-
-
-def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-    part.rename(path)
-    return path
 
 
 def main() -> None:

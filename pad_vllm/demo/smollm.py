@@ -10,11 +10,10 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock
+from pad_vllm.training.cache import cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,24 +46,14 @@ def build(cache_dir: str | os.PathLike | None = None) -> DemoModels:
 
 
 def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
-    return _cached(cache_dir, f"smollm2-135m-instruct-{SHA256[:8]}", _convert)
+    return cached(cache_dir, f"smollm2-135m-instruct-{SHA256[:8]}", _convert)
 
 
 def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
     """The base model's files, by links, and a ``pad.json``."""
     base = build_base(cache_dir)
     digest = hashlib.sha256(json.dumps(DEFAULTS).encode()).hexdigest()
-    return _cached(cache_dir, f"{base.name}-pad-{digest[:8]}", lambda target: _link(base, target))
-
-
-def _cached(cache_dir: str | os.PathLike | None, name: str, make: Callable[[Path], object]) -> Path:
-    root = Path(cache_dir or os.environ.get("PAD_VLLM_CACHE") or Path.home() / ".cache" / "pad-vllm")
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / name
-    with FileLock(root / f".{name}.lock"):  # another process may be at it: its result will do
-        if not target.exists():
-            make(target)
-    return target
+    return cached(cache_dir, f"{base.name}-pad-{digest[:8]}", lambda target: _link(base, target))
 
 
 def _package_file() -> Path:
@@ -101,9 +90,8 @@ def _convert(target: Path) -> None:
 
 def _link(base: Path, target: Path) -> None:
     from pad_vllm.reward.folder import write_defaults
-    from pad_vllm.training.export import whole_folder
 
-    with whole_folder(target) as folder:
-        for file in base.iterdir():
-            (folder / file.name).symlink_to(Path("..", base.name, file.name))
-        write_defaults(folder, DEFAULTS)
+    target.mkdir()
+    for file in base.iterdir():
+        (target / file.name).symlink_to(Path("..", base.name, file.name))
+    write_defaults(target, DEFAULTS)

@@ -21,11 +21,15 @@ _ENVIRONMENT = {
 }
 
 
+def _set_environment() -> None:
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
 def quiet() -> None:
     """vLLM in this process says what goes wrong and nothing else, and reaches nothing; before it is imported. What the
     environment says wins."""
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    _set_environment()
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 
@@ -68,8 +72,7 @@ def generate(
         nll: whether to say how likely the base model finds the answers.
         engine: arguments of ``vllm.LLM``.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    _set_environment()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pad_vllm.evaluation.preload"])  # vLLM's modules, once for all engines
     with ProcessPoolExecutor(1, context) as process:

@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import transformers
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -40,7 +39,8 @@ from pad_vllm.reward import chat, template
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 from pad_vllm.synthetic import world
 from pad_vllm.training import data, heads, objective, train, trainer
-from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.cache import cached
+from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
 from pad_vllm.training.train import Stage, TrainingConfig
 
 PAD, BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
@@ -143,18 +143,7 @@ def build_base(
 def _cached(
     cache_dir: str | os.PathLike | None, name: str, seed: int, recipe: Recipe, make: Callable[[Path], None]
 ) -> Path:
-    root = Path(cache_dir or os.environ.get("PAD_VLLM_CACHE") or Path.home() / ".cache" / "pad-vllm")
-    folder = root / f"{name}-{_fingerprint(seed, recipe)}"
-    if folder.exists():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{folder.name}.lock"):  # another process may be at the same build: its result will do
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root, ignore_cleanup_errors=True) as unfinished:
-                made = Path(unfinished, name)
-                make(made)
-                made.rename(folder)
-    return folder
+    return cached(cache_dir, f"{name}-{_fingerprint(seed, recipe)}", make)
 
 
 def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
@@ -206,12 +195,6 @@ def preference_record(rng: random.Random, held_out: bool = False) -> dict[str, A
         other = rng.choice([topic for topic in world.TRAIN_TOPICS if topic != pair.topic])
         return record | {"preference": None, "rejected": world.answer(other, rng.choice(world.STYLES), rng)}
     return record | {"labels": pair.labels}
-
-
-def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def _train_base(folder: Path, architecture: str, seed: int, recipe: Recipe) -> None:
