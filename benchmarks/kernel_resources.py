@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pad_vllm.kernels import controls as undoing
-from pad_vllm.kernels import fused, mixture
+from pad_vllm.kernels import fused, fused_groups, mixture
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,6 +38,7 @@ TYPES = {
     **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr", "end_ids_ptr", "slots_ptr", "contexts_ptr"), "*i64"),
     **dict.fromkeys(("output_rows_ptr", "output_begin_ptr", "output_end_ptr"), "*i64"),
     **dict.fromkeys(("num_bias_ptr", "bias_ids_ptr", "prompt_mask_ptr", "output_ptr", "draft_ids_ptr"), "*i32"),
+    **dict.fromkeys(("key_ptr", "groups_ptr", "members_ptr", "starts_ptr"), "*i32"),
     **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
     **dict.fromkeys(("soft_cap", "scale"), "fp32"),
 }
@@ -71,6 +72,18 @@ def configurations(K: int):
         ("reweight", {"HAS_CONTROLS": True}),
     ):
         yield name, fused.reweight_kernel, keys | controls | one, fused.REWEIGHT_WARPS
+    yield from group_configurations(K, keys)
+
+
+def group_configurations(K: int, keys: dict):
+    """As :func:`configurations`, for a reward model with another tokenizer."""
+    yield "gather groups", fused_groups.gather_groups_kernel, keys, fused_groups.GATHER_WARPS
+    score = {"K": K, "PARTS": 1, "BLOCK_M": fused_groups.BLOCK_M, "BLOCK_D": fused_groups.BLOCK_D, "HAS_BIAS": False}
+    score |= {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "bias_ptr": None, "contexts_ptr": None, "weights_ptr": None}
+    yield "score groups", fused_groups.score_groups_kernel, score, fused_groups.SCORE_WARPS
+    reweight = keys | {"BLOCK_K": fused_groups.BLOCK_K, "HAS_CONTROLS": False, "HAS_MIXTURE": False}
+    reweight |= {"y_ptr": None, "weights_ptr": None}
+    yield "reweight groups", fused_groups.reweight_groups_kernel, reweight, fused_groups.REWEIGHT_WARPS
 
 
 def compile_ahead(kernel, constants: dict, num_warps: int, target: GPUTarget) -> tuple[Any, str]:

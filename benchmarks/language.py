@@ -81,7 +81,7 @@ SMALL = Sizes(
     fitted=(),
     tuned=(),
     choice_prompts=0,
-    max_tokens=40,
+    max_tokens=16,
     together=9,
 )
 
@@ -334,7 +334,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--small", action="store_true", help="a few prompts and methods: two minutes")
+    parser.add_argument("--small", action="store_true", help="a few prompts and methods, and short answers: a minute")
     parser.add_argument(
         "--methods", nargs="+", default=[""], metavar="NAME", help="how their names begin; default: all"
     )

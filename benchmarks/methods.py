@@ -5,6 +5,7 @@ Only one of them works at a time; the others wait and cost nothing but memory.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -101,7 +102,7 @@ class Engine:
                 max_tokens=cell.output_len,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args=guidance(cell, i) if self.plugin else None,
+                extra_args=self._arguments(cell, i),
             )
             for i in range(cell.batch)
         ]
@@ -109,6 +110,12 @@ class Engine:
         start = time.perf_counter()
         self.llm.generate(inputs, params, use_tqdm=False)
         return time.perf_counter() - start
+
+    def _arguments(self, cell: Cell, i: int) -> dict[str, Any] | None:
+        asked = guidance(cell, i) if self.plugin else None
+        if asked and self.plugin == "naive":  # pad's own would be refused by an engine without a reward model
+            return {"naive_top_k": cell.top_k}
+        return asked
 
     def reward_tokens(self) -> int:
         """How many tokens the reward model has computed."""
@@ -172,11 +179,22 @@ METHODS: dict[str, Any] = {
 authors' algorithm, no caches, one request at a time."""
 
 
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
 class Method:
     """One of :data:`METHODS` in a process of its own; calls its object's methods."""
 
     def __init__(self, name: str, setup: Setup) -> None:
-        context = multiprocessing.get_context("spawn")
+        os.environ.update(ENVIRONMENT)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pad_vllm.evaluation.preload"])  # vLLM's modules, once for all of them
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, setup, theirs), name=name)
         self._process.start()
@@ -197,6 +215,8 @@ class Method:
         return answer
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
         self._pipe.close()
         self._process.join(30)
         if self._process.is_alive():
@@ -204,15 +224,16 @@ class Method:
 
 
 def _serve(name: str, setup: Setup, pipe: Any) -> None:
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     method = METHODS[name](setup)
     pipe.send(None)
     while True:
         try:
-            called, args = pipe.recv()
+            asked = pipe.recv()
         except EOFError:
+            asked = None
+        if asked is None:
             os._exit(0)  # what holds measured models needs no orderly end
+        called, args = asked
         try:
             pipe.send(getattr(method, called)(*args))
         except Exception as error:

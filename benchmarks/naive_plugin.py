@@ -28,7 +28,7 @@ class NaiveProcessor(AdapterLogitsProcessor):
     def new_req_logits_processor(self, params: Any) -> Any:
         if not params.extra_args:
             return None
-        top_k, cache = params.extra_args["pad_top_k"], None
+        top_k, cache = params.extra_args["naive_top_k"], None
 
         @torch.inference_mode()
         def guide(prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:

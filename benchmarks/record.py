@@ -33,9 +33,11 @@ class Record:
             if all(kept.get(key) == value for key, value in self.of.items()):
                 self.results = kept["results"]
 
-    def add(self, section: str, rows: list[Any]) -> None:
-        """Keep a section's rows, in place of those that it had."""
-        self.results[section] = {"date": date.today().isoformat(), "rows": rows}
+    def add(self, section: str, rows: list[Any], is_whole: bool = True) -> None:
+        """Keep a section's rows, in place of those that it had. Not ``is_whole``: there will be more."""
+        self.results[section] = {"date": date.today().isoformat(), "rows": rows} | (
+            {} if is_whole else {"unfinished": True}
+        )
         self.results = {name: self.results[name] for name in self.sections if name in self.results}
         if self.folder is None:
             return
@@ -59,7 +61,9 @@ class Record:
         )
         for name, section in self.results.items():
             yield f"\n## {name}\n\n{self.sections[name]}\n"
-            yield from (breakdown if name == "breakdown" else comparison)(section["rows"])
+            yield from {"breakdown": breakdown, "drafts": drafts, "drafters": drafts}.get(name, comparison)(
+                section["rows"]
+            )
 
 
 def breakdown(rows: list[Any]) -> Iterator[str]:
@@ -67,6 +71,19 @@ def breakdown(rows: list[Any]) -> Iterator[str]:
     yield "| --- |" + " ---: |" * len(rows)
     for part in rows[0]["milliseconds"]:
         yield f"| {part} | " + " | ".join(f"{row['milliseconds'][part]:.2f}" for row in rows) + " |"
+
+
+def drafts(rows: list[Any]) -> Iterator[str]:
+    yield "| drafter | n | beta | temperature | tokens a pass | reward passes a pass | accepted | 8B + 1B |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
+    for row in rows:
+        kind = f"{row['n']} | {'' if row['beta'] is None else row['beta']} | {row['temperature']}"
+        positions = " ".join(f"{part:.2f}" for part in row["accepted"])
+        yield (
+            f"| {row['label']} | {kind} | {row['tokens_per_pass']} | {row['reward_passes_per_pass']} | {positions} "
+            f"| {row['speed_8b_1b']} |"
+        )
+    yield "\nThe last column is the cost model's: time a token of an unguided 8B base over that with drafts."
 
 
 def comparison(rows: list[Any]) -> Iterator[str]:

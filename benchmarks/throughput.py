@@ -14,18 +14,19 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
+from . import drafts
 from .methods import Cell, Method, Setup
+from .models import make_models, make_models_of_two_tokenizers
 from .record import Record
 
-BASE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-REWARD = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 NUM_PERSONAS = 16
 LONG_PERSONA = 500
 """Words, and so tokens, of the one that many users share."""
@@ -41,6 +42,10 @@ class Bench:
         self.setup, self.repeats = setup, repeats
         self.methods: dict[str, Method] = {}
         self.seed = 0
+        self.kept: list[Any] = []
+        """Rows that an unfinished section has already"""
+        self.keep: Callable[[list[Any]], None] = lambda rows: None
+        """Keep an unfinished section's rows"""
 
     def method(self, name: str) -> Method:
         if name not in self.methods:
@@ -178,6 +183,24 @@ def contexts(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return found
 
 
+def tokenizers(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """A reward model with another tokenizer beside one with the base's, on random models."""
+    if args.base:
+        return []
+    name = "guided, another tokenizer"
+    with tempfile.TemporaryDirectory() as folder:
+        base, reward = make_models_of_two_tokenizers(Path(folder), args)
+        bench.methods[name] = Method("guided", replace(bench.setup, base=base, reward=reward, personas=None))
+        found = []
+        for batch in args.batch:
+            cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+            rows = bench.compare([*versus(cell, 1.0), (name, name, cell)])
+            quotient = rows[1]["ratio"] / rows[2]["ratio"]
+            print(f"batch {batch}: time with another tokenizer over that with one: {quotient:.3f}", flush=True)
+            found += [*rows, {"label": f"two tokenizers over one, batch {batch}", "value": round(quotient, 3)}]
+    return found
+
+
 def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Tokens that the reward model computes for 16 users of one persona with a long prompt, who come at once."""
     cell = Cell(batch=16, prompt_len=args.prompt_len, output_len=2, top_k=args.top_k)
@@ -210,16 +233,29 @@ def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return found
 
 
+def reward_model_drafts(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Tokens for a pass of the base model where the reward model drafts."""
+    return drafts.by_number(args.base, args.reward, bench.kept, bench.keep)
+
+
+def drafters(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Tokens for a pass of the base model, by who drafts."""
+    return drafts.by_drafter(args.base, args.reward, bench.kept, bench.keep)
+
+
 SECTIONS = {
     "batch": batches,
     "baselines": baselines,
     "rows": rows_and_personas,
     "contexts": contexts,
+    "tokenizers": tokenizers,
     "sharing": sharing,
     "flatness": flatness,
     "shapes": shapes,
     "published": published,
     "breakdown": breakdown,
+    "drafts": reward_model_drafts,
+    "drafters": drafters,
 }
 
 
@@ -234,41 +270,15 @@ def measure(setup: Setup, args: argparse.Namespace) -> None:
     bench = Bench(setup, args.repeats)
     try:
         for name in args.sections:
-            if args.resume and name in record.results:
-                print(f"\n{name}: measured on {record.results[name]['date']}", flush=True)
+            kept = record.results.get(name, {}) if args.resume else {}
+            if kept and "unfinished" not in kept:
+                print(f"\n{name}: measured on {kept['date']}", flush=True)
                 continue
             print(f"\n{name}: {SECTIONS[name].__doc__}", flush=True)
+            bench.kept, bench.keep = kept.get("rows", []), partial(record.add, name, is_whole=False)
             record.add(name, SECTIONS[name](bench, args))
     finally:
         bench.close()
-
-
-def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Random models with one tokenizer, of words w0, w1, ...; ``load_format`` dummy: without weights on the disk."""
-    import torch
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, args.vocab_size)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
-    paths = []
-    for seed, (name, sizes) in enumerate((("base", BASE | args.base_config), ("reward", REWARD | args.reward_config))):
-        config = LlamaConfig(
-            vocab_size=args.vocab_size, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, **sizes
-        )
-        path = folder / name
-        if args.load_format == "dummy":
-            config.architectures = ["LlamaForCausalLM"]
-            config.save_pretrained(path)
-        else:
-            torch.manual_seed(seed)
-            LlamaForCausalLM(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        paths.append(path)
-    return paths[0], paths[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,23 +1,36 @@
 """The guidance step: candidate selection, reward scoring, logit reweighting. Needs torch (and triton) only.
 
 Installed as ``pad_vllm.kernels``. :mod:`.reference` says what the step does, in PyTorch; :mod:`.fused` does it in
-Triton.
+Triton. :mod:`.groups` and :mod:`.fused_groups` do it for a reward model with another tokenizer.
 """
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from .reference import Controls, Mixture, OutputTokens, cap_and_scale, score_candidates
+from .groups import Groups
+from .reference import (
+    Controls,
+    Mixture,
+    OutputTokens,
+    cap_and_scale,
+    map_heads,
+    mix_contexts,
+    score_candidates,
+)
 
 __all__ = [
     "Controls",
+    "Groups",
     "Mixture",
     "OutputTokens",
     "cap_and_scale",
     "implementation",
     "load_guide",
+    "map_heads",
+    "mix_contexts",
     "score_candidates",
 ]
 
@@ -40,8 +53,14 @@ def implementation(device: torch.device) -> str:
     return "triton" if on_gpu or os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 
 
-def load_guide(name: str) -> Callable[..., None]:
-    """``guide_`` of an implementation."""
+def load_guide(name: str, groups: Groups | None = None) -> Callable[..., None]:
+    """``guide_`` of an implementation; by groups of tokens where the reward model has another tokenizer."""
+    if groups is not None:
+        if name == "triton":
+            from .fused_groups import guide_groups_
+        else:
+            from .groups import guide_groups_
+        return partial(guide_groups_, groups=groups)
     if name == "triton":
         from .fused import guide_
     else:

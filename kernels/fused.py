@@ -88,13 +88,18 @@ def capped(scores, soft_cap):
 
 @triton.jit
 def write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, scale):
-    """Normalize over the candidates of one row and write z'; the end token alone where that is no finite number."""
+    """Normalize over the candidates of one row and write z'."""
     r = tl.where(is_candidate, scores * scale, float("-inf"))
     y = tl.where(is_candidate, y, float("-inf"))
     r_max, y_max = tl.max(r, 0), tl.max(y, 0)
     log_r = r - r_max - tl.log(tl.sum(tl.exp(r - r_max), 0))
     log_y = y - y_max - tl.log(tl.sum(tl.exp(y - y_max), 0))
-    guided = z + beta * (log_r - reference * log_y)
+    store_guided(row_ptr, ids, z + beta * (log_r - reference * log_y), is_candidate, end_id)
+
+
+@triton.jit
+def store_guided(row_ptr, ids, guided, is_candidate, end_id):
+    """Write z' of one row's candidates; the end token alone where that is no finite number."""
     num_nan = tl.sum((is_candidate & (guided != guided)).to(tl.int32), 0)
     largest = tl.max(tl.where(is_candidate & (guided == guided), guided, float("-inf")), 0)
     if (num_nan == 0) & (tl.abs(largest) < float("inf")):

@@ -275,10 +275,23 @@ def reweight_(
         reference: [R] float32.
         end_ids: [R] int64, what a row without a finite z' is left with.
     """
-    candidate = z > NEG_INF
-    log_r = scores.masked_fill(~candidate, NEG_INF).log_softmax(-1)
+    log_r = scores.masked_fill(z == NEG_INF, NEG_INF).log_softmax(-1)
     reward = log_r - reference.unsqueeze(1) * y.log_softmax(-1)
-    guided = torch.where(candidate, z + beta.unsqueeze(1) * reward, NEG_INF)
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids)
+
+
+def write_(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    z: torch.Tensor,
+    reward: torch.Tensor,
+    top_k: torch.Tensor,
+    beta: torch.Tensor,
+    end_ids: torch.Tensor,
+) -> None:
+    """As :func:`reweight_`, of rewards [R, K] float32."""
+    guided = torch.where(z > NEG_INF, z + beta.unsqueeze(1) * reward, NEG_INF)
     largest_z = guided.amax(-1, keepdim=True)  # of a NaN and anything it is NaN
     if not reads_are_free(logits) or not math.isfinite(float(largest_z.sum())):
         sound = largest_z.isfinite()

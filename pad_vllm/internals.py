@@ -44,6 +44,11 @@ PARAMETERS = {
     ),
     "vllm.v1.core.kv_cache_utils:hash_block_tokens": (*("hash_function", "parent_block_hash", "curr_block_token_ids"),),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
+    "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": (
+        *("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
+        "use_fp64",
+    ),
+    "vllm.v1.worker.gpu.spec_decode:init_speculator": ("vllm_config", "device", "req_states"),
     "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": ("vllm_config",),
     "vllm.v1.worker.gpu.attn_utils:init_attn_backend": ("kv_cache_config", "vllm_config", "device"),
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": ("kv_cache_config", "device", "attn_groups"),
@@ -74,6 +79,13 @@ MEMBERS = {
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcRequestState": (
         *("device", "max_num_reqs", "prefill_len", "prompt_len", "total_len", "all_token_ids"),
     ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "num_reqs",
+        "idx_mapping",
+        "idx_mapping_np",
+        "seq_lens_cpu_upper_bound",
+    ),
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": ("init_cudagraph_manager", "capture", "propose"),
     "vllm.v1.worker.gpu.attn_utils:AttentionCGSupportInfo": ("min_cg_support", "min_cg_attn_backend"),
     "vllm.v1.worker.utils:AttentionGroup": (
         *("layer_names", "build_metadata", "build_metadata_for_cudagraph_capture"),
@@ -83,7 +95,10 @@ MEMBERS = {
         *("is_attention_free", "is_hybrid", "is_encoder_decoder", "attention_chunk_size"),
         *("architectures", "try_get_generation_config"),
     ),
-    "vllm.config:VllmConfig": ("additional_config", "use_v2_model_runner", "num_speculative_tokens"),
+    "vllm.config:VllmConfig": (
+        *("additional_config", "use_v2_model_runner", "num_speculative_tokens"),
+        "_get_v2_model_runner_unsupported_features",
+    ),
     "vllm.model_executor.model_loader:DefaultModelLoader": ("_prepare_weights", "_get_weights_iterator"),
     "vllm.v1.engine.input_processor:InputProcessor": ("_validate_params", "vllm_config"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": (

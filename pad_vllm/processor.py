@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pad_vllm.worker.adapters.v1 import V1Adapter
     from pad_vllm.worker.adapters.v2 import V2Adapter
 
+logger = init_logger(f"vllm.{__name__}")
 
 patches.install()  # again: the hook may have run before vLLM's API server was imported
 
@@ -86,20 +88,30 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def _start(self, config: PADConfig | None, device_or_req_states: Any) -> None:
         # Here, so that what moved in a newer vLLM cannot stop an engine that has not asked for guidance.
         from pad_vllm.reward.derive import is_first_rank
+        from pad_vllm.worker.adapters.speculator import RewardSpeculator
         from pad_vllm.worker.adapters.v1 import V1Adapter
         from pad_vllm.worker.adapters.v2 import V2Adapter
         from pad_vllm.worker.board import Board
         from pad_vllm.worker.engine_checks import check_engine
         from pad_vllm.worker.guidance import Guidance
+        from pad_vllm.worker.patches import reward_model_drafts
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
-        guidance, resolve = None, refuse_unless_silent
+        guidance, resolve, speculator = None, refuse_unless_silent, None
         if config is not None:
             check_engine(self.vllm_config, on_v2)
             device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
-            guidance = Guidance(config, self.vllm_config, device)
+            speculator = RewardSpeculator.of(self.vllm_config)
+            if speculator is None and reward_model_drafts(self.vllm_config):
+                logger.warning(
+                    "PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost"
+                )
+            num_drafts = 0 if speculator is None else speculator.num_speculative_steps
+            guidance = Guidance(config, self.vllm_config, device, num_drafts)
             resolve = guidance.fit.resolve
         self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
+        if speculator is not None:
+            speculator.adapter = self.adapter
         announcement = guidance.announcement() if guidance else Announcement(configured=False)
         path = announce(announcement, self)
         if guidance is not None and is_first_rank():

@@ -22,6 +22,8 @@ class Stats:
     prefix_hit_tokens: float = 0
     evicted_contexts: float = 0
     contexts: float = 0
+    drafted_tokens: float = 0
+    steps_without_drafts: float = 0
     running_requests: float = 0
     running_contexts: float = 0
     kv_cache_usage_perc: float = 0
@@ -40,6 +42,8 @@ HELP = {
     "prefix_hit_tokens": "Prompt tokens found in the reward model's prefix cache.",
     "evicted_contexts": "Contexts whose reward KV blocks were given to others.",
     "contexts": "Contexts that guided requests began: one for each preference, and one for a neutral reference.",
+    "drafted_tokens": "Tokens that the reward model drafted, where it is the drafter.",
+    "steps_without_drafts": "Steps in which it drafted nothing: its KV cache had no room, or it failed.",
     "running_requests": "Guided requests in the last step that guided any.",
     "running_contexts": "Contexts of these requests.",
     "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "

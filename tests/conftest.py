@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from pad_vllm.reward.template import PromptTemplate
 from tests import oracle
-from tests.support.engine import CORES, set_environment
+from tests.support.engine import CORES, preload_processes, set_environment
 from tests.support.models import make_heads, make_model
 
 set_environment("v1")
+preload_processes()
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each worker's engines on a core of their own
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(CORES[int(worker.removeprefix("gw")) % len(CORES)])
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes to come
@@ -27,6 +28,10 @@ torch.set_num_threads(1)  # models this small lose by sharing
 HEADS = ["concise", "formal", "playful"]
 MIX = (0.7, -0.2, 0.5)
 """Weights of the named heads, wherever a test mixes them."""
+
+MAX_TOKENS = 40
+"""Of an answer where nothing more is wanted of its length: what it asks of a context's blocks, of 32 tokens, is more
+than one."""
 
 TIERS = ("engine", "kernels", "served", "training", "unit")
 """The folders of the tests, and the markers that these give; those whose files take longest first."""
@@ -110,7 +115,9 @@ def expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
 
 
 def make_expect(models: Models, compose: Callable) -> Callable[..., list[int]]:
-    def ask(prompt, *, preference=None, preference_weights=None, head=None, max_tokens=64, **settings) -> list[int]:
+    def ask(
+        prompt, *, preference=None, preference_weights=None, head=None, max_tokens=MAX_TOKENS, **settings
+    ) -> list[int]:
         texts = [preference] if isinstance(preference, str) else preference or []
         reward_prompt = tuple(tuple(compose(prompt, text)) for text in texts) or None
         weights = tuple(preference_weights) if preference_weights else None

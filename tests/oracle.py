@@ -12,16 +12,36 @@ Several preferences, with weights w_j of which W is the sum, each in a context o
 r_0 are those in the context without a preference:
 
     reward_c = sum_j w_j log_softmax_C(r_j)_c - W ref_c       ref: log_softmax_C(y), log_softmax_C(r_0), or 0
+
+A reward model with another tokenizer (:class:`Groups`): C has no token without a key, and with G the distinct keys of C
+
+    r_g = logsumexp of r over members(g),  y_g = logsumexp of y over the c in C with key(c) = g
+    reward_g = sum_j w_j log_softmax_G(r_j)_g - W ref_g       ref: log_softmax_G(y), log_softmax_G(r_0), or 0
+    z'_c     = z_c + beta * reward_key(c)
+
+and its contexts grow by the pieces of each generated token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 NEG_INF = float("-inf")
+
+
+class Groups(NamedTuple):
+    """What the base's tokens are to a reward model with another tokenizer."""
+
+    key: list[int]
+    """By base token; below 0: no candidate"""
+    members: list[list[int]]
+    """By reward token"""
+    pieces: list[list[int]]
+    """By base token, reward tokens"""
 
 
 def guided_logits(
@@ -33,25 +53,42 @@ def guided_logits(
     y: torch.Tensor | None = None,
     weights: Sequence[float] | None = None,
     r_0: torch.Tensor | None = None,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """z' of one position. z, y: [vocab] float, the base model's logits; y None: it is z. r: [vocab], the reward model's
-    logits, or such for each preference. weights None: 1/m each. r_0: [vocab], where reference is ``neutral``."""
+    logits, or such for each preference. weights None: 1/m each. r_0: [vocab], where reference is ``neutral``.
+    groups: of a reward model with another tokenizer."""
     y = z if y is None else y
     r = r if isinstance(r, list) else [r]
     weights = [1 / len(r)] * len(r) if weights is None else weights
     values = z.tolist()
-    finite = [i for i in range(len(values)) if math.isfinite(values[i])]
+    finite = [i for i in range(len(values)) if math.isfinite(values[i]) and (groups is None or groups.key[i] >= 0)]
     candidates = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
-    reward = sum(w * torch.log_softmax(r_j[candidates], dim=0) for w, r_j in zip(weights, r, strict=True))
+    if groups is None:
+        r, y, r_0 = [r_j[candidates] for r_j in r], y[candidates], None if r_0 is None else r_0[candidates]
+    else:
+        keys = [groups.key[c] for c in candidates]
+        distinct = sorted(set(keys))
+        r = [logsumexp_each(r_j, [groups.members[g] for g in distinct]) for r_j in r]
+        r_0 = None if r_0 is None else logsumexp_each(r_0, [groups.members[g] for g in distinct])
+        y = logsumexp_each(y, [[c for c, key in zip(candidates, keys, strict=True) if key == g] for g in distinct])
+    reward = sum(w * torch.log_softmax(r_j, dim=0) for w, r_j in zip(weights, r, strict=True))
     if reference == "base":
-        reward = reward - sum(weights) * torch.log_softmax(y[candidates], dim=0)
+        reward = reward - sum(weights) * torch.log_softmax(y, dim=0)
     elif reference == "neutral":
-        reward = reward - sum(weights) * torch.log_softmax(r_0[candidates], dim=0)
+        reward = reward - sum(weights) * torch.log_softmax(r_0, dim=0)
     else:
         assert reference == "none"
+    if groups is not None:
+        reward = reward[[distinct.index(key) for key in keys]]
     guided = torch.full_like(z, NEG_INF)
     guided[candidates] = z[candidates] + beta * reward
     return guided
+
+
+def logsumexp_each(values: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """Of the values of each of these lists of tokens."""
+    return torch.stack([torch.logsumexp(values[part], dim=0) for part in tokens])
 
 
 def biased(y: torch.Tensor, logit_bias: dict[int, float]) -> torch.Tensor:
@@ -100,9 +137,12 @@ def generate(
     mask: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = (),
     penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    groups: Groups | None = None,
+    neutral_prompt_ids: list[int] | None = None,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
-    are 1/m each when None; None: the reward model sees the base's.
+    are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
+    it is not the base's prompt, as with ``groups``.
 
     ``mask``: (y [vocab], generated tokens) -> y with some at -inf. ``penalties``: presence, frequency, repetition.
     """
@@ -115,9 +155,11 @@ def generate(
             y = mask(y, output)
         z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)
         if reward is not None:
-            r = [reward_logits(reward, context + output, head) for context in contexts]
-            r_0 = reward_logits(reward, prompt_ids + output, head) if reference == "neutral" else None
-            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0)
+            seen = output if groups is None else [piece for token in output for piece in groups.pieces[token]]
+            r = [reward_logits(reward, context + seen, head) for context in contexts]
+            neutral = neutral_prompt_ids or prompt_ids
+            r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
+            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, groups)
         output.append(int(z.argmax()))
         if output[-1] == eos_token_id:
             break

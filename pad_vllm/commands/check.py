@@ -193,7 +193,7 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
         raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
     check_engine(engine, engine.use_v2_model_runner)
     fits = fit(config, engine)
-    example = fits.template and fits.template.example(config.example_preference)
+    example = fits.example()
     return (
         f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "

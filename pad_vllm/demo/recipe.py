@@ -73,13 +73,13 @@ TINY = Recipe(
     num_prompts=2,
     num_test_prompts=1,
     prompts_per_part=2,
-    max_tokens=40,
-    margin=0.1,
-    num_comparisons=8,
-    num_test_comparisons=2,
-    stage=Stage(lr=5e-4, batch_size=4),
+    max_tokens=20,
+    margin=1.0,
+    num_comparisons=4,
+    num_test_comparisons=1,
+    stage=Stage(lr=5e-4, batch_size=2),
 )
-"""Two minutes, and a reward model that has learned next to nothing: for tests."""
+"""A minute, and a reward model that has learned next to nothing: for tests."""
 
 
 def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:

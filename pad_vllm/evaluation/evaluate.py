@@ -30,9 +30,10 @@ from pad_vllm.config import PADConfig
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.evaluation.judgement import Judgement
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
+from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, prompt_ids
+from pad_vllm.training.data import Example, answer_ids, prompt_ids
 from pad_vllm.training.trainer import score_answers
 
 METHODS = ("base", "prompting", "best_of_n", "pad", "pad_weights", "reward_model", "dpo")
@@ -193,9 +194,12 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
 
     settings = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": config.seed}
     pad = PADConfig.from_additional_config({"pad": config.pad})
-    template = PromptTemplate(
-        AutoTokenizer.from_pretrained(pad.reward_model), pad.prompt_template, pad.insert_after, tokenizer
-    )
+    reward_tokenizer, read = AutoTokenizer.from_pretrained(pad.reward_model), plain
+    same = same_ordinary_tokens(tokenizer, reward_tokenizer)
+    if not same:  # it reads the same texts, in its own chat template
+        read = [prompt_ids(cell.record["prompt"], reward_tokenizer) for cell in cells]
+    chat_tokenizer = tokenizer if same else reward_tokenizer
+    template = PromptTemplate(reward_tokenizer, pad.prompt_template, pad.insert_after, chat_tokenizer)
     found = generate(
         config.base,
         {method: requests for method, (_, requests) in plans.items() if requests},
@@ -205,11 +209,11 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
         additional_config={"pad": config.pad},
     )
     if "best_of_n" in found:
-        contexts = [(template.compose(plain[i], cells[i].preference), plain[i]) for i in said]
-        found["best_of_n"] = _pick_best(config, contexts, found["best_of_n"])
+        contexts = [(template.compose(read[i], cells[i].preference), plain[i]) for i in said]
+        found["best_of_n"] = _pick_best(config, contexts, found["best_of_n"], None if same else reward_tokenizer)
     answers = {method: (plans[method][0], found[method]) for method in plans if method in found}
     if "reward_model" in config.methods and said:
-        requests = [Request(template.compose(plain[i], cells[i].preference)) for i in said]
+        requests = [Request(template.compose(read[i], cells[i].preference)) for i in said]
         with _without_heads(config.pad["reward_model"]) as path:
             alone = generate(path, {"it": requests}, **settings, **config.engine)
         answers["reward_model"] = (said, alone["it"])
@@ -262,13 +266,22 @@ def _with_preference(template: str, cell: Cell) -> Any:
     return [*head, last | {"content": template.format(prompt=last["content"], preference=cell.preference)}]
 
 
-def _pick_best(config: EvaluationConfig, contexts: Sequence[tuple[list[int], list[int]]], samples: Answers) -> Answers:
-    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x)."""
+def _pick_best(
+    config: EvaluationConfig,
+    contexts: Sequence[tuple[list[int], list[int]]],
+    samples: Answers,
+    reward_tokenizer: Any = None,
+) -> Answers:
+    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x).
+    ``reward_tokenizer``: where it is another than the base's."""
     start = time.perf_counter()
     n = config.best_of
     rewards = torch.zeros(len(samples.texts))
     for path, side, sign in ((config.pad["reward_model"], 0, 1), (config.base, 1, -1)):
-        examples = [Example(contexts[i // n][side], tokens) for i, tokens in enumerate(samples.tokens)]
+        answers = samples.tokens
+        if reward_tokenizer is not None and path != config.base:
+            answers = [answer_ids(text, reward_tokenizer) for text in samples.texts]
+        examples = [Example(contexts[i // n][side], tokens) for i, tokens in enumerate(answers)]
         rewards += sign * score_answers(_load(path), examples)
     best = [i * n + int(own.argmax()) for i, own in enumerate(rewards.view(-1, n))]
     seconds = samples.seconds + time.perf_counter() - start

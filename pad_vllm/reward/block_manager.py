@@ -156,12 +156,22 @@ class BlockManager:
         """Whether contexts hold the blocks for so many tokens already; then they count as used."""
         if slots is not self._ready or not self._in_last_blocks(num_tokens):
             self._note_used()
-            if not (self.num_held[slots] >= self._num_blocks(num_tokens)).all():
+            if not self.holds(slots, num_tokens):
                 return False
             self._ready, self._lengths_begin = slots, (num_tokens - 1) // self.block_size * self.block_size + 1
             self.version += 1
         self._clock += 1
         return True
+
+    def holds(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
+        """Whether contexts hold the blocks for so many tokens already."""
+        return bool((self.num_held[slots] >= self._num_blocks(num_tokens)).all())
+
+    def has_room(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
+        """Whether contexts hold blocks, and may come to so many tokens without taking any from others."""
+        held = self.num_held[slots]
+        missing = np.maximum(self._num_blocks(num_tokens) - held, 0).sum()
+        return bool(held.all()) and missing <= self.num_free_blocks
 
     def _in_last_blocks(self, num_tokens: np.ndarray) -> bool:
         """Whether the contexts that were ready last would have their last token in the same block as then."""

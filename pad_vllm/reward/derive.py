@@ -46,8 +46,13 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     return model_config.get_sliding_window()
 
 
-def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int) -> VllmConfig:
-    """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out."""
+def derive_vllm_config(
+    base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int, rows_per_token: int = 1
+) -> VllmConfig:
+    """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out.
+
+    ``rows_per_token``: into how many of the reward model's tokens one of the base's may go.
+    """
     cache_config = replace_config(
         base.cache_config,
         cache_dtype="auto",
@@ -63,7 +68,7 @@ def derive_vllm_config(base: VllmConfig, model_config: ModelConfig, max_num_batc
     # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
     cache_config.kv_cache_layout = None
     cache_config.num_gpu_blocks = None
-    max_num_rows = base.scheduler_config.max_num_seqs * (1 + base.num_speculative_tokens)
+    max_num_rows = base.scheduler_config.max_num_seqs * (1 + base.num_speculative_tokens) * rows_per_token
     scheduler_config = replace_config(
         base.scheduler_config,
         max_model_len=model_config.max_model_len,

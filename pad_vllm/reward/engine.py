@@ -41,8 +41,9 @@ class ContextRows:
     """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
     Called only for a context that must be computed; may synchronize with the device."""
 
-    def select(self, rows: slice | np.ndarray) -> ContextRows:
-        on_device = rows if isinstance(rows, slice) else to_device(rows, self.row_slots.device, torch.int64)
+    def select(self, rows: slice | np.ndarray | torch.Tensor) -> ContextRows:
+        """Some of the rows; by a tensor on the device where the host does not know their lengths."""
+        on_device = to_device(rows, self.row_slots.device, torch.int64) if isinstance(rows, np.ndarray) else rows
         return replace(
             self,
             lengths=None if self.lengths is None else self.lengths[rows],

@@ -16,7 +16,11 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.forward_context import (
     ForwardContext,
@@ -74,6 +78,8 @@ class LMHead:
     """First token of this rank's shard; ``vocab_size`` above is the shard's."""
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None
     """Sums over the tensor-parallel group; None on one device."""
+    shard: tuple[int, int]
+    """This rank in that group, and how many ranks there are"""
 
 
 @dataclass
@@ -257,14 +263,15 @@ class PagedModel:
                 f"pad.reward_model: the output head of {name} is not a plain [vocabulary, hidden] matrix, whose rows "
                 "PAD needs for its candidates"
             )
-        shards = get_tensor_model_parallel_world_size() > 1
+        num_shards = get_tensor_model_parallel_world_size()
         return LMHead(
             weight[: head.num_org_embeddings_per_partition],
             kwargs.get("embedding_bias", bias),
             processor.soft_cap,
             processor.scale,
             head.shard_indices.org_vocab_start_index,
-            tensor_model_parallel_all_reduce if shards else None,
+            tensor_model_parallel_all_reduce if num_shards > 1 else None,
+            (get_tensor_model_parallel_rank(), num_shards),
         )
 
     @torch.inference_mode()

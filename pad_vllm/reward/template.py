@@ -20,6 +20,8 @@ from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pad_vllm.reward.translation import PromptTranslator
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
 PROMPT = "{prompt}"
@@ -118,9 +120,10 @@ class PromptTemplate:
         shared = place.start + num_shared
         return Composed(ids, (place.start, shared) if place.ends_system else (shared,))
 
-    def example(self, preference: str) -> str:
-        """A composed prompt as text: a question in the chat template, or as it stands where there is none."""
-        tokenizer = self._chat_tokenizer
+    def example(self, preference: str, translator: PromptTranslator | None = None) -> str:
+        """A composed prompt as text: a question in the chat template, or as it stands where there is none; in the
+        base's, and translated, where the reward model has another tokenizer."""
+        tokenizer = self._chat_tokenizer if translator is None else translator.base.tokenizer
         if getattr(tokenizer, "chat_template", None):
             message = {"role": "user", "content": EXAMPLE}
             try:
@@ -129,6 +132,8 @@ class PromptTemplate:
                 return f"the chat template refuses a question ({one_line(error)})"
         else:
             ids = tokenizer.encode(EXAMPLE)
+        if translator is not None:
+            ids = translator.translate(ids)
         return self.tokenizer.decode(self.compose(ids, preference))
 
     def _place(self, prompt_ids: Sequence[int]) -> Place:

@@ -35,11 +35,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from pad_vllm.cache import cached
 from pad_vllm.reward import chat, template
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 from pad_vllm.synthetic import world
 from pad_vllm.training import data, heads, objective, train, trainer
-from pad_vllm.training.cache import cached
 from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
 from pad_vllm.training.train import Stage, TrainingConfig
 

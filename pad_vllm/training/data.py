@@ -69,6 +69,8 @@ class PairExample(NamedTuple):
     chosen: list[int]
     rejected: list[int]
     labels: Mapping[str, float]
+    reference: tuple[list[int], list[int], list[int]] | None = None
+    """plain prompt, chosen and rejected, in the tokens of a reference with another tokenizer"""
 
 
 def read_comparisons(
@@ -221,9 +223,15 @@ def _say(value: Any) -> str:
 
 
 def encode(
-    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, max_length: int
+    comparisons: Sequence[Comparison],
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    max_length: int,
+    reference_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[PairExample]:
     """Token ids of the comparisons of at most ``max_length`` tokens; longer ones are left out.
+
+    ``reference_tokenizer``: of a reference that has another, and its own chat template: likelihoods are of texts.
 
     A prompt that is text is a user's turn where the tokenizer has a chat template, and text as it stands where not.
 
@@ -235,8 +243,13 @@ def encode(
         ids = prompt_ids(c.prompt, tokenizer, c.where)
         prompt = template.compose(ids, c.preference) if c.preference else ids
         answers = [answer_ids(text, tokenizer) for text in (c.chosen, c.rejected)]
-        if len(prompt) + max(map(len, answers)) <= max_length:
-            examples.append(PairExample(prompt, ids, *answers, c.labels))
+        read, theirs = [len(prompt) + max(map(len, answers))], None
+        if reference_tokenizer is not None:
+            theirs = prompt_ids(c.prompt, reference_tokenizer, c.where)
+            theirs = (theirs, *(answer_ids(text, reference_tokenizer) for text in (c.chosen, c.rejected)))
+            read.append(len(theirs[0]) + max(map(len, theirs[1:])))
+        if max(read) <= max_length:
+            examples.append(PairExample(prompt, ids, *answers, c.labels, theirs))
     if not examples:
         raise DataError(f"all {len(comparisons)} comparisons are longer than {max_length} tokens")
     return examples

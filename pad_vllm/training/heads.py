@@ -106,8 +106,11 @@ def users_of(pairs: Sequence[PairExample], names: Sequence[str], seed: int) -> t
         if score == 0:
             wants = {cares[0]: wants[cares[0]]}
             score = wants[cares[0]] * labels[cares[0]]
-        answers = (pair.chosen, pair.rejected) if score > 0 else (pair.rejected, pair.chosen)
-        seen.append(PairExample(pair.ref_prompt, pair.ref_prompt, *answers, wants))
+        answers, theirs = (pair.chosen, pair.rejected), pair.reference
+        if score <= 0:
+            answers = answers[::-1]
+            theirs = theirs and (theirs[0], *theirs[:0:-1])
+        seen.append(PairExample(pair.ref_prompt, pair.ref_prompt, *answers, wants, theirs))
         users.append([wants.get(name, 0.0) for name in names])
     return seen, torch.tensor(users).view(-1, len(names))
 

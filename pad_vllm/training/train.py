@@ -22,8 +22,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
+from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.export import export
@@ -130,6 +137,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     model = AutoModelForCausalLM.from_pretrained(config.model)
     reference = AutoModelForCausalLM.from_pretrained(config.reference or config.model).requires_grad_(False)
+    other_tokenizer = another_tokenizer(config.reference, tokenizer) if config.reference else None
     dtype = model.dtype
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
     positions = [m.config.get_text_config().max_position_embeddings for m in (model, reference)]
@@ -137,7 +145,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
 
     def read(path: str) -> list[PairExample]:
         comparisons = read_comparisons(path, config.columns, config.split)
-        examples = encode(comparisons, tokenizer, template, max_length)
+        examples = encode(comparisons, tokenizer, template, max_length, other_tokenizer)
         if left_out := len(comparisons) - len(examples):
             logger.warning(
                 "%s: %d of %d comparisons are longer than %d tokens", path, left_out, len(comparisons), max_length
@@ -176,6 +184,15 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     export(output, model.to(dtype), tokenizer, heads, record, defaults, adapter if adapter.exists() else None)
     shutil.rmtree(work)
     return metrics
+
+
+def another_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """A reference's, where it is not the reward model's; one without a tokenizer reads the reward model's tokens."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(reference)
+    except (OSError, ValueError):
+        return None
+    return None if same_ordinary_tokens(theirs, tokenizer) else theirs
 
 
 def measure(model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample]) -> dict[str, float]:

@@ -89,9 +89,10 @@ def reward_margins(
 
 def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]:
     """Chosen answers, then rejected ones, each with what the model, or the reference, reads before it."""
-    prompts = [pair.ref_prompt if ref else pair.prompt for pair in pairs]
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return [Example(prompt, answer) for prompt, answer in zip(prompts * 2, answers, strict=True)]
+    read = [(pair.ref_prompt if ref else pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+    if ref:
+        read = [pair.reference or same for pair, same in zip(pairs, read, strict=True)]
+    return [Example(prompt, chosen) for prompt, chosen, _ in read] + [Example(p, rejected) for p, _, rejected in read]
 
 
 class _Trainer(Trainer):

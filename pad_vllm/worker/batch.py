@@ -44,5 +44,9 @@ class GuidedBatch:
     output_ids: Callable[[int], Sequence[int]]
     """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
     model has to read them again."""
-    output_tokens: Callable[[], OutputTokens]
+    output_tokens: Callable[[], OutputTokens] | None = None
     """The generated tokens that the rows see, on the device; called only when one of the requests has penalties."""
+    local_positions: torch.Tensor | None = None
+    """[R] int64, on the device: how many of its request's drafts a row sees; None where there are no drafts"""
+    last_ids: np.ndarray | None = None
+    """[R] int64: ``token_ids``, where the host knows them"""

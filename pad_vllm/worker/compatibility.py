@@ -6,6 +6,7 @@ stops the start, in one paragraph that says what to change.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,14 @@ class Fit:
     def head_names(self) -> tuple[str, ...]:
         return self.heads.names if self.heads else ()
 
+    def example(self) -> str | None:
+        """What the reward model reads of a question under a preference, as text; with its translation, where it has
+        another tokenizer."""
+        if self.template is None:
+            return None
+        pair, preference = self.tokens.pair, self.config.example_preference
+        return self.template.example(preference, pair and pair.translator)
+
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
         """A request's guidance, or None where it asks for none.
 
@@ -87,19 +96,20 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         "trust_remote_code": config.trust_remote_code,
     }
     num_rows = model_config.get_vocab_size()
-    tokens = load_tokenizer(config, tokenizer_args, base, num_rows)
+    tokens = load_tokenizer(config, tokenizer_args, base, model_config, num_rows)
     vocab_size = check_vocabulary(config.reward_model, num_rows, base.get_vocab_size(), tokens)
     template = None
     if tokens.tokenizer is not None:
         template = PromptTemplate(tokens.tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
-    max_preference_tokens = fit_context(config, model_config, base.max_model_len, template)
+    stretch = 1.0 if tokens.pair is None else tokens.pair.stretch
+    max_preference_tokens = fit_context(config, model_config, base.max_model_len, template, stretch)
     if template is not None:
         template.max_preference_tokens = max_preference_tokens
     heads = read_heads(config, model_config)
     is_trained = heads is not None or locate_defaults(config.reward_model, config.revision) is not None
     fits = Fit(
         config,
-        derive(config, vllm_config, model_config),
+        derive(config, vllm_config, model_config, tokens),
         tokens,
         tokenizer_args,
         vocab_size,
@@ -160,11 +170,12 @@ def check_architecture(reward_model: str, model_config: ModelConfig) -> None:
             )
 
 
-def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig) -> VllmConfig:
+def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig, tokens: SharedTokens) -> VllmConfig:
     """The reward model's VllmConfig. Raises ValueError for what vLLM refuses."""
     most = min(DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
-        return derive_vllm_config(vllm_config, model_config, config.max_num_batched_tokens or most)
+        rows_per_token = 1 if tokens.pair is None else int(tokens.pair.tables.num_pieces.max())
+        return derive_vllm_config(vllm_config, model_config, config.max_num_batched_tokens or most, rows_per_token)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error
 
@@ -196,9 +207,16 @@ def check_kv_cache(fits: Fit) -> None:
 
 
 def fit_context(
-    config: PADConfig, model_config: ModelConfig, base_max_model_len: int, template: PromptTemplate | None
+    config: PADConfig,
+    model_config: ModelConfig,
+    base_max_model_len: int,
+    template: PromptTemplate | None,
+    stretch: float = 1.0,
 ) -> int:
     """Size the reward model's context, and return how many tokens a preference may take of it.
+
+    ``stretch``: how much longer a text may be in its tokens than in the base's. It gets room for that where it has
+    positions; a request whose context is full ends.
 
     Raises:
         ValueError: it has too few positions; with the numbers.
@@ -213,7 +231,8 @@ def fit_context(
             f"{max(model_config.max_model_len - added - MIN_PREFERENCE_TOKENS, 0)} or less"
         )
     preference = min(room, MAX_PREFERENCE_TOKENS) if template else 0
-    model_config.max_model_len = base_max_model_len + added + preference
+    longest = math.ceil(stretch * base_max_model_len) + added + preference
+    model_config.max_model_len = min(longest, model_config.max_model_len)
     return preference
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pad_vllm.worker.patches import reward_model_drafts
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
     """Raise ValueError for an engine configuration with which guidance could not work."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     refused = {
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model stands beside the whole base "
         "model; use tensor parallelism": parallel.pipeline_parallel_size > 1,
@@ -24,10 +26,11 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
             parallel.enable_batch_sharded_sampling
         ),
         "on the V1 runner vLLM verifies drafts without logits processors; speculative decoding with guidance needs "
-        "Model Runner V2": vllm_config.speculative_config is not None and not on_v2,
+        "Model Runner V2, where the reward model itself can draft (docs/drafts.md)": (
+            speculative is not None and not on_v2
+        ),
         "rejection_sample_method='synthetic' accepts drafts whatever the guided logits say": (
-            vllm_config.speculative_config is not None
-            and vllm_config.speculative_config.rejection_sample_method == "synthetic"
+            speculative is not None and speculative.rejection_sample_method == "synthetic"
         ),
         "enable_prompt_embeds: the reward model reads tokens": model.enable_prompt_embeds,
         "the base model takes more than text, and the reward model reads text alone; add --language-model-only": (
@@ -40,6 +43,18 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
             not on_v2 and vllm_config.scheduler_config.async_scheduling and not model.logits_processors
         ),
     }
+    if reward_model_drafts(vllm_config):
+        refused |= {
+            "the reward model drafts one token after the other; take out parallel_drafting": (
+                speculative.parallel_drafting
+            ),
+            "enable_adaptive_verification asks a drafter for confidences, and the reward model gives none": (
+                speculative.enable_adaptive_verification
+            ),
+            "watermark_config: the reward model's drafts bear no watermark; draft with another model": (
+                getattr(vllm_config, "watermark_config", None) is not None
+            ),
+        }
     for reason, holds in refused.items():
         if holds:
             raise ValueError(f"pad cannot guide this engine: {reason}")

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from pad_vllm import kernels
 from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
-from pad_vllm.kernels import Controls
+from pad_vllm.kernels import Controls, Groups
 from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.device import to_device
@@ -22,11 +22,14 @@ from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.reward.template import Composed
+from pad_vllm.reward.token_tables import TokenTables
 from pad_vllm.stats import Stats
 from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
+from pad_vllm.worker.drafter import UNGUIDED, Drafter
+from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
 
 logger = init_logger(f"vllm.{__name__}")
@@ -39,12 +42,13 @@ class Guidance:
         config: the engine's PAD configuration.
         vllm_config: the engine's configuration.
         device: where the base model's logits are.
+        num_drafts: most tokens that the reward model is to draft at a time; 0: it does not.
 
     Raises:
         ValueError: guidance could not work; one paragraph that says what to change.
     """
 
-    def __init__(self, config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, config: PADConfig, vllm_config: VllmConfig, device: torch.device, num_drafts: int = 0) -> None:
         self.config, self.device = config, device
         base, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         self.instance_id = vllm_config.instance_id
@@ -53,9 +57,10 @@ class Guidance:
         self.template, self.vocab_size = self.fit.template, self.fit.vocab_size
         self.reward_vocab_size = self.fit.model_config.get_vocab_size()
         self.base_vocab_size = base.get_vocab_size()
+        self.max_model_len = base.max_model_len
         for warning in start.warnings(self.fit):
             logger.warning(warning)
-        foreign = [i for i in self.fit.tokens.foreign if i < self.vocab_size]
+        foreign = [i for i in self.fit.tokens.no_candidates if i < self.vocab_size]
         self.foreign_ids = to_device(foreign, device, torch.int64) if foreign else None
         """tokens below ``vocab_size`` that are no candidates"""
         heads = self.fit.heads
@@ -64,7 +69,8 @@ class Guidance:
             self.fit.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, self.fit.not_backbone
         )
         self.kernels = kernels.implementation(device)
-        self.guide_ = kernels.load_guide(self.kernels)
+        self.pair = self.fit.tokens.pair
+        self.guide_ = kernels.load_guide(self.kernels, self.pair and device_groups(self.pair.tables, device))
         max_num_batched_tokens = self.fit.vllm_config.scheduler_config.max_num_batched_tokens
         hidden_states = self.model.warm_up(max_num_batched_tokens)
         self.lm_head = self.model.lm_head(hidden_states)
@@ -73,13 +79,23 @@ class Guidance:
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
         max_num_contexts = scheduler.max_num_seqs * MAX_CONTEXTS
-        self.engine = RewardEngine(self.model, max_num_batched_tokens, max_num_contexts, max_num_rows * MAX_CONTEXTS)
+        rows_per_token = 1 if self.pair is None else int(self.pair.tables.num_pieces.max())
+        self.engine = RewardEngine(
+            self.model, max_num_batched_tokens, max_num_contexts, max_num_rows * rows_per_token * MAX_CONTEXTS
+        )
+        self.growth: Growth | None = None
+        if self.pair is not None:
+            tables, num_slots = self.pair.tables, scheduler.max_num_seqs + 1
+            self.growth = Growth(tables, self.engine, num_slots, self.max_rows_per_request)
         self.stats = Stats()
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
+        self.drafter = Drafter(self, num_drafts) if num_drafts else None
         start.warm_up_kernels(self, hidden_states, max_num_rows)
+        if self.drafter is not None:
+            self.drafter.warm_up(hidden_states)
         start.log_summary(self)
 
     def announcement(self) -> Announcement:
@@ -113,13 +129,20 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        contexts = params.contexts()
-        composed = [self._compose(prompt_ids, preference) for preference in contexts]
+        contexts, read_ids, text_len = params.contexts(), prompt_ids, len(prompt_ids)
+        if self.growth is not None:
+            read_ids, text_len = self.pair.translator.translate(prompt_ids), 1
+        composed = [self._compose(read_ids, preference) for preference in contexts]
         check_logit_bias(controls.logit_bias)
-        self._write_slot(slot, params, len(prompt_ids), composed, list(contexts.values()), end_id)
+        self._write_slot(slot, params, text_len, composed, list(contexts.values()), end_id)
+        if self.growth is not None:
+            self.growth.begin(slot, len(prompt_ids))
         self.slots.write_controls(slot, controls, prompt_ids)
-        self.stats.guided_requests += 1
-        self.stats.contexts += len(composed)
+        if self.drafter is not None:
+            self.drafter.begin(slot, params)
+        if params is not UNGUIDED:
+            self.stats.guided_requests += 1
+            self.stats.contexts += len(composed)
         return [self.engine.blocks.add(slot * MAX_CONTEXTS + i, *prompt) for i, prompt in enumerate(composed)]
 
     def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:
@@ -127,6 +150,11 @@ class Guidance:
         composed = Composed(prompt_ids, ())
         if preference is not None:
             composed = self.template.compose_shared(prompt_ids, preference)
+        if len(composed.ids) >= self.model.max_model_len and self.growth is not None:
+            raise ValueError(
+                f"its prompt is {len(composed.ids)} of the reward model's tokens, and a context holds "
+                f"{self.model.max_model_len}"
+            )
         low, high = min(composed.ids), max(composed.ids)
         if low < 0 or high >= self.reward_vocab_size:
             raise ValueError(
@@ -148,6 +176,26 @@ class Guidance:
         """
         began = time.perf_counter()
         layout, params = batch.layout, self._params_of(batch.layout)
+        if self.growth is not None:
+            hidden_states = self.growth.hidden_states(batch, params)
+        elif self.drafter is None:
+            hidden_states = self.engine.step(self.context_rows(batch, params))
+        else:
+            rows = self.context_rows(batch, params)
+            of_rows = params.contexts.rows
+            local_positions = batch.local_positions if of_rows is None else batch.local_positions[of_rows]
+            hidden_states = self.drafter.hidden_states(rows, layout.slots, local_positions)
+        if params.max_top_k:
+            controls = None
+            if params.control:
+                controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
+            self.guide(logits, hidden_states, layout.rows, params, controls)
+        self._count(params)
+        self.stats.step_seconds += time.perf_counter() - began
+
+    def context_rows(self, batch: GuidedBatch, params: RowParams) -> ContextRows:
+        """The rows of a batch in the reward model's contexts: as many as its rows, or, of requests that have several,
+        more."""
         contexts, num_tokens = params.contexts, batch.num_tokens
         positions, token_ids = batch.positions, batch.token_ids
         if contexts.rows is not None:
@@ -167,25 +215,25 @@ class Guidance:
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
-        hidden_states = self.engine.step(
-            ContextRows(
-                slots=contexts.slots,
-                num_tokens=num_tokens,
-                lengths=num_tokens if batch.exact else None,
-                row_slots=contexts.row_slots,
-                positions=positions + contexts.ints.offset,
-                token_ids=token_ids,
-                history=lambda slot: batch.output_ids(slot // MAX_CONTEXTS),
-            )
+        return ContextRows(
+            slots=contexts.slots,
+            num_tokens=num_tokens,
+            lengths=num_tokens if batch.exact else None,
+            row_slots=contexts.row_slots,
+            positions=positions + contexts.ints.offset,
+            token_ids=token_ids,
+            history=lambda slot: batch.output_ids(slot // MAX_CONTEXTS),
         )
-        controls = None
-        if params.control:
-            controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
-        self.guide(logits, hidden_states, layout.rows, params, controls)
-        self.stats.guided_tokens += layout.rows.shape[0]
-        self.stats.running_requests, self.stats.running_contexts = len(layout.slots), len(contexts.slots)
-        self.stats.steps += 1
-        self.stats.step_seconds += time.perf_counter() - began
+
+    def _count(self, params: RowParams) -> None:
+        layout, stats = params.layout, self.stats
+        num_rows, num_unguided = layout.rows.shape[0], params.num_unguided
+        if num_unguided:  # how many of the rows are theirs is known on the device
+            num_rows = min(num_rows, (len(layout.slots) - num_unguided) * self.max_rows_per_request)
+        stats.guided_tokens += num_rows
+        stats.running_requests = len(layout.slots) - num_unguided
+        stats.running_contexts = len(params.contexts.slots) - num_unguided
+        stats.steps += 1
 
     def _params_of(self, layout: Layout) -> RowParams:
         if self._params is None or self._params.layout is not layout:
@@ -241,20 +289,33 @@ class Guidance:
             scale=head.scale,
             vocab_start=head.vocab_start,
             all_reduce=head.all_reduce,
+            **({} if self.pair is None else {"shard": head.shard}),
         )
 
     def _write_slot(
         self,
         slot: int,
         params: GuidanceParams,
-        prompt_len: int,
+        text_len: int,
         composed: list[Composed],
         context_weights: list[float],
         end_id: int,
     ) -> None:
-        weights = params.weights or (self.heads.default_weights if self.heads else None)
+        default = self.heads.default_weights if self.heads and params is not UNGUIDED else None
+        weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.fit.head_names))
-        contexts = [ContextColumns(len(ids) - prompt_len, prompt_len, ids[-1]) for ids, _ in composed]
+        contexts = [ContextColumns(len(ids) - text_len, text_len, ids[-1]) for ids, _ in composed]
         ints = IntColumns(len(contexts), params.top_k, end_id)
         floats = [params.beta, params.base_weight, *mix]
         self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)
+
+
+def device_groups(tables: TokenTables, device: torch.device) -> Groups:
+    """What the guidance step needs of the tables of two tokenizers."""
+    starts = tables.member_starts
+    return Groups(
+        to_device(tables.key, device, torch.int32),
+        to_device(tables.members, device, torch.int32),
+        to_device(starts, device, torch.int32),
+        int((starts[1:] - starts[:-1]).max()),
+    )

@@ -148,7 +148,11 @@ class RowParams:
         floats = slots.floats[layout.row_slots]
         self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
-        self.max_top_k = int(slots.host_top_k[layout.slots].max())
+        host_top_k = slots.host_top_k[layout.slots]
+        self.max_top_k = int(host_top_k.max())
+        self.min_top_k = int(host_top_k.min())
+        self.num_unguided = int((host_top_k == 0).sum())
+        """Requests that are only drafted for."""
         self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
         self.penalize = bool(slots.host_penalizes[layout.slots].any())
         self.control = self.penalize or bool(slots.host_biases[layout.slots].any())

@@ -108,5 +108,7 @@ def log_summary(guidance: Guidance) -> None:
         num_tokens / model.max_model_len,
         model.max_model_len,
     )
+    if guidance.pair is not None:
+        logger.info("PAD: the reward model has %s.", guidance.pair)
     if guidance.template is not None:
-        logger.info("PAD: what the reward model reads: %r", guidance.template.example(config.example_preference))
+        logger.info("PAD: what the reward model reads: %r", guidance.fit.example())

@@ -5,11 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm.config import ModelConfig
 
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
+from pad_vllm.reward.byte_tokens import ByteTokens, added_ids, same_ordinary_tokens
+from pad_vllm.reward.token_tables import TokenTables, load_tables
+from pad_vllm.reward.translation import PromptTranslator
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two tokenizers, and how texts go from one to the other."""
+
+    tables: TokenTables
+    translator: PromptTranslator
+
+    @property
+    def stretch(self) -> float:
+        """How much longer a text may be in the reward model's tokens: as the base's vocabulary is on average, which
+        says more than texts do, as common words are short in every vocabulary."""
+        return float(self.tables.num_pieces.mean())
+
+    def __str__(self) -> str:
+        tables = self.tables
+        is_candidate = tables.key >= 0
+        num_pieces = tables.num_pieces[is_candidate]
+        return (
+            f"another tokenizer: {is_candidate.sum():,} of the base model's {len(is_candidate):,} tokens can be "
+            f"candidates, {(num_pieces == 1).mean():.0%} of them one token of the reward model's, and at most "
+            f"{num_pieces.max()}"
+        )
 
 
 @dataclass(frozen=True)
@@ -21,26 +49,42 @@ class SharedTokens:
     foreign: dict[int, str] = field(default_factory=dict)
     """Added and special tokens of the base model without a counterpart: never candidates."""
     chat_tokenizer: PreTrainedTokenizerBase | None = None
-    """The one whose chat template renders the prompts: the base's, where it has a template."""
+    """The one whose chat template renders what the reward model reads: the base's, where it has a template; with a
+    tokenizer of its own, the reward model's."""
+    pair: Pair | None = None
+    """Where the reward model has another tokenizer."""
+
+    @property
+    def no_candidates(self) -> list[int]:
+        """Tokens of the base model that guided requests never generate."""
+        if self.pair is not None:
+            return np.flatnonzero(self.pair.tables.key < 0).tolist()
+        return list(self.foreign)
 
     def __str__(self) -> str:
+        if self.pair is not None:
+            return str(self.pair)
         shown = ", ".join(f"{token!r} ({i})" for i, token in list(self.foreign.items())[:20])
         more = f" and {len(self.foreign) - 20} more" if len(self.foreign) > 20 else ""
         return f"same tokens but {shown}{more}" if shown else "same tokens"
 
 
-def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: ModelConfig, num_rows: int) -> SharedTokens:
-    """The reward model's tokenizer, once it is known to be the base model's.
+def load_tokenizer(
+    config: PADConfig, tokenizer_args: dict[str, Any], base: ModelConfig, reward: ModelConfig, num_rows: int
+) -> SharedTokens:
+    """The reward model's tokenizer, and what the base model's tokens are to it.
 
-    Ordinary tokens must be the same. Added and special ones differ between members of a family, and a token that the
-    reward model does not know is no candidate.
+    Where ordinary tokens are the same, added and special ones may differ, as they do between members of a family: a
+    token that the reward model does not know is no candidate. Where ordinary tokens differ, tables say what each is.
 
     Args:
         num_rows: of the reward model's output head.
 
     Raises:
-        ValueError: there is none, it is another, or guided requests could never end.
+        ValueError: there is none, one of two different ones cannot say what its tokens stand for, or guided requests
+            could never end.
     """
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_args)
     except Exception as error:
@@ -60,13 +104,8 @@ def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: Mode
             f"{one_line(error)}"
         ) from error
     ours, added = tokenizer.get_vocab(), added_ids(theirs)
-    if missing := [token for token, i in vocabulary.items() if i not in added and ours.get(token) != i]:
-        token = min(missing)
-        raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: its tokenizer is not that of the base model "
-            f"{base.model!r}: {token!r} is {vocabulary[token]} there and {ours.get(token)} here. PAD scores the "
-            "base model's own tokens; take a reward model trained with the same tokenizer"
-        )
+    if not same_ordinary_tokens(theirs, tokenizer):
+        return SharedTokens(tokenizer, {}, tokenizer, pair_of(config, tokenizer, base, theirs, reward, num_rows))
     roles, their_roles = token_roles(tokenizer), token_roles(theirs)
     foreign = {
         i: token
@@ -85,9 +124,31 @@ def load_tokenizer(config: PADConfig, tokenizer_args: dict[str, Any], base: Mode
     return SharedTokens(tokenizer, foreign, theirs if has_template else tokenizer)
 
 
-def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of a tokenizer's added and special tokens."""
-    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+def pair_of(
+    config: PADConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: ModelConfig,
+    theirs: PreTrainedTokenizerBase,
+    reward: ModelConfig,
+    num_rows: int,
+) -> Pair:
+    """Two tokenizers whose ordinary tokens differ; ``theirs`` is the base's. Raises ValueError where one cannot be
+    translated into the other."""
+    ends = end_ids(base, theirs)
+    preferred = tokenizer.eos_token_id
+    reward_ends = sorted((i for i in end_ids(reward, tokenizer) if i < num_rows), key=lambda i: (i != preferred, i))
+    try:
+        if not ends or not reward_ends:
+            whose = "base model" if reward_ends else "reward model"
+            raise ValueError(f"no token ends an answer of the {whose}, so guided requests would never end")
+        base_tokens, reward_tokens = ByteTokens(theirs, base.model), ByteTokens(tokenizer, config.reward_model)
+        tables = load_tables(base_tokens, ends, reward_tokens, reward_ends)
+    except ValueError as error:
+        raise ValueError(
+            f"pad.reward_model={config.reward_model!r}: its tokenizer is not that of the base model {base.model!r}, "
+            f"and cannot be translated from that: {error}"
+        ) from None
+    return Pair(tables, PromptTranslator(base_tokens, reward_tokens, dict.fromkeys(ends, reward_ends[0])))
 
 
 def token_roles(tokenizer: PreTrainedTokenizerBase) -> dict[int, set[str]]:
@@ -114,6 +175,14 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTo
     Raises:
         ValueError: the reward model has no row for some ordinary token.
     """
+    if tokens.pair is not None:
+        known = [i for i, content in enumerate(tokens.pair.translator.reward.bytes) if content]
+        if reward <= known[-1]:
+            raise ValueError(
+                f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {known[-1] + 1} tokens in its "
+                "tokenizer; the reward model needs a row for each"
+            )
+        return min(base, len(tokens.pair.tables.key))
     needed = base
     if tokens.tokenizer is not None:
         added = added_ids(tokens.tokenizer)

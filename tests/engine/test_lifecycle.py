@@ -17,13 +17,20 @@ PREFERENCES = ["concise, formal", "Please be playful, and give an example."]
 LONG = "the quick brown fox jumps over the lazy dog while the rain keeps falling on the old town. " * 20
 
 
+@pytest.fixture(scope="module", params=["v1", "v2", pytest.param("v2 with drafts", marks=pytest.mark.one_release)])
+def runner(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def poor_engine(models, runner):
     """32 tokens a step, a base KV cache for 1,280 of them, a reward KV cache for 1.5 contexts (of 1,024)."""
+    drafts = {"method": "draft_model", "model": str(models.named), "num_speculative_tokens": 3}
     engine = Engine(
-        runner,
+        runner.split()[0],
         models.base,
         logits_processors=PLUGIN,
+        speculative_config=drafts if runner == "v2 with drafts" else None,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=32,
         max_num_seqs=8,
@@ -64,8 +71,8 @@ def test_long_prompts_in_small_chunks_with_preemption_and_a_short_reward_pool(ex
     asked[3] = {"preference": [PREFERENCES[0], PREFERENCES[1] + " more" * 50, "kind"], "reference": "neutral"}
     asked[6] = {"preference": [PREFERENCES[0], "kind"], "preference_weights": [1.0, -0.5], "reference": "none"}
     before = poor_engine.call(metric, "vllm:num_preemptions")
-    out = poor_engine.generate(prompts, [greedy(100, **pad) for pad in asked])
-    assert out == [expect(prompt, max_tokens=100, **pad) for prompt, pad in zip(prompts, asked, strict=True)]
+    out = poor_engine.generate(prompts, [greedy(48, **pad) for pad in asked])
+    assert out == [expect(prompt, max_tokens=48, **pad) for prompt, pad in zip(prompts, asked, strict=True)]
     assert poor_engine.call(metric, "vllm:num_preemptions") > before
     assert poor_engine.call(engine_stats)["evicted"] > 0
 

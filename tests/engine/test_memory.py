@@ -40,7 +40,7 @@ def start_without_sizes(base: str, reward: str) -> dict:
 
 def test_without_a_base_size_both_take_from_one_budget(models):
     """A CPU's: gpu_memory_utilization of the memory, less what the process has and what the base's weights will."""
-    worker = Worker(preloaded=True)
+    worker = Worker("v1")
     try:
         stats = worker.run(start_without_sizes, str(models.base), str(models.reward))
     finally:

@@ -94,14 +94,14 @@ def controls(free: list[int]) -> list[tuple[dict[int, float], tuple[float, float
     ]
 
 
-def test_bias_and_penalties_mean_the_same_at_every_beta(encode, answer, engine):
+def test_bias_and_penalties_mean_the_same_at_every_beta(encode, answer, engine, runner):
     """The oracle's answer, greedy, at every strength: a bias of 100 chooses its token, as without guidance."""
     prompts = [encode(text) for text in PROMPTS]
     cases = [
         (prompt, beta, logit_bias, penalties)
         for prompt, beta in zip(prompts, BETAS, strict=True)
         for logit_bias, penalties in controls(answer(prompt, beta=beta))
-    ]
+    ][:: 2 if runner == "v2" else 1]  # on V2, in the interpreter, each at every other beta
     params = [
         GREEDY
         | {"max_tokens": 12, "logit_bias": logit_bias or None}

@@ -44,25 +44,25 @@ def test_output_is_that_without_drafts(models, encode, expect):
     ]
     several = {"preference": [asked[4]["preference"], f"kind{more}"], "preference_weights": [1.0, -0.5], "beta": 0.7}
     asked[4] = several | {"reference": "neutral"}
-    params = [greedy(32, **pad) for pad in asked]
+    params = [greedy(16, **pad) for pad in asked]
     # A row of a draft counts the drafts before it, too. (vLLM refuses logit_bias where there are drafts.)
     penalties = (0.5, 0.6, 1.2)
     controlled = dict(zip(PENALTIES, penalties, strict=True))
     try:
-        out = engine.generate(prompts, [greedy(64, **pad) for pad in asked])
+        out = engine.generate(prompts, [greedy(24, **pad) for pad in asked])
         mixed = engine.generate(prompts, [p | controlled if i % 2 else p for i, p in enumerate(params)])
         alone = engine.generate(prompts[1:2], params[1:2])  # every row of the batch guided
         accepted, stats = engine.call(metric, "vllm:spec_decode_num_accepted_tokens"), engine.call(engine_stats)
     finally:
         engine.close()
     assert out == [
-        expect(prompt, guided=bool(pad), max_tokens=64, **pad) for prompt, pad in zip(prompts, asked, strict=True)
+        expect(prompt, guided=bool(pad), max_tokens=24, **pad) for prompt, pad in zip(prompts, asked, strict=True)
     ]
     assert mixed == [
-        expect(prompt, guided=bool(pad), max_tokens=32, **pad, **({"penalties": penalties} if i % 2 else {}))
+        expect(prompt, guided=bool(pad), max_tokens=16, **pad, **({"penalties": penalties} if i % 2 else {}))
         for i, (prompt, pad) in enumerate(zip(prompts, asked, strict=True))
     ]
-    assert alone == [out[1][:32]]
+    assert alone == [out[1][:16]]
     assert accepted > 0
     assert stats["evicted"] > 0
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]

@@ -40,9 +40,14 @@ def broken(tmp_path_factory, models) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("broken")
     other_tokens = make_model(root / "tokens", seed=2)
     tokenizer = json.loads((other_tokens / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    first, second = sorted(vocab)[:2]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
+    tokenizer["decoder"] = tokenizer["pre_tokenizer"] = None
+    tokenizer["model"] = {
+        "type": "WordPiece",
+        "unk_token": "<pad>",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": tokenizer["model"]["vocab"] | {"only": 511},
+    }
     (other_tokens / "tokenizer.json").write_text(json.dumps(tokenizer))
     big_head = make_heads(root / "big.safetensors", ["a"], hidden_size=32)
     empty = root / "empty"
@@ -72,7 +77,10 @@ def test_bad_configuration_stops_the_start(models, broken):
         "unknown key": ({"reward_model": reward, "topk": 3}, ["pad.topk: no such key", "did you mean 'top_k'"]),
         "missing model": ({"reward_model": "/no/such/model"}, ["pad.reward_model='/no/such/model' cannot be loaded"]),
         "not a model": ({"reward_model": str(broken["empty"])}, ["cannot be loaded"]),
-        "tokenizer": ({"reward_model": str(broken["tokens"])}, ["its tokenizer is not that of the base model", "here"]),
+        "tokenizer": (
+            {"reward_model": str(broken["tokens"])},
+            ["its tokenizer is not that of the base model", "no tokens for single bytes"],
+        ),
         "vocabulary": ({"reward_model": str(broken["vocabulary"])}, ["a vocabulary of 256"]),
         "positions": ({"reward_model": str(broken["short"])}, ["280 positions", "max_model_len of 256", "or less"]),
         "nan": (
@@ -89,7 +97,7 @@ def test_bad_configuration_stops_the_start(models, broken):
         ),
         "pool": ({"reward_model": reward, "kv_cache_memory_bytes": 4096}, ["pad.kv_cache_memory_bytes=4096", "least"]),
     }
-    worker = Worker(preloaded=True)
+    worker = Worker("v1")
     try:
         errors = worker.run(start_and_fail, [pad for pad, _ in cases.values()], str(models.base), "v1")
     finally:
@@ -109,6 +117,7 @@ def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
             "v1",
             models.base,
             multiprocess=True,
+            preloaded=False,
             pipeline_parallel_size=2,
             logits_processors=PLUGIN,
             additional_config={"pad": pad},
@@ -154,7 +163,7 @@ def test_engines_that_could_not_be_guided_do_not_start(models):
         ],
     }
     for runner, engines in cases.items():
-        worker = Worker(preloaded=runner == "v1")
+        worker = Worker(runner)
         try:
             started = worker.run(
                 start_engines, [kwargs for kwargs, _ in engines], str(models.base), str(models.reward), runner

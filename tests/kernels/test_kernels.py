@@ -28,10 +28,13 @@ END = 20
 def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
     """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
     rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
-    from pad_vllm.kernels import fused
+    from pad_vllm.kernels import fused, fused_groups, groups
     from pad_vllm.kernels import reference as in_torch
 
-    step = fused.guide_ if implementation == "triton" else in_torch.guide_
+    if "groups" in kwargs:
+        step = fused_groups.guide_groups_ if implementation == "triton" else groups.guide_groups_
+    else:
+        step = fused.guide_ if implementation == "triton" else in_torch.guide_
     in_torch.reads_are_free = lambda tensor: implementation == "reference"
     num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
     partial, outputs, bias_of_all = [], [], kwargs.pop("bias", None)
@@ -43,6 +46,7 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
             mine = slice(shard * shard_size, (shard + 1) * shard_size)
             if num_shards > 1:
                 kwargs["vocab_start"] = mine.start
+                kwargs |= {"shard": (shard, num_shards)} if "groups" in kwargs else {}
                 kwargs["all_reduce"] = (
                     (lambda scores: partial.append(scores.clone()) or scores)
                     if collect
@@ -378,17 +382,18 @@ def test_no_rows(run):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "vocab_size", "hidden_size", "top_k"),
+    ("num_rows", "vocab_size", "hidden_size", "top_k", "dtype"),
     [
-        (1, 262_144, 32, 10),
-        (2, 33_003, 48, 64),
-        (5, 9001, 100, 1),
-        (3, 2049, 130, 33),
-        (2, 4096, 16, 200),
-        (9, 31, 8, 31),
+        (1, 262_144, 32, 10, torch.bfloat16),
+        (2, 33_003, 48, 64, torch.float32),
+        (5, 9001, 100, 1, torch.bfloat16),
+        (3, 2049, 130, 33, torch.bfloat16),
+        (2, 4096, 16, 200, torch.float32),
+        (9, 31, 8, 31, torch.bfloat16),
+        (9, 31, 8, 31, torch.float32),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes(run, num_rows, vocab_size, hidden_size, top_k, dtype):
     """Many slices, slices that do not fill, hidden sizes that are no power of two; float32 accumulation throughout."""
     logits, hidden, lm_head = problem(num_rows, vocab_size, hidden_size, dtype=dtype)

@@ -26,8 +26,10 @@ def server(models, tmp_path_factory):
         tmp_path_factory.mktemp("server") / "log",
         *("--data-parallel-size", "2", "--max-model-len", "256", "--return-tokens-as-token-ids"),
         *("--logits-processors", "pad_vllm:PADLogitsProcessor", "--additional-config", json.dumps({"pad": pad})),
+        preloaded=False,
+        timeout=300,
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path_factory.mktemp("counts")),
         VLLM_CPU_OMP_THREADS_BIND=A_CORE_EACH,
-        VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
     )
     yield server
     server.close()

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,16 +17,20 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HEADS
+from tests.support.command import run_command, run_python
 from tests.support.engine import OFFLINE
 from tests.support.models import make_heads, make_model
-from tests.support.server import FORK, wait_until_healthy
+from tests.support.server import Server, wait_until_healthy
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PIP = 'pip() { python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
-"""pip installs into a folder here, and not over the environment that the tests run in."""
+PIP = 'pip() { [ -e installed ] || python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
+"""pip installs into a folder here, and not over the environment that the tests run in; what every document asks for,
+once."""
+MAX_TOKENS = 16
+"""The tests' models never end an answer."""
 RUN_ELSEWHERE = ["make demo", "make quick", "make test"]
-"""test_language.py runs what the first runs; this is the others."""
+"""test_demo_served.py runs what the first runs; this is the others."""
 DOCUMENTS = [
     "CONTRIBUTING.md",
     "README.md",
@@ -71,7 +76,7 @@ def write_pairs(folder: Path, record: str) -> None:
 
 
 def write_evaluation(folder: Path, text: str) -> None:
-    (folder / "evaluation.yaml").write_text(text)
+    (folder / "evaluation.yaml").write_text(text + f"max_tokens: {MAX_TOKENS}\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": "b c"}\n')
     (folder / "my_module.py").write_text(
         "from pad_vllm.evaluation.judgement import Judgement\n"
@@ -96,20 +101,28 @@ def environment(multiprocess: bool = True) -> dict[str, str]:
     path = f"{BIN}:{os.environ['PATH']}"
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
     settings["VLLM_CPU_CI_ENV"] = "1"  # the documents leave compilation on, which takes a minute here
-    return os.environ | OFFLINE | FORK | {"PATH": path} | settings
+    return os.environ | OFFLINE | {"PATH": path} | settings
 
 
 def run(folder: Path, language: str, body: str) -> str:
-    """Run a block to its end; what it printed."""
-    name = folder / "blocks" / ("block.py" if language == "python" else "block.sh")
-    name.parent.mkdir(exist_ok=True)
-    if language == "python":  # an engine's process imports the script again
-        body = 'if __name__ == "__main__":\n' + textwrap.indent(body, "    ")
-    name.write_text(body if language == "python" else f"set -euo pipefail\n{PIP}{body}")
-    command = [sys.executable if language == "python" else "bash", str(name)]
-    done = subprocess.run(command, cwd=folder, env=environment(multiprocess=False), capture_output=True, text=True)
-    assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    """Run a block to its end; what it printed. Python and our own commands run in a process that has vLLM already."""
+    if language == "python":
+        script = folder / "block.py"
+        script.write_text(body)
+        return run_python([str(script)], folder, environment(multiprocess=False))
+    printed = []
+    for line in body.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line, comments=True) or [""]
+        if program == "python":
+            printed.append(run_python(arguments, folder, environment(multiprocess=False)))
+        elif program == "pad-vllm":
+            printed.append(run_command(arguments, folder, environment(multiprocess=False)))
+        else:
+            command = ["bash", "-c", f"set -euo pipefail\n{PIP}{line}"]
+            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            printed.append(done.stdout)
+    return "".join(printed)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -130,12 +143,15 @@ def test_every_command_runs(folder, document):
                 subprocess.run(
                     ["make", "--dry-run", "demo", "quick", "test"], cwd=ROOT, check=True, capture_output=True
                 )
+            elif "--speculative-config" in body:
+                serve_with_drafts(folder, body)
             elif body.startswith("vllm serve"):
                 server = stop(server)
-                command = ["bash", "-c", f"exec {body.rstrip()} --port {port}"]
+                body = body.rstrip() + f" --override-generation-config.max_new_tokens {MAX_TOKENS}"
+                command = ["bash", "-c", f"exec {body} --port {port}"]
                 log = (folder / "log").open("w")
                 server = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
-                wait_until_healthy(server, port, folder / "log", timeout=180)
+                wait_until_healthy(lambda own=server: own.poll() is None, port, folder / "log", timeout=180)
             else:
                 body = body.replace("localhost:8000", f"localhost:{port}")
                 body = body.replace("examples/client.py", f"examples/client.py http://localhost:{port}/v1")
@@ -144,6 +160,19 @@ def test_every_command_runs(folder, document):
                     assert "a typing error: pad_persona='tense': no such persona; did you mean 'terse'?" in out
     finally:
         stop(server)
+
+
+def serve_with_drafts(folder: Path, body: str) -> None:
+    """On Model Runner V2, which on a CPU takes the tests' interpreter, and so their server."""
+    body = re.sub(r"\b(base|reward)-model\b", rf"{folder}/\g<0>", body.replace("\\\n", " "))
+    _, _, model, *arguments = shlex.split(body)
+    server = Server(model, folder / "log", *arguments, runner="v2")
+    try:
+        ask = {"prompt": "a b", "max_tokens": 4, "temperature": 0, "vllm_xargs": {"pad_preference": "c"}}
+        assert server.post("/v1/completions", ask)[0] == 200
+        assert "the reward model drafts 4 tokens at a time" in (folder / "log").read_text()
+    finally:
+        server.close()
 
 
 def stop(server: subprocess.Popen | None) -> None:
@@ -160,7 +189,7 @@ def test_the_offline_example(folder):
 
 def test_what_is_installed(folder):
     """The wheel has the kernels, and the entry points by which vLLM finds the plugin."""
-    run(folder, "bash", "rm -rf installed && pip install --no-deps .")
+    run(folder, "bash", "pip install --no-deps .")
     installed = folder / "installed"
     assert (installed / "pad_vllm" / "kernels" / "fused.py").exists()
     assert (installed / "pad_vllm" / "demo" / "serve.py").exists()

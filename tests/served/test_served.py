@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import tempfile
@@ -31,14 +30,6 @@ mixed: {weights: [0.7, -0.2, 0.5], top_k: 8}
 """
 TERSE = {"preference": "concise, formal", "beta": 1.5}
 MAX_TOP_K = 20
-INTERPRETER = Path(__file__).parents[1] / "support" / "interpreter"
-V2 = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-    # Before what is there: another release of vLLM.
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(INTERPRETER), os.environ.get("PYTHONPATH")])),
-}
 MODES = [  # vllm_xargs, and what the oracle is asked
     ({}, {"guided": False}),
     ({"pad_preference": "playful"}, {"preference": "playful"}),
@@ -71,8 +62,8 @@ def server(models, tmp_path_factory, runner):
         *("--additional-config", json.dumps({"pad": str(root / "pad.json")})),
         # A random model may write white space for ever.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+        runner=runner,
         VLLM_LOG_STATS_INTERVAL="1",
-        **(V2 if runner == "v2" else {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     )
     yield server
     server.close()
@@ -163,7 +154,7 @@ def test_many_clients_at_once_get_what_they_get_alone(encode, client, runner):
     """Greedy and seeded, guided and not, of all lengths."""
     rng = random.Random(0)
     requests = []
-    for i in range(32):
+    for i in range(24):
         sampling = {"temperature": 0.8, "seed": i} if i % 3 == 0 else {"temperature": 0}
         prompt = encode("and then " * rng.randint(1, 40))
         requests.append((prompt, MODES[i % len(MODES)][0], rng.randint(1, 16), sampling))
@@ -174,7 +165,7 @@ def test_many_clients_at_once_get_what_they_get_alone(encode, client, runner):
         settings = {"model": "base", "prompt": prompt, "max_tokens": max_tokens, "extra_body": extra} | sampling
         return client.completions.create(**settings).choices[0].token_ids
 
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(24) as pool:
         together = list(pool.map(ask, requests))
     assert together == [ask(request) for request in requests]
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-import types
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
+from unittest.mock import patch
+
+from pad_vllm.benchmarks import interpreter
 
 # Nothing but loopback is reached from a test.
 OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
@@ -28,24 +33,38 @@ def set_environment(runner: str, multiprocess: bool = False, kernels: str = "ref
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if runner == "v2":
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton.backends
+        interpreter.use_v2()
 
-        active = types.SimpleNamespace(is_active=lambda: True)
-        triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active)
+
+def fork_processes() -> None:
+    """On a CPU vLLM spawns an engine's processes, each of which imports it again; let this process fork its own."""
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context(
+        "fork" if method in ("spawn", "forkserver") else method
+    )
+
+
+def preload_processes() -> None:
+    """Let the engines that this package starts be forked from the process that the tests' own are."""
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: Preloaded("v1") if method == "forkserver" else get_context(method)
 
 
 def _start(runner: str, multiprocess: bool, kernels: str, kwargs: dict[str, Any]) -> None:
     global _llm
     set_environment(runner, multiprocess, kernels)
+    if multiprocess:
+        fork_processes()
     from vllm import LLM
 
+    interpreter.complete()
     if not multiprocess:
         kwargs["distributed_executor_backend"] = "uni"
     _llm = LLM(**kwargs)
 
 
 def _stop() -> None:
+    gc.collect = lambda *_: 0  # of a process that ends, for a second
     # Else the process would wait, on its way out, for an engine core that waits for it.
     _llm.llm_engine.engine_core.shutdown()
 
@@ -67,15 +86,40 @@ def _inherit(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
+class PreloadedProcess(ForkServerProcess):
+    """Forked from a process that has imported vLLM for a runner, which takes a quarter of a minute."""
+
+    runner: str
+
+    def start(self) -> None:
+        # multiprocessing has one server for all processes; this one has imported something else.
+        with patch.object(forkserver, "connect_to_new_process", SERVERS[self.runner].connect_to_new_process):
+            super().start()
+
+
+class Preloaded(ForkServerContext):
+    def __init__(self, runner: str) -> None:
+        self.runner = runner
+
+    def Process(self, *args: Any, **kwargs: Any) -> PreloadedProcess:
+        process = PreloadedProcess(*args, **kwargs)
+        process.runner = self.runner
+        return process
+
+
+SERVERS = {runner: forkserver.ForkServer() for runner in ("v1", "v2")}
+for _runner, _server in SERVERS.items():
+    _server.set_forkserver_preload([f"tests.support.preload.{_runner}"])
+
+
 class Worker:
     """A fresh process that runs functions, and raises here what they raise there.
 
-    ``preloaded``: forked from a process that has imported vLLM for V1, which takes a quarter of a minute.
+    ``preloaded``: the runner for which it has vLLM already.
     """
 
-    def __init__(self, preloaded: bool = False) -> None:
-        multiprocessing.set_forkserver_preload(["tests.support.preload"])
-        context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
+    def __init__(self, preloaded: str | None = None) -> None:
+        context = Preloaded(preloaded) if preloaded else multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, context, _inherit, (dict(os.environ),))
 
     def run(self, function: Callable, *args: Any) -> Any:
@@ -89,13 +133,20 @@ class Engine(Worker):
     """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served.
 
     ``kernels``: the Triton interpreter takes some milliseconds a row, so most tests use the reference; V2 with Triton's
-    is the plugin as a GPU runs it.
+    is the plugin as a GPU runs it. Not ``preloaded``: it imports vLLM, and writes to this process's output.
     """
 
     def __init__(
-        self, runner: str, model: Any, *, multiprocess: bool = False, kernels: str = "reference", **kwargs: Any
+        self,
+        runner: str,
+        model: Any,
+        *,
+        multiprocess: bool = False,
+        kernels: str = "reference",
+        preloaded: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(preloaded=runner == "v1" and not multiprocess)
+        super().__init__(runner if preloaded else None)
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
         try:
             self.run(_start, runner, multiprocess, kernels, settings | kwargs)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine import OFFLINE
-
-FORK = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
-"""An engine's process need not import vLLM again."""
+from tests.support.engine import OFFLINE, Preloaded, fork_processes, set_environment
 
 
-def wait_until_healthy(process: subprocess.Popen, port: int, log: Path, timeout: float) -> None:
+def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, timeout: float) -> None:
     """Wait for a server's answer; RuntimeError with the end of its log if it ends, or takes longer than ``timeout``."""
     deadline = time.monotonic() + timeout
-    while process.poll() is None and time.monotonic() < deadline:
+    while is_running() and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
@@ -32,31 +32,53 @@ def wait_until_healthy(process: subprocess.Popen, port: int, log: Path, timeout:
     raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
 
 
-class Server:
-    """``vllm serve`` with ``args``. ``environment`` is added to this process's."""
+def serve(arguments: list[str], log: Path, runner: str, preloaded: bool, environment: dict[str, str]) -> None:
+    """``vllm serve``, in this process and those that it forks. (As it starts its own: test_docs.py.)"""
+    os.setsid()
+    os.environ.update(environment)
+    set_environment(runner, multiprocess=True)
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    fork_processes()
+    if preloaded:
+        tempfile.tempdir = None  # it was asked for before this environment was here
+    from vllm.entrypoints.cli.main import main
 
-    def __init__(self, model: Any, log: Path, *args: str, timeout: float = 180, **environment: str) -> None:
+    sys.argv = ["vllm", "serve", *arguments]
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's own processes end without
+
+
+class Server:
+    """``vllm serve`` with ``args``. ``environment`` is added to this process's. Not ``preloaded``: it imports vLLM
+    in this environment (where Prometheus's client keeps counts, it decides when it is imported)."""
+
+    def __init__(
+        self,
+        model: Any,
+        log: Path,
+        *args: str,
+        runner: str = "v1",
+        preloaded: bool = True,
+        timeout: float = 180,
+        **environment: str,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"]
-        command += ["--dtype", "float32", "--enforce-eager", "--seed", "0", *args]
+        arguments = [str(model), "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"]
+        arguments += ["--dtype", "float32", "--enforce-eager", "--seed", "0", *args]
         self.log = log
-        with log.open("w") as file:
-            self._process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ
-                | OFFLINE
-                | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-                | FORK
-                | environment,
-            )
+        context = Preloaded(runner) if preloaded else multiprocessing.get_context("spawn")
+        environment = dict(os.environ) | OFFLINE | environment
+        self._process = context.Process(target=serve, args=(arguments, log, runner, preloaded, environment))
+        self._process.start()
         try:
-            wait_until_healthy(self._process, self.port, log, timeout)
+            wait_until_healthy(self._process.is_alive, self.port, log, timeout)
         except BaseException:
             self.close()
             raise
@@ -84,10 +106,8 @@ class Server:
             return error.code, error.read().decode()
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        self._process.terminate()
+        self._process.join(30)
+        if self._process.is_alive():
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.join()

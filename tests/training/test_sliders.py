@@ -89,7 +89,7 @@ def test_served_they_satisfy_nearly_as_the_users_own_words_do(cache, reward, tmp
         persona = persona_of(sliders_of(fitted(reward, wanted, tmp_path_factory.mktemp("user"))))
         words = {"pad_preference": world.preference(wanted, random.Random(i)), "pad_reference": "neutral"}
         arguments += [(wanted, None), (wanted, words), (wanted, persona)]
-    worker = Worker(preloaded=True)
+    worker = Worker("v1")
     found = worker.run(satisfaction, cache, arguments)
     worker.close()
     for i in range(0, len(found), 3):

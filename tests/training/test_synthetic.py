@@ -21,7 +21,7 @@ def measure_guided(cache: Path) -> dict[str, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def satisfied(cache):
-    worker = Worker(preloaded=True)
+    worker = Worker("v1")
     yield worker.run(measure_guided, cache)
     worker.close()
 

@@ -17,12 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pad_vllm.cli import main
 from pad_vllm.reward.heads import load_heads
+from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import PROMPT_TEMPLATE, TINY
-from pad_vllm.training import trainer
+from pad_vllm.training import heads, trainer
+from pad_vllm.training.data import encode, read_comparisons
 from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
+from tests.support.models import make_model
+from tests.support.tokenizers import CHATML, make
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +59,10 @@ def undisturbed(base, pairs, tmp_path_factory):
     return weights_of(output)
 
 
-@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 8])
 def test_killed_at_any_step_and_resumed_ends_in_the_same_weights(step, base, pairs, undisturbed, tmp_path, monkeypatch):
-    """Five steps of the backbone and four of the heads, a checkpoint after every second."""
+    """Five steps of the backbone and four of the heads, a checkpoint after every second: before the first, between two,
+    after one, between the stages, at the last step."""
     steps = 0
     compute_loss = trainer.PADTrainer.compute_loss
 
@@ -322,3 +327,37 @@ def test_the_fit_command_prints_a_persona(base, pairs, undisturbed, tmp_path, ca
             main(["fit", str(few), "--reward-model", bad])
         assert ended.value.code == 1
         assert says in capsys.readouterr().err
+
+
+def log_likelihood(model, prompt: list[int], answer: list[int]) -> float:
+    log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+@torch.no_grad()
+def test_a_reference_with_another_tokenizer_reads_the_same_texts(base, pairs, undisturbed, tmp_path):
+    """In its own chat template and tokens; also where a user wants the answer that was rejected."""
+    reference = make_model(tmp_path / "reference", seed=3, vocab_size=600)
+    make("byte-level", 600, CHATML).save_pretrained(reference)
+    tokenizer, theirs = (AutoTokenizer.from_pretrained(path) for path in (base, reference))
+    comparisons = read_comparisons(pairs)[:6]
+    encoded = encode(comparisons, tokenizer, PromptTemplate(tokenizer, PROMPT_TEMPLATE), 512, theirs)
+    seen, _ = heads.users_of(encoded, sorted({name for pair in encoded for name in pair.labels}), 0)
+    assert len(seen) == len(encoded) == 6
+    swapped = {tuple(pair.chosen) == tuple(was.rejected) for pair, was in zip(seen, encoded, strict=True)}
+    assert swapped == {True, False}
+    own, other = (AutoModelForCausalLM.from_pretrained(path).double() for path in (base, reference))
+    margins = trainer.reward_margins(own, other, seen)
+    for pair, comparison, margin in zip(seen, comparisons, margins.tolist(), strict=True):
+        assert tokenizer.decode(pair.chosen).startswith(theirs.decode(pair.reference[1]).removesuffix("</s>"))
+        assert (
+            theirs.decode(pair.reference[0])
+            == f"<|im_start|>user\n{comparison.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        expected = log_likelihood(own, pair.prompt, pair.chosen) - log_likelihood(own, pair.prompt, pair.rejected)
+        prompt, chosen, rejected = pair.reference
+        expected -= log_likelihood(other, prompt, chosen) - log_likelihood(other, prompt, rejected)
+        assert margin == pytest.approx(expected, abs=1e-3)
+    with torch.enable_grad():
+        train(config_of(base, pairs, tmp_path / "reward", reference=str(reference)), quiet=True)
+    assert weights_of(tmp_path / "reward") != undisturbed

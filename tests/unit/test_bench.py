@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pad_vllm.benchmarks import loops
+from pad_vllm.benchmarks import loops, throughput
 from pad_vllm.benchmarks.methods import Cell, guidance, prompts
 from pad_vllm.benchmarks.record import Record
 
@@ -48,6 +49,32 @@ def test_a_record_of_another_machine_or_other_settings_is_begun_anew(tmp_path):
     kept = json.loads((tmp_path / "throughput.json").read_text())
     (tmp_path / "throughput.json").write_text(json.dumps(kept | {"hardware": "another"}))
     assert Record(tmp_path, settings, sections).results == {}
+
+
+def test_an_unfinished_section_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    begun = []
+
+    def section(bench, args) -> list[dict]:
+        """In parts."""
+        rows = list(bench.kept)
+        begun.append(len(rows))
+        for i in range(len(rows), 3):
+            rows.append({"label": f"part {i}", "value": i})
+            bench.keep(rows)
+            if i == 1:
+                raise KeyboardInterrupt
+        return rows
+
+    monkeypatch.setattr(throughput, "SECTIONS", {"parts": section})
+    args = argparse.Namespace(sections=["parts"], resume=True, output=tmp_path, repeats=1)
+    args.__dict__ |= {"base": None, "reward": None, "dtype": "float32", "enforce_eager": False, "batch": [1]}
+    with pytest.raises(KeyboardInterrupt):
+        throughput.measure(None, args)
+    for _ in range(2):
+        throughput.measure(None, args)
+    assert begun == [0, 2]
+    rows = json.loads((tmp_path / "throughput.json").read_text())["results"]["parts"]["rows"]
+    assert [row["value"] for row in rows] == [0, 1, 2]
 
 
 def test_both_models_or_none():

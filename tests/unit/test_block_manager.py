@@ -65,10 +65,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
             for index in line:
                 self.write(index, compute_from=None)
             return
+        fits = blocks.has_room(np.array(line), np.array(lengths))
         while line:
             held = {index: list(blocks.contexts[index].blocks) for index in line}
             admitted, cold = blocks.admit(line, lengths)
             assert admitted >= 1
+            assert not fits or admitted == len(line), "there was no room"
             starts = {context.slot: num_computed for context, num_computed in cold}
             self.copy(blocks.take_copies(), starts)
             for index in line[:admitted]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,9 @@ from transformers import AutoConfig
 
 from pad_vllm import internals, releases
 from pad_vllm.commands.check import check
+from tests.support.command import run_command
+from tests.support.models import make_model
+from tests.support.tokenizers import CHATML, TURNS, make
 
 pytestmark = pytest.mark.every_release
 
@@ -27,10 +28,8 @@ def config(models, tmp_path_factory) -> Path:
 
 def test_the_command(models, config):
     """As a user types it; everything is there, and so the exit status is 0."""
-    command = [Path(sys.executable).with_name("pad-vllm"), "check", config, "--model", models.base]
-    run = subprocess.run([*command, "--max-model-len", "256"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "FAILED" not in run.stdout
+    printed = run_command(["check", config, "--model", models.base, "--max-model-len", 256])
+    assert "FAILED" not in printed
     for words in (
         f"vLLM: {releases.version()}",
         "names that pad-vllm binds to, all there",
@@ -40,7 +39,7 @@ def test_the_command(models, config):
         "heads: concise, formal, playful",
         "base model: base: same tokens; runner V1; 256 tokens of context",
     ):
-        assert words in run.stdout
+        assert words in printed
 
 
 @pytest.mark.parametrize(
@@ -133,3 +132,15 @@ def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
 def test_every_import_from_vllm_is_checked():
     assert {"vllm.v1.core.block_pool:BlockPool", "vllm:envs"} <= internals.imported()
     assert internals.imported() <= set(internals.names())
+
+
+def test_another_tokenizer_and_a_translated_prompt_are_shown(models, tmp_path, capsys):
+    base, reward = make_model(tmp_path / "base", 0, vocab_size=600), make_model(tmp_path / "reward", 1, vocab_size=900)
+    make("byte-level", 600, CHATML).save_pretrained(base)
+    make("replace", 900, TURNS).save_pretrained(reward)
+    assert check(json.dumps({"reward_model": str(reward)}), str(base), 256) == 0
+    shown = capsys.readouterr().out
+    assert "another tokenizer: " in shown
+    assert "of the base model's 600 tokens can be candidates" in shown
+    assert "reads: '<s><start_of_turn>user\\n[Guidelines] Your task" in shown
+    assert "[Instruction] How do I keep tomatoes fresh?<end_of_turn>\\n<start_of_turn>model\\n'" in shown

@@ -40,7 +40,9 @@ def shared(base: Path, reward: Path, num_rows: int = KNOWN):
     """What the start of an engine finds out about two tokenizers."""
     base_config = EngineArgs(str(base)).create_model_config()
     config = PADConfig(reward_model=str(reward))
-    tokens = load_tokenizer(config, {"pretrained_model_name_or_path": str(reward)}, base_config, num_rows)
+    reward_config = EngineArgs(str(reward)).create_model_config()
+    arguments = {"pretrained_model_name_or_path": str(reward)}
+    tokens = load_tokenizer(config, arguments, base_config, reward_config, num_rows)
     assert check_vocabulary(str(reward), num_rows, 520, tokens) == min(num_rows, 520)
     return tokens
 

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.worker.board import Board
+from pad_vllm.worker.drafter import UNGUIDED
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
 
@@ -69,8 +70,11 @@ class Adapter:
                 slot, state.params, state.controls, prompt_ids, state.stop_token_id
             )
             state.slot = slot
-        except Exception:
-            logger.exception("PAD cannot guide a request: ending it.")
+        except Exception as error:
+            if state.params is UNGUIDED:
+                logger.debug("PAD cannot draft for a request: %s", error)
+            else:
+                logger.exception("PAD cannot guide a request: ending it.")
             self.fail([state])
         return not state.failed
 
@@ -89,13 +93,16 @@ class Adapter:
         self.show()
 
     def give_up(self, states: list[RequestState], error: Exception) -> None:
-        logger.error("A step of PAD guidance failed: ending its %d requests.", len(states), exc_info=error)
+        num_guided = sum(state.params is not UNGUIDED for state in states)
+        logger.error("A step of PAD guidance failed: ending its %d requests.", num_guided, exc_info=error)
         self.fail(states)
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
         if self.guidance is not None:
-            self.guidance.stats.failed_requests += sum(not state.failed for state in states)
+            self.guidance.stats.failed_requests += sum(
+                not state.failed and state.params is not UNGUIDED for state in states
+            )
         for state in states:
             state.failed = True
         self.show()

@@ -134,6 +134,7 @@ class V1Adapter(Adapter):
                 exact=True,
                 positions=positions,
                 token_ids=token_ids,
+                last_ids=tokens[2],
                 output_ids=lambda slot: batch.by_slot[slot].output_ids,
                 output_tokens=lambda: penalties.output_tokens(),
             ),

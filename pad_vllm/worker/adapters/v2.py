@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.drafter import UNGUIDED, Sample
 from pad_vllm.worker.guidance import Guidance
+from pad_vllm.worker.slots import SamplingControls
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class V2Adapter(Adapter):
@@ -28,20 +33,29 @@ class V2Adapter(Adapter):
     def __init__(self, guidance: Guidance | None, resolve: Resolve, req_states: LogitsProcRequestState) -> None:
         super().__init__(guidance, resolve)
         self.req_states = req_states
+        self.drafter = guidance and guidance.drafter
         self.states: list[RequestState | None] = [None] * req_states.max_num_reqs  # by slot
         self.asked = np.zeros(req_states.max_num_reqs, bool)
-        """[max_num_reqs] slots whose request asked for guidance"""
+        """[max_num_reqs] slots whose request asked for guidance; and, if the reward model drafts, of all others"""
         self.failed = np.zeros(req_states.max_num_reqs, bool)
         """[max_num_reqs] of these, slots whose request was given up"""
+        self.num_tokens = np.zeros(req_states.max_num_reqs, np.int64)
+        """[max_num_reqs] at most so many tokens had a slot's request before it sampled in its last step"""
+        self.sampled = np.zeros(req_states.max_num_reqs, bool)
+        """[max_num_reqs] slots whose request is not greedy"""
         self.arrived: dict[int, HostCopy | None] = {}  # slot -> the tokens of a request that has not begun
         self.last: tuple[np.ndarray, Layout] | None = None  # places of the guided requests in the last step's batch
+        self.last_drafted: tuple[np.ndarray, Layout] | None = None  # and of those that were drafted for
 
     def add_request(self, slot: int, sampling_params: SamplingParams) -> bool:
-        self.last = None
+        self.last = self.last_drafted = None
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
+        if state is None and self.drafter is not None:
+            self.states[slot] = state = RequestState(UNGUIDED, SamplingControls(), 0)
         self.asked[slot] = state is not None
         self.failed[slot] = state is not None and state.failed
+        self.sampled[slot] = sampling_params.temperature > 0
         self.arrived.pop(slot, None)
         if state is not None and not state.failed:
             self.arrived[slot] = None
@@ -49,8 +63,13 @@ class V2Adapter(Adapter):
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
-        self.last = None
-        self.failed[:] = [state is not None and state.failed for state in self.states]
+        self.last = self.last_drafted = None
+        for slot, state in enumerate(self.states):
+            failed = state is not None and state.failed
+            is_guided = failed and state.params is not UNGUIDED
+            self.failed[slot] = is_guided
+            if failed and not is_guided:
+                self.asked[slot] = False  # it goes on without drafts
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
@@ -65,6 +84,7 @@ class V2Adapter(Adapter):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         slots, num_tokens = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
+        self.num_tokens[slots] = num_tokens
         # What a row samples before its prompt is whole is thrown away.
         asked = np.flatnonzero(self.asked[slots] & (num_tokens >= self.req_states.prefill_len.np[slots]))
         if not len(asked):
@@ -86,11 +106,11 @@ class V2Adapter(Adapter):
         if self.arrived:
             for slot in sorted(self.arrived.keys() & set(slots.tolist())):
                 tokens = self.arrived.pop(slot)
-                if self.failed[slot]:
+                if self.states[slot].failed:
                     continue
                 fed[slot] = tokens.tolist()
                 self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
-        guided = asked[~self.failed[slots]]
+        guided = asked[self.asked[slots] & ~self.failed[slots]]
         if not len(guided):
             return
         layout = self._layout(ctx, guided)
@@ -98,6 +118,9 @@ class V2Adapter(Adapter):
             positions = ctx.pos[layout.rows]
         else:
             positions = ctx.pos[layout.rows].masked_fill(layout.row_slots == self.guidance.no_slot, 0)
+        local_positions = None
+        if self.guidance.max_rows_per_request > 1:
+            local_positions = ctx.expanded_local_pos[layout.rows].long()
         prompt_len = self.req_states.prompt_len.np
         batch = GuidedBatch(
             layout=layout,
@@ -107,8 +130,56 @@ class V2Adapter(Adapter):
             token_ids=ctx.input_ids[layout.rows],
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
             output_tokens=lambda: self._output_tokens(ctx, layout),
+            local_positions=local_positions,
         )
         self.guidance.apply(logits, batch)
+
+    def draft(
+        self, slots: np.ndarray, last_sampled: torch.Tensor, num_drafts: int, sample: Sample
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Draft for the requests of a batch that have sampled in this step.
+
+        Args:
+            slots: [num_reqs] of the batch.
+            last_sampled: [max_num_reqs] int64, by slot.
+            num_drafts, sample: see :meth:`Drafter.draft`.
+
+        Returns:
+            Places in the batch, and their [places, num_drafts] int64; None where nothing could be drafted.
+        """
+        num_tokens = self.num_tokens[slots]
+        places = np.flatnonzero(
+            self.asked[slots] & ~self.failed[slots] & (num_tokens >= self.req_states.prefill_len.np[slots])
+        )
+        if not len(places):
+            return places, None
+        try:
+            layout = self._draft_layout(places, slots[places].astype(np.int64))
+            batch = GuidedBatch(
+                layout=layout,
+                num_tokens=num_tokens[places] + 1,
+                exact=False,
+                positions=self.req_states.total_len.gpu[layout.row_slots].long() - 1,
+                token_ids=last_sampled[layout.row_slots],
+                output_ids=self._output_ids,
+            )
+            drafts = self.drafter.draft(batch, num_drafts, sample)
+        except Exception:
+            logger.exception("The reward model could not draft in a step.")
+            drafts = None
+        self.guidance.stats.drafted_tokens += 0 if drafts is None else drafts.numel()
+        self.guidance.stats.steps_without_drafts += drafts is None
+        return places, drafts
+
+    def _draft_layout(self, places: np.ndarray, slots: np.ndarray) -> Layout:
+        if self.last_drafted is not None:
+            last_places, layout = self.last_drafted
+            if np.array_equal(last_places, places) and np.array_equal(layout.slots, slots):
+                return layout
+        device = self.guidance.device
+        layout = Layout(slots, to_device(places, device, torch.int64), to_device(slots, device, torch.int64))
+        self.last_drafted = places, layout
+        return layout
 
     def _output_tokens(self, ctx: LogitsContext, layout: Layout) -> OutputTokens:
         """The tokens that penalties count, where they are: settled ones in the runner's state, drafts in the step's."""

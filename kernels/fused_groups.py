@@ -1,0 +1,279 @@
+"""The guidance step on a GPU for a reward model with another tokenizer: :mod:`.groups`, in four launches.
+
+As :mod:`.fused`, but :func:`gather_groups_kernel` merges a row's candidates and looks their groups up, and
+:func:`score_groups_kernel` has a program for each of a row's distinct groups, and more where a group is large: it
+gathers the rows of lm_head of the group's members and keeps the logsumexp of their logits. What the programs, and the
+ranks of a tensor-parallel group, have of a group is put together by :func:`reweight_groups_kernel`, which normalizes
+over the groups and writes. No member list is ever as long as the vocabulary, and nothing is synchronized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from .controls import undo_controls
+from .fused import BLOCK_V, SELECT_WARPS, capped, cut, dot_candidates, merge, select_kernel, store_guided
+from .groups import Groups, gather_shards
+from .keys import NO_KEY, from_key
+from .reference import Controls, Mixture, map_heads
+
+BLOCK_M, BLOCK_D = 4, 512
+"""Members, and elements of their rows, that a program scores at a time: most groups have one or two."""
+MAX_PARTS = 16
+PART = 256
+"""Programs of a group, at most, and so many members of the largest for each."""
+BLOCK_K = 16
+"""Candidates with which all are compared at a time."""
+GATHER_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 4, 4
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def gather_groups_kernel(
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, NUM_KEYS] int64; a row's candidates in its first K, out
+    key_ptr,  # [V] int32
+    groups_ptr,  # [R, K] int32, out; -1 where there is no candidate
+    K: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
+):
+    """Merge a row's candidates, and find their groups."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, K)
+    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
+    if top_k > 0:
+        candidates = merge(keys_ptr + row_idx * NUM_KEYS, top_k, K, NUM_KEYS)
+        _, ids = from_key(candidates)
+        group = tl.load(key_ptr + ids, mask=candidates > NO_KEY, other=-1)
+        tl.store(keys_ptr + row_idx * NUM_KEYS + place, candidates)
+        tl.store(groups_ptr + row_idx * K + place, group)
+
+
+@triton.jit
+def add_exponentials(most, total, values):
+    """A running logsumexp, as (most, total): the values' own is most + log(total)."""
+    larger = tl.maximum(most, values)
+    return larger, total * tl.exp(most - larger) + tl.exp(values - larger)
+
+
+@triton.jit
+def score_groups_kernel(
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    groups_ptr,  # [R, K] int32
+    members_ptr,  # [M] int32
+    starts_ptr,  # [groups + 1] int32
+    hidden_ptr,  # [C, hidden_size]
+    hidden_stride,
+    lm_head_ptr,  # [shard_size, hidden_size]
+    lm_head_stride,
+    bias_ptr,  # [shard_size], or nothing
+    contexts_ptr,  # [R, J] int64, or nothing
+    weights_ptr,  # [R, J] float32, or nothing
+    num_contexts,  # J
+    soft_cap,
+    scale,
+    vocab_start,
+    shard_size,
+    hidden_size,
+    scores_ptr,  # [PARTS, R * J, K] float32, out: only of a group's first candidate, and of contexts with a weight
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+):
+    """The logsumexp of a part of a group's members, in one context."""
+    context, place, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row_idx = context // num_contexts
+    is_wanted = place < tl.load(top_k_ptr + row_idx * top_k_stride)
+    if HAS_MIXTURE:
+        is_wanted = is_wanted & (tl.load(weights_ptr + context) != 0.0)
+    if is_wanted:
+        group = tl.load(groups_ptr + row_idx * K + place)
+        places = tl.arange(0, K)
+        groups = tl.load(groups_ptr + row_idx * K + places)
+        first = tl.min(tl.where(groups == group, places, K), 0)
+        if (group >= 0) & (first == place):
+            row_hidden_ptr = hidden_ptr + context * hidden_stride
+            if HAS_MIXTURE:
+                row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + context) * hidden_stride
+            begin, end = tl.load(starts_ptr + group), tl.load(starts_ptr + group + 1)
+            most, total = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            for start in range(begin + part * BLOCK_M, end, PARTS * BLOCK_M):
+                m = start + tl.arange(0, BLOCK_M)
+                local = tl.load(members_ptr + m, mask=m < end, other=0).to(tl.int64) - vocab_start
+                is_mine = (m < end) & (local >= 0) & (local < shard_size)
+                local = tl.where(is_mine, local, 0)
+                r = dot_candidates(
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, BLOCK_M,
+                    BLOCK_D, HAS_BIAS,
+                )  # fmt: skip
+                if HAS_SOFT_CAP:
+                    r = capped(r, soft_cap)
+                most, total = add_exponentials(most, total, tl.where(is_mine, r * scale, float("-inf")))
+            largest = tl.max(most, 0)
+            log_sum = largest + tl.log(tl.sum(total * tl.exp(most - largest), 0))
+            at = (part * tl.num_programs(0) + context) * K + place
+            tl.store(scores_ptr + at, log_sum)
+
+
+@triton.jit
+def reweight_groups_kernel(
+    logits_ptr,  # [N, num_cols]
+    logits_stride,
+    rows_ptr,  # [R] int64
+    top_k_ptr,  # [R] int64
+    top_k_stride,
+    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
+    groups_ptr,  # [R, K] int32
+    y_ptr,  # [R, K] float32, or nothing
+    scores_ptr,  # [num_parts, R * J, K] float32
+    num_parts,
+    weights_ptr,  # [R, J] float32, or nothing
+    num_contexts,  # J
+    beta_ptr,  # [R] float32
+    beta_stride,
+    reference_ptr,  # [R] float32
+    reference_stride,
+    end_ids_ptr,  # [R] int64
+    K: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_CONTROLS: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
+):
+    """Normalize over the groups of one row, and write it."""
+    row_idx = tl.program_id(0).to(tl.int64)
+    if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
+        place = tl.arange(0, K)
+        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
+        group = tl.load(groups_ptr + row_idx * K + place)
+        is_candidate = group >= 0
+        z, ids = from_key(candidates)
+        y = z
+        if HAS_CONTROLS:
+            y = tl.load(y_ptr + row_idx * K + place)
+        first = tl.full([K], K, tl.int32)  # of each candidate's group
+        most, total = tl.full([K], LOWEST, tl.float32), tl.zeros([K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            others = start + tl.arange(0, BLOCK_K)
+            same = group[:, None] == tl.load(groups_ptr + row_idx * K + others)[None, :]
+            if HAS_CONTROLS:
+                their_y = tl.load(y_ptr + row_idx * K + others)
+            else:
+                their_y, _ = from_key(tl.load(keys_ptr + row_idx * NUM_KEYS + others))
+            first = tl.minimum(first, tl.min(tl.where(same, others[None, :], K), 1))
+            theirs = tl.where(same, their_y[None, :], float("-inf"))
+            larger = tl.maximum(most, tl.max(theirs, 1))
+            total = total * tl.exp(most - larger) + tl.sum(tl.exp(theirs - larger[:, None]), 1)
+            most = larger
+        y_group = most + tl.log(total)
+        scores = tl.zeros([K], tl.float32)
+        num_all = tl.num_programs(0) * num_contexts
+        for context in range(row_idx * num_contexts, (row_idx + 1) * num_contexts):
+            weight = 1.0
+            if HAS_MIXTURE:
+                weight = tl.load(weights_ptr + context)
+            if weight != 0.0:
+                most, total = tl.full([K], LOWEST, tl.float32), tl.zeros([K], tl.float32)
+                for part in range(num_parts):
+                    at = (part * num_all + context) * K + first
+                    values = tl.load(scores_ptr + at, mask=is_candidate, other=float("-inf"))
+                    most, total = add_exponentials(most, total, values)
+                scores += weight * (most + tl.log(total))
+        r = tl.where(is_candidate, scores, float("-inf"))
+        r_first = tl.where(is_candidate & (first == place), scores, float("-inf"))
+        y_all = tl.where(is_candidate, y, float("-inf"))
+        r_max, y_max = tl.max(r_first, 0), tl.max(y_all, 0)
+        log_r = r - r_max - tl.log(tl.sum(tl.exp(r_first - r_max), 0))
+        log_y = y_group - y_max - tl.log(tl.sum(tl.exp(y_all - y_max), 0))
+        beta = tl.load(beta_ptr + row_idx * beta_stride)
+        reference = tl.load(reference_ptr + row_idx * reference_stride)
+        row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
+        guided = z + beta * (log_r - reference * log_y)
+        store_guided(row_ptr, ids, guided, is_candidate, tl.load(end_ids_ptr + row_idx))
+
+
+def guide_groups_(
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    rows: torch.Tensor,
+    top_k: torch.Tensor,
+    beta: torch.Tensor,
+    reference: torch.Tensor,
+    end_ids: torch.Tensor,
+    *,
+    groups: Groups,
+    max_top_k: int,
+    vocab_size: int,
+    controls: Controls | None = None,
+    mixture: Mixture | None = None,
+    bias: torch.Tensor | None = None,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """:func:`.groups.guide_groups_`, by Triton kernels; strides as in :func:`.fused.guide_`."""
+    if (num_rows := len(rows)) == 0:
+        return
+    if heads is not None:
+        hidden_states = map_heads(hidden_states, *heads)
+    assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
+    assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
+    K = max(16, triton.next_power_of_2(max_top_k))
+    slices, slice_size = cut(num_rows, logits.shape[1], K)
+    keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
+    select_kernel[(num_rows, slices)](
+        *(logits, logits.stride(0), rows, top_k, top_k.stride(0), keys),
+        *(vocab_size, logits.shape[1], slice_size),
+        K=K,
+        BLOCK=BLOCK_V,
+        num_warps=SELECT_WARPS,
+    )
+    row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=logits.device)
+    row_args, sizes = (top_k, top_k.stride(0)), {"K": K, "NUM_KEYS": slices * K}
+    gather_groups_kernel[(num_rows,)](*row_args, keys, groups.key, row_groups, **sizes, num_warps=GATHER_WARPS)
+    contexts, weights = mixture or (None, None)
+    num_contexts = 1 if mixture is None else contexts.shape[1]
+    parts = min(triton.next_power_of_2(triton.cdiv(groups.most, PART)), MAX_PARTS)
+    scores = torch.full((parts, num_rows * num_contexts, K), float("-inf"), device=logits.device)
+    score_groups_kernel[(num_rows * num_contexts, max_top_k, parts)](
+        *(*row_args, row_groups, groups.members, groups.starts),
+        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias),
+        *(contexts, weights, num_contexts, soft_cap or 1.0, scale),
+        *(vocab_start, lm_head.shape[0], hidden_states.shape[1]),
+        scores,
+        K=K,
+        PARTS=parts,
+        BLOCK_M=BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        HAS_BIAS=bias is not None,
+        HAS_MIXTURE=mixture is not None,
+        HAS_SOFT_CAP=soft_cap is not None,
+        num_warps=SCORE_WARPS,
+    )
+    if all_reduce is not None:
+        scores = gather_shards(scores, shard, all_reduce).flatten(0, 1)
+    y = None if controls is None else undo_controls(keys, top_k, controls)
+    reweight_groups_kernel[(num_rows,)](
+        *(logits, logits.stride(0), rows, *row_args, keys, row_groups, y),
+        *(scores, scores.shape[0], weights, num_contexts),
+        *(beta, beta.stride(0), reference, reference.stride(0), end_ids),
+        **sizes,
+        BLOCK_K=BLOCK_K,
+        HAS_CONTROLS=controls is not None,
+        HAS_MIXTURE=mixture is not None,
+        num_warps=REWEIGHT_WARPS,
+    )

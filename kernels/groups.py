@@ -1,0 +1,192 @@
+"""The guidance step in PyTorch for a reward model with another tokenizer: rewards of groups of tokens.
+
+A base token c belongs to the group key(c), a token of the reward model, whose members are those with which the reward
+model may begin to write what the base's tokens of the group say. With G the distinct groups of the candidates C,
+
+    r_g = logsumexp of r over members(g),  y_g = logsumexp of y_c over the c in C with key(c) = g
+    reward_g = log_softmax_G(r)_g - reference * log_softmax_G(y)_g
+    z'_c     = z_c + beta * reward_key(c)    for c in C,    -inf elsewhere
+
+Where every group is one token this is the rule of :mod:`.reference`, whose shapes and names these are; M members.
+r_g is not linear in the hidden state: of several contexts each has its own, and these are mixed. It is computed from
+rows of lm_head for the members of the candidates' groups alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import reference as in_torch
+from .reference import (
+    MAX_LOGIT,
+    NEG_INF,
+    Controls,
+    Mixture,
+    cap_and_scale,
+    map_heads,
+    select_candidates,
+    undo_controls,
+    write_,
+)
+
+CHUNK = 16384
+"""Members whose rows of lm_head are gathered together."""
+
+
+class Groups(NamedTuple):
+    """Static tables of two tokenizers."""
+
+    key: torch.Tensor
+    """[V] int32: the group of each base token; of those below 0 the logits must be -inf"""
+    members: torch.Tensor
+    """[M] int32: reward tokens, those of a group together"""
+    starts: torch.Tensor
+    """[groups + 1] int32: where each group's begin"""
+    most: int
+    """Members of the largest group, known on the host."""
+
+
+def guide_groups_(
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    rows: torch.Tensor,
+    top_k: torch.Tensor,
+    beta: torch.Tensor,
+    reference: torch.Tensor,
+    end_ids: torch.Tensor,
+    *,
+    groups: Groups,
+    max_top_k: int,
+    vocab_size: int,
+    controls: Controls | None = None,
+    mixture: Mixture | None = None,
+    bias: torch.Tensor | None = None,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """One step of PAD over a batch of logits, in place, as :func:`.reference.guide_`.
+
+    Args:
+        groups: the tables of the two tokenizers.
+        vocab_size: tokens of the base model that may have a key.
+        shard: this rank's number in the tensor-parallel group, and how many ranks there are.
+        all_reduce: sums [ranks, C, K] over them.
+    """
+    if heads is not None:
+        hidden_states = map_heads(hidden_states, *heads)
+    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
+    keys = groups.key[ids.clamp(max=len(groups.key) - 1)].long().masked_fill(z == NEG_INF, -1)
+    scored = keys
+    if mixture is not None:
+        hidden_states = hidden_states[mixture.contexts.flatten()]
+        scored = keys.repeat_interleave(mixture.contexts.shape[1], 0)
+    scores = score_groups(
+        hidden_states, lm_head, scored, groups, bias, soft_cap, scale, vocab_start, sharded=all_reduce is not None
+    )
+    if all_reduce is not None:
+        scores = gather_shards(scores, shard, all_reduce).logsumexp(0)
+    if mixture is not None:
+        scores = scores.unflatten(0, mixture.contexts.shape)
+        weights = mixture.weights.unsqueeze(-1)
+        scores = torch.where(weights == 0, 0.0, weights * scores).sum(1)
+    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
+    reward = reward_groups(keys, y, scores, reference)
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids)
+
+
+def gather_shards(
+    partial: torch.Tensor, shard: tuple[int, int], all_reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """What each rank of a tensor-parallel group has of a sum of exponentials: [...] -> [ranks, ...]."""
+    rank, num_ranks = shard
+    whole = partial.new_zeros(num_ranks, *partial.shape)
+    whole[rank] = partial
+    return all_reduce(whole)
+
+
+def score_groups(
+    hidden_states: torch.Tensor,
+    lm_head: torch.Tensor,
+    keys: torch.Tensor,
+    groups: Groups,
+    bias: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    sharded: bool = False,
+) -> torch.Tensor:
+    """The logsumexp of the reward model's logits over the members of each group.
+
+    Args:
+        hidden_states: [C, d], mapped by the value heads where there are any.
+        lm_head, bias, vocab_start: this rank's shard; members in another do not count.
+        keys: [C, K] int64, groups; below 0: none.
+
+    Returns:
+        [C, K] float32; -inf where there is no group, or no member in this shard.
+    """
+    num_contexts, k = keys.shape
+    begin = groups.starts[keys.clamp(min=0)].long().flatten()
+    counts = groups.starts[keys.clamp(min=0) + 1].long().flatten() - begin
+    counts = counts.where(keys.flatten() >= 0, 0)
+
+    def logits_of(owner: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        local = members.long() - vocab_start
+        mine = (local >= 0) & (local < lm_head.shape[0])
+        local = local.where(mine, 0)
+        r = (lm_head[local].float() * hidden_states[owner // k].float()).sum(-1)
+        if bias is not None:
+            r = r + bias[local].float()
+        r = cap_and_scale(r, soft_cap, scale)
+        return r.where(mine, NEG_INF) if sharded else r
+
+    if not in_torch.reads_are_free(keys):  # how many members there are is not known
+        owner = torch.arange(num_contexts * k, device=keys.device)
+        total = torch.full((num_contexts * k,), NEG_INF, device=keys.device)
+        for m in range(groups.most):
+            members = groups.members[(begin + m).clamp(max=len(groups.members) - 1)]
+            total = torch.logaddexp(total, logits_of(owner, members).where(m < counts, NEG_INF))
+        return total.view(num_contexts, k)
+    owner = torch.arange(num_contexts * k).repeat_interleave(counts)
+    within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    members = groups.members[begin[owner] + within]
+    r = torch.cat([logits_of(*part) for part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)])
+    return logsumexp_by(r, owner, num_contexts * k).view(num_contexts, k)
+
+
+def logsumexp_by(values: torch.Tensor, owner: torch.Tensor, size: int) -> torch.Tensor:
+    """[n] float32 values, each of one owner [n] int64 below ``size`` -> [size]; -inf of those that have none."""
+    most = torch.full((size,), -MAX_LOGIT).scatter_reduce_(0, owner, values, "amax")
+    return most + torch.zeros(size).scatter_add_(0, owner, (values - most[owner]).exp()).log()
+
+
+def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The reward of each candidate's group.
+
+    Args:
+        keys: [R, K] int64, candidates' groups; below 0 where there is none.
+        y: [R, K] float32, candidates' logits; -inf where there is none.
+        scores: [R, K] float32, the reward model's logits of the groups.
+        reference: [R] float32.
+
+    Returns:
+        [R, K] float32.
+    """
+    place = torch.arange(keys.shape[1], device=keys.device)
+    ordered, order = keys.sort(stable=True, dim=-1)
+    leader = order.gather(1, torch.searchsorted(ordered, keys.contiguous()))
+    """the group's first candidate"""
+    most = torch.full_like(y, NEG_INF).scatter_reduce_(1, leader, y, "amax").clamp(min=-torch.finfo(y.dtype).max)
+    sums = torch.zeros_like(y).scatter_add_(1, leader, (y - most.gather(1, leader)).exp())
+    y_group = (most + sums.log()).gather(1, leader)
+    r = scores.masked_fill(keys < 0, NEG_INF)
+    log_r = r - r.masked_fill(leader != place, NEG_INF).logsumexp(-1, keepdim=True)
+    return log_r - reference.unsqueeze(1) * (y_group - y.logsumexp(-1, keepdim=True))

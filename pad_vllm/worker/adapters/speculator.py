@@ -1,0 +1,131 @@
+"""The reward model as Model Runner V2's drafter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from pad_vllm.reward.device import to_device
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from pad_vllm.worker.adapters.v2 import V2Adapter
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class RewardSpeculator(BaseSpeculator):
+    """Hands vLLM the drafts of :class:`~pad_vllm.worker.drafter.Drafter`.
+
+    The distribution that a draft was drawn from goes to the rejection sampler, whatever ``draft_sample_method`` says;
+    greedy requests are drafted greedily. A row without a draft gets its last token over again, as the certain draft of
+    a distribution that has nothing else.
+
+    vLLM makes it before the logits processors, which then find it by the engine's configuration (:meth:`of`).
+    """
+
+    supports_mm_inputs = False
+    _made: ClassVar[WeakValueDictionary[int, RewardSpeculator]] = WeakValueDictionary()
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        model, config = vllm_config.model_config, vllm_config.speculative_config
+        self.num_speculative_steps: int = config.num_speculative_tokens
+        self.use_fp64_gumbel = model.use_fp64_gumbel
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.draft_logits = torch.zeros(
+            (max_num_reqs, self.num_speculative_steps, model.get_vocab_size()), dtype=model.head_dtype, device=device
+        )
+        """[max_num_reqs, num_speculative_steps, vocab_size], by slot, before temperature"""
+        self.nothing = torch.full((1, model.get_vocab_size()), float("-inf"), dtype=model.head_dtype, device=device)
+        self.drafts = torch.zeros(max_num_reqs, self.num_speculative_steps, dtype=torch.int64, device=device)
+        self.adapter: V2Adapter | None = None
+        self._made[id(vllm_config)] = self
+        logger.info(
+            "PAD: the reward model drafts %d tokens at a time, in each request's own context.",
+            self.num_speculative_steps,
+        )
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> RewardSpeculator | None:
+        """An engine's, where it has one."""
+        return cls._made.get(id(vllm_config))
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """The reward engine captures its own (:mod:`pad_vllm.reward.decode`)."""
+
+    def capture(self) -> None:
+        """See :meth:`init_cudagraph_manager`."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[num_reqs, num_speculative_steps] int64, in the batch's order; the arguments are vLLM's."""
+        drafts = self.drafts[: input_batch.num_reqs]
+        if dummy_run or self.adapter is None:
+            return drafts
+        num_drafts = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        any_sampled = bool(self.adapter.sampled[input_batch.idx_mapping_np].any())
+
+        def sample(
+            j: int, logits: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+        ) -> torch.Tensor:
+            if not any_sampled:
+                return token_ids[:, 0]  # greedy requests accept the guided choice, whatever a draft was drawn from
+            logits = logits.to(self.draft_logits.dtype)
+            self.draft_logits[slots, j] = self.nothing.expand(len(slots), -1).scatter(1, token_ids, logits)
+            # A position is drafted again after a rejection, as another draft of its step, and by other noise.
+            noise = seeds ^ (j << 32)
+            places = gumbel_sample(
+                logits,
+                slots,
+                temperature,
+                noise,
+                positions,
+                apply_temperature=True,
+                is_drafting=True,
+                use_fp64=self.use_fp64_gumbel,
+            )
+            return token_ids.gather(1, places.unsqueeze(1).long()).squeeze(1)
+
+        slots, last = input_batch.idx_mapping_np, last_sampled.view(-1)
+        places, found = self.adapter.draft(slots, last, num_drafts, sample)
+        if found is not None:
+            drafts[to_device(places, drafts.device, torch.int64), :num_drafts] = found
+        if found is None or len(places) < len(slots):
+            without = np.setdiff1d(np.arange(len(slots)), places if found is not None else ())
+            self._fill(drafts, to_device(without, drafts.device, torch.int64), input_batch.idx_mapping, last)
+        return drafts
+
+    def _fill(
+        self, drafts: torch.Tensor, places: torch.Tensor, idx_mapping: torch.Tensor, last_sampled: torch.Tensor
+    ) -> None:
+        slots = idx_mapping[places].long()
+        tokens = last_sampled[slots].long().clamp(0, self.draft_logits.shape[2] - 1)
+        drafts[places] = tokens.unsqueeze(1)
+        self.draft_logits[slots] = float("-inf")
+        self.draft_logits[slots, :, tokens] = 0.0

@@ -1,0 +1,51 @@
+"""Commands as a user types them, in processes that have vLLM already."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.engine import Preloaded, fork_processes
+
+
+def run_command(
+    arguments: Sequence[Any], folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """``pad-vllm`` with these arguments; see :func:`run_python`."""
+    return run_python([Path(sys.executable).with_name("pad-vllm"), *arguments], folder, environment)
+
+
+def run_python(
+    arguments: Sequence[Any], folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """A script to its end; what it printed. AssertionError where it failed. ``environment`` is added to this one."""
+    arguments = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as work:
+        log = Path(work) / "log"
+        variables = os.environ | (environment or {})
+        process = Preloaded("v1").Process(target=_run, args=(arguments, folder or Path.cwd(), log, variables))
+        process.start()
+        process.join()
+        printed = log.read_text()
+    assert process.exitcode == 0, f"{arguments}\n{printed[-6000:]}"
+    return printed
+
+
+def _run(arguments: list[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    fork_processes()
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()

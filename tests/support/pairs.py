@@ -1,0 +1,90 @@
+"""A base model and a reward model with another tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pad_vllm.reward.byte_tokens import ByteTokens
+from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.reward.token_tables import make_tables
+from tests import oracle
+from tests.support.models import make_heads, make_model
+from tests.support.tokenizers import make
+
+HEADS = ("concise", "formal", "playful")
+
+
+class Kind(NamedTuple):
+    """Of a tokenizer."""
+
+    name: str
+    vocab_size: int
+
+
+class TokenPair:
+    """Random models on disk, and as the oracle reads them. What the reward model reads is written here without our
+    translator, as text by its own tokenizer. ``positions``: of the reward model."""
+
+    def __init__(self, root: Path, base: Kind, reward: Kind, positions: int = 512) -> None:
+        self.base = make_model(root / "base", seed=0, vocab_size=base.vocab_size)
+        self.reward = make_model(
+            root / "reward", seed=1, vocab_size=reward.vocab_size, max_position_embeddings=positions
+        )
+        make_heads(self.reward / "heads.safetensors", list(HEADS))
+        for path, kind in ((self.base, base), (self.reward, reward)):
+            make(kind.name, kind.vocab_size).save_pretrained(path)
+        self.base_tokenizer, self.reward_tokenizer = map(AutoTokenizer.from_pretrained, (self.base, self.reward))
+        self.base_model = AutoModelForCausalLM.from_pretrained(self.base)
+        self.reward_model = AutoModelForCausalLM.from_pretrained(self.reward)
+        tables = make_tables(ByteTokens(self.base_tokenizer, "base"), [1], ByteTokens(self.reward_tokenizer, "r"), [1])
+        starts = tables.member_starts.tolist()
+        self.groups = oracle.Groups(
+            tables.key.tolist(),
+            [tables.members[i:j].tolist() for i, j in itertools.pairwise(starts)],
+            [tables.pieces_of([c]) for c in range(len(tables.key))],
+        )
+        self._compose = PromptTemplate(self.reward_tokenizer).compose
+
+    def prompt(self, text: str) -> list[int]:
+        return self.base_tokenizer.encode("<s>" + text)
+
+    def read(self, text: str) -> list[int]:
+        return self.reward_tokenizer.encode("<s>" + text)
+
+    @functools.cache  # noqa: B019 (few instances, as long as the tests)
+    def expect(
+        self,
+        text: str,
+        max_tokens: int,
+        preference=(),
+        preference_weights=None,
+        weights=None,
+        eos_token_id=None,
+        **asked,
+    ) -> list[int]:
+        """The oracle's answer; ``asked`` as a request's arguments."""
+        prompt = self.read(text)
+        preferences = [preference] if isinstance(preference, str) else preference
+        head = None
+        if weights is not None:
+            tensors = load_file(self.reward / "heads.safetensors")
+            head = oracle.mixed_head(tensors, dict(zip(HEADS, weights, strict=True)))
+        return oracle.generate(
+            self.base_model,
+            self.prompt(text),
+            max_tokens,
+            reward=self.reward_model,
+            reward_prompt_ids=[self._compose(prompt, part) for part in preferences] or prompt,
+            weights=preference_weights,
+            head=head,
+            groups=self.groups,
+            neutral_prompt_ids=prompt,
+            eos_token_id=eos_token_id,
+            **asked,
+        )

@@ -1,0 +1,3 @@
+from tests.support.preload import load
+
+load("v2")
