@@ -30,8 +30,8 @@ def start_without_sizes(base: str, reward: str) -> dict:
         dtype="float32",
         enforce_eager=True,
         distributed_executor_backend="uni",
-        max_model_len=256,
-        max_num_seqs=4096,
+        max_model_len=512,
+        max_num_seqs=4096,  # all of them at full length would use more than there is
         gpu_memory_utilization=3 * 2**30 / memory,
         **pad_config(reward),
     )
@@ -46,4 +46,6 @@ def test_without_a_base_size_both_take_from_one_budget(models):
     finally:
         worker.close()
     base_tokens, reward_tokens = stats["base_blocks"] * 128, stats["blocks"] * 32
-    assert reward_tokens / 4 == pytest.approx(base_tokens, rel=0.25)  # the base has still to run its first forward
+    # A reward context of these models is at most 1,024 tokens: twice the base's. The base has still to run its first
+    # forward, for which it then has less.
+    assert reward_tokens / 2 == pytest.approx(base_tokens, rel=0.25)
