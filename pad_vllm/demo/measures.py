@@ -35,6 +35,10 @@ DIRECTIONS: Mapping[str, tuple[str, int]] = {
 }
 """Value -> its dimension, and whether it is for more (1) or less (-1) of it."""
 
+OPPOSITES: Mapping[str, str] = {d.less: d.more for d in DIMENSIONS.values()} | {
+    d.more: d.less for d in DIMENSIONS.values()
+}
+
 _ITEM = re.compile(r"\s*(?:[-*•+]|\d{1,2}[.)])\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")

@@ -11,6 +11,7 @@ Each step keeps what it has done, and goes on from there when it is started agai
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pad_vllm.demo import wishes
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES, loops, measure
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, build_base
 from pad_vllm.evaluation.engine import Request, generate
 from pad_vllm.training.data import write_records
@@ -38,6 +39,8 @@ ENGINE = {
     * 512,  # no prompt in pieces: there vLLM 0.32 fails on a CPU where a request has a seed
 }
 PLAIN = "plain"
+FAR = 3.0
+"""Standard deviations beyond which two answers do not differ more."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ def _ways(rng: random.Random) -> Iterator[tuple[str, str | None]]:
 def compare(answers: Sequence[Mapping[str, Any]], recipe: Recipe, held_out: bool = False) -> list[dict[str, Any]]:
     """Comparisons of users who want one value, or two: records as ``pad-vllm train`` reads them.
 
-    The chosen answer does not go in circles, and no answer breaks off: one that met the limit ends with its last
-    complete sentence.
+    Two answers are compared twice: by a user who wants what the one has more of, and by a user who wants the opposite.
+    So nothing but the preference says which was chosen. No answer goes in circles, and none breaks off: one that met
+    the limit ends with its last complete sentence.
 
     Args:
         held_out: preferences in words, and of two values together, that training does not use.
@@ -161,43 +165,48 @@ def compare(answers: Sequence[Mapping[str, Any]], recipe: Recipe, held_out: bool
     rng = random.Random(f"{recipe.seed} {held_out}")
     plain = [measure(answer["text"]) for answer in answers if answer["how"] == PLAIN]
     spread = {name: statistics.pstdev(m[name] for m in plain) or 1.0 for name in DIMENSIONS}
-    by_prompt = defaultdict(list)
+    by_prompt: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)
     for answer in answers:
-        if text := answer["text"] if answer["finished"] else up_to_a_sentence(answer["text"]):
-            by_prompt[answer["prompt"]].append((text, measure(text)))
-    wanted: list[tuple[str, ...]] = [(value,) for value in DIRECTIONS] + wishes.combinations(held_out)
+        text = answer["text"] if answer["finished"] else up_to_a_sentence(answer["text"])
+        if text and not loops(text):
+            by_prompt[answer["prompt"]].append((text, {d: m / spread[d] for d, m in measure(text).items()}))
 
-    def candidates(values: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        asked = [DIRECTIONS[value] for value in values]
+    def couples(values: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
+        """Of each prompt the two answers that differ in what these values say, and as little as can be otherwise."""
+        asked = dict(DIRECTIONS[value] for value in values)
         for prompt, found in by_prompt.items():
-            pairs = [
-                (chosen, rejected)
-                for chosen, m in found
-                for rejected, n in found
-                if not loops(chosen) and all(sign * (m[d] - n[d]) >= recipe.margin * spread[d] for d, sign in asked)
-            ]
+            pairs = []
+            for (text, m), (other, n) in itertools.permutations(found, 2):
+                wanted = min(sign * (m[d] - n[d]) for d, sign in asked.items())
+                unasked = statistics.mean(min(abs(m[d] - n[d]), FAR) for d in DIMENSIONS if d not in asked)
+                if wanted >= recipe.margin:
+                    pairs.append((min(wanted, FAR) - unasked, text, other))
             if pairs:
-                chosen, rejected = rng.choice(pairs)
-                yield {
-                    "prompt": prompt,
-                    "preference": wishes.preference(values, rng, held_out),
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "labels": dict(asked),
-                }
+                _, more, less = max(pairs)
+                opposite = tuple(OPPOSITES[value] for value in values)
+                yield [
+                    {
+                        "prompt": prompt,
+                        "preference": wishes.preference(users, rng, held_out),
+                        "chosen": chosen,
+                        "rejected": rejected,
+                        "labels": dict(DIRECTIONS[value] for value in users),
+                    }
+                    for users, chosen, rejected in ((values, more, less), (opposite, less, more))
+                ]
 
     total = recipe.num_test_comparisons if held_out else recipe.num_comparisons
     records = []
-    for group, share in (
-        (wanted[: len(DIRECTIONS)], 1 - recipe.combined),
-        (wanted[len(DIRECTIONS) :], recipe.combined),
+    for wants, share in (
+        ([(dimension.more,) for dimension in DIMENSIONS.values()], 1 - recipe.combined),
+        (wishes.combinations(held_out, with_opposites=True), recipe.combined),
     ):
-        for values in group:
-            own = list(candidates(values))
+        for values in wants:
+            own = list(couples(values))
             rng.shuffle(own)
-            records += own[: max(1, round(total * share / len(group)))]
+            records += own[: max(1, round(total * share / len(wants) / 2))]
     rng.shuffle(records)
-    return records
+    return [record for couple in records for record in couple]
 
 
 def up_to_a_sentence(text: str) -> str:

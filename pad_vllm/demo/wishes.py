@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pad_vllm.demo.measures import DIRECTIONS
+from pad_vllm.demo.measures import DIRECTIONS, OPPOSITES
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_COMBINATIONS = frozenset(
@@ -45,7 +45,16 @@ def preference(values: Sequence[str], rng: random.Random, held_out: bool = False
     return " ".join(rng.choice(wordings(value, held_out)) for value in values)
 
 
-def combinations(held_out: bool = False) -> list[tuple[str, str]]:
-    """Two values of different dimensions, in every way that training asked for, or in those that it did not."""
+def combinations(held_out: bool = False, with_opposites: bool = False) -> list[tuple[str, str]]:
+    """Two values of different dimensions, in every way that training asked for, or in those that it did not.
+
+    Args:
+        with_opposites: for users of these and of the opposite values. Once each; in training none of the two is among
+            those held out.
+    """
     pairs = [(a, b) for a in DIRECTIONS for b in DIRECTIONS if a < b and DIRECTIONS[a][0] != DIRECTIONS[b][0]]
-    return [pair for pair in pairs if (frozenset(pair) in HELD_OUT_COMBINATIONS) == held_out]
+    chosen = [pair for pair in pairs if (frozenset(pair) in HELD_OUT_COMBINATIONS) == held_out]
+    if not with_opposites or held_out:
+        return chosen
+    both = {frozenset(pair): frozenset(OPPOSITES[value] for value in pair) for pair in chosen}
+    return [pair for pair in chosen if both[frozenset(pair)] in both and sorted(pair) < sorted(both[frozenset(pair)])]

@@ -66,6 +66,11 @@ def score_answers(
     Args:
         weights: for a model with heads, those of each example: (num_examples, num_heads) float32.
     """
+    if weights is None:  # answers are compared more than once
+        numbers: dict[tuple, int] = {}
+        which = [numbers.setdefault((tuple(prompt), tuple(answer)), len(numbers)) for prompt, answer in examples]
+        if len(numbers) < len(examples):
+            return score_answers(model, [Example(*map(list, key)) for key in numbers], None, batch_size)[which]
     by_length = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
     scores = torch.empty(len(examples))
     device = next(model.parameters()).device
@@ -96,7 +101,12 @@ def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer over ``examples`` in an order fixed beforehand, so that resuming needs only to count."""
+    """transformers' Trainer over ``examples`` in an order fixed beforehand, so that resuming needs only to count.
+
+    Args:
+        sizes: tokens of each example; those of similar size come into one batch.
+        together: groups of as many examples each, whose number divides the batch size: a group comes into one batch.
+    """
 
     def __init__(
         self,
@@ -105,9 +115,13 @@ class _Trainer(Trainer):
         collate: Callable[[list[Any]], dict[str, torch.Tensor]],
         args: TrainingArguments,
         sizes: Sequence[int],
+        together: Sequence[Sequence[int]] | None = None,
     ) -> None:
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
-        order = list(_order(sizes, batch_size, args.max_steps, random.Random(args.seed)))
+        groups = together or [(i,) for i in range(len(examples))]
+        largest = [max(sizes[i] for i in group) for group in groups]
+        batches = _order(largest, batch_size // len(groups[0]), args.max_steps, random.Random(args.seed))
+        order = [i for number in batches for i in groups[number]]
         super().__init__(
             model,
             args,
@@ -148,6 +162,10 @@ class SFTTrainer(_Trainer):
 class PADTrainer(_Trainer):
     """The PAD objective over ``pairs``.
 
+    Where every comparison has its opposite (:func:`opposites`), the two are in one batch. What makes an answer likely
+    for everybody then cancels out of the gradient, and what a preference changes is left: with few comparisons, that is
+    the difference between learning to read preferences and learning to sound like the answers.
+
     Args:
         model: pi_theta, reads the preference.
         reference: pi_ref, reads the plain prompt; its log-probabilities are computed once, here. It should be the model
@@ -178,7 +196,8 @@ class PADTrainer(_Trainer):
         ref = score_answers(reference.to(args.device).eval(), answers_of(pairs, ref=True)).view(2, -1).T
         items = [(pair, ref[i], None if weights is None else weights[i]) for i, pair in enumerate(pairs)]
         sizes = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-        super().__init__(model, items, _collate_pairs, args, sizes)
+        together = opposites(pairs) if args.train_batch_size % 2 == 0 else None
+        super().__init__(model, items, _collate_pairs, args, sizes, together)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
@@ -196,6 +215,23 @@ class PADTrainer(_Trainer):
         nll = -chosen.mean() / self._mean_length
         self.note(pad=loss, nll=nll, accuracy=(margins > 0).float().mean())
         return loss + self._nll_weight * nll
+
+
+def opposites(pairs: Sequence[PairExample]) -> list[tuple[int, int]] | None:
+    """Each comparison with that of the same two answers in which a user of another preference chose the other one.
+
+    Returns:
+        Indices, every one of them once; None if some comparison has no opposite.
+    """
+    waiting: dict[tuple, list[int]] = defaultdict(list)
+    found = []
+    for i, pair in enumerate(pairs):
+        prompt, chosen, rejected = (tuple(ids) for ids in (pair.ref_prompt, pair.chosen, pair.rejected))
+        if same := waiting[prompt, rejected, chosen]:
+            found.append((same.pop(0), i))
+        else:
+            waiting[prompt, chosen, rejected].append(i)
+    return None if any(waiting.values()) else found
 
 
 def _collate_pairs(items: Sequence[tuple[PairExample, torch.Tensor, torch.Tensor | None]]) -> dict[str, torch.Tensor]:

@@ -111,6 +111,43 @@ def test_the_order_of_training_takes_every_example_once_a_pass_and_similar_lengt
     assert len(list(trainer._order(sizes[:3], 8, 5, rng))) == 40  # fewer examples than a batch
 
 
+def opposite(pair):
+    return pair._replace(prompt=[*pair.prompt, 9], chosen=pair.rejected, rejected=pair.chosen)
+
+
+def test_a_comparison_and_its_opposite_come_into_one_batch(small_model, tmp_path):
+    rng = random.Random(0)
+    some = [
+        PairExample([1], [i], [rng.randint(2, 30) for _ in range(rng.randint(1, 9))], [i, 31], {}) for i in range(20)
+    ]
+    pairs = some + [opposite(pair) for pair in reversed(some)]
+    assert sorted(trainer.opposites(pairs)) == [(i, 39 - i) for i in range(20)]
+    assert trainer.opposites(pairs[:-1]) is None
+    assert trainer.opposites([some[0], some[0]]) is None
+    assert trainer.opposites([some[0], opposite(some[0])._replace(ref_prompt=[30])]) is None
+    args = trainer.training_arguments(tmp_path, steps=20, batch_size=4, lr=1e-2, seed=0)
+    made = trainer.PADTrainer(small_model, small_model, pairs, args, beta=0.5, nll_weight=0.0)
+    order = [pair for pair, *_ in made.train_dataset]
+    assert len(order) == 80
+    for one, other in zip(order[::2], order[1::2], strict=True):
+        assert (one.ref_prompt, one.chosen, one.rejected) == (other.ref_prompt, other.rejected, other.chosen)
+    singles = [pair for pair in order if pair in some]
+    assert all(singles.count(pair) == 2 for pair in some)
+
+
+def test_an_answer_that_is_compared_often_is_scored_once(small_model, monkeypatch):
+    examples = [Example([1], [i % 3 + 4, 31]) for i in range(12)]
+    rows = []
+    compute = trainer.answer_logprob_sums
+    monkeypatch.setattr(
+        trainer, "answer_logprob_sums", lambda m, ids, is_answer: rows.append(len(ids)) or compute(m, ids, is_answer)
+    )
+    scores = trainer.score_answers(small_model, examples)
+    assert rows == [3]
+    torch.testing.assert_close(scores, scores[:3].repeat(4))
+    assert len(set(scores.tolist())) == 3
+
+
 def test_heads_learn_directions_and_leave_the_backbone_alone(small_model, tmp_path):
     """Dimension "ten": answers 10 over 11; dimension "five": answers 5 over 6. Neither preference is in the prompt."""
     reference = LlamaForCausalLM(small_model.config).requires_grad_(False)
