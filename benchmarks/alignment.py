@@ -2,8 +2,9 @@
 
     python -m benchmarks.alignment [--small] [--output benchmarks/results]
 
-From nothing: trains, where the cache lacks them, three base models of different families, one reward model for all, and
-a model tuned for each user of the first base. Then every method answers for users of two groups:
+From nothing: trains, where the cache lacks them, four base models of different families, one reward model for all, and
+a model tuned for each user of the first base. The last base (mistral) has another tokenizer than the reward model, and
+another chat template. Then every method answers for users of two groups:
 
 - seen: combinations, wordings, topics and questions that the reward model was trained on;
 - unseen: dimensions never asked for together in training, in words never used there, about topics never met there.

@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="comparisons a step (default %(default)s)")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of the PAD loss (default %(default)s)")
     parser.add_argument("--nll-weight", type=float, default=1.0, help="of the chosen answers (default %(default)s)")
+    parser.add_argument(
+        "--opposites",
+        action="store_true",
+        help="every comparison has its opposite, of a user who chose the other answer: judge the two together",
+    )
 
 
 def run(
@@ -55,6 +60,7 @@ def run(
     batch_size,
     beta,
     nll_weight,
+    opposites,
     trainer,
     **settings,
 ) -> int:
@@ -67,7 +73,7 @@ def run(
         columns=assignments("--columns", columns),
         trainer={name: json.loads(value) for name, value in assignments("--trainer", trainer).items()},
         stages=tuple(stages) if stages else None,
-        backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, **common),
+        backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, opposites=opposites, **common),
         heads=Stage(lr=heads_lr, epochs=heads_epochs, **common),
     )
     for stage, metrics in train(config).items():

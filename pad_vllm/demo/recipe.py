@@ -63,11 +63,13 @@ class Recipe:
     beta: float = 3.0
     top_k: int = 40
     margin: float = 1.0
-    num_comparisons: int = 640
+    num_comparisons: int = 1248
     num_test_comparisons: int = 96
     combined: float = 0.2
-    lora_rank: int = 4
-    stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
+    lora_rank: int = 8
+    stage: Stage = field(
+        default_factory=lambda: Stage(lr=5e-4, batch_size=4, beta=0.1, nll_weight=0.05, opposites=True)
+    )
     seed: int = 0
 
 
@@ -80,7 +82,7 @@ TINY = Recipe(
     margin=1.0,
     num_comparisons=4,
     num_test_comparisons=1,
-    stage=Stage(lr=5e-4, batch_size=2),
+    stage=Stage(lr=5e-4, batch_size=2, opposites=True),
 )
 """A minute, and a reward model that has learned next to nothing: for tests."""
 
@@ -237,7 +239,7 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
             eval_data=str(files["test"]),
             prompt_template=PROMPT_TEMPLATE,
             lora_rank=recipe.lora_rank,
-            save_steps=100,  # where it is measured too, which takes minutes
+            save_steps=90,  # where it is measured too, which takes minutes
             backbone=recipe.stage,
             seed=recipe.seed,
             trainer={"logging_steps": 5},

@@ -34,6 +34,7 @@ from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.train import another_tokenizer
 from pad_vllm.training.trainer import score_answers
 
 METHODS = ("base", "prompting", "best_of_n", "pad", "pad_weights", "reward_model", "dpo")
@@ -59,7 +60,7 @@ class EvaluationConfig:
         betas: strengths of ``pad``. ``pad_weights`` has 1.
         best_of: answers that ``best_of_n`` chooses from.
         prompting: how a preference enters the base model's prompt, in its last turn.
-        reference: model that says how likely an answer is by itself. None: the base.
+        reference: model that says how likely an answer is by itself, in its own tokens. None: the base.
         engine: more arguments of ``vllm.LLM``.
     """
 
@@ -112,12 +113,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     checker = load_checker(config.checker)
     tokenizer = AutoTokenizer.from_pretrained(config.base)
     cells = _cells(config)
-    answers = _answer(config, tokenizer, cells)
-    reference = _load(config.reference or config.base)
+    reward_tokenizer = AutoTokenizer.from_pretrained(config.pad["reward_model"])
+    tokenizers = {"reward_model": reward_tokenizer}
+    answers = _answer(config, tokenizer, reward_tokenizer, cells)
+    model = config.reference or config.base
+    reference, reads = _load(model), another_tokenizer(model, tokenizer) or tokenizer
     judged = {}
     for method, (indices, found) in answers.items():
         own = [cells[i] for i in indices]
-        nll = _nll(reference, tokenizer, own, found.tokens)
+        nll = _nll(reference, reads, own, in_tokens_of(reads, found, tokenizers.get(method, tokenizer)))
         judged[method] = [
             {
                 "cell": i,
@@ -167,7 +171,9 @@ def _cells(config: EvaluationConfig) -> list[Cell]:
     return cells
 
 
-def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> dict[str, tuple[list[int], Answers]]:
+def _answer(
+    config: EvaluationConfig, tokenizer: Any, reward_tokenizer: Any, cells: Sequence[Cell]
+) -> dict[str, tuple[list[int], Answers]]:
     """For each method, the cells that it answered and its answers. One engine serves all that the base model can."""
     said = [i for i, cell in enumerate(cells) if cell.preference is not None]
     plain = [prompt_ids(cell.record["prompt"], tokenizer) for cell in cells]
@@ -194,7 +200,7 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
 
     settings = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": config.seed}
     pad = PADConfig.from_additional_config({"pad": config.pad})
-    reward_tokenizer, read = AutoTokenizer.from_pretrained(pad.reward_model), plain
+    read = plain
     same = same_ordinary_tokens(tokenizer, reward_tokenizer)
     if not same:  # it reads the same texts, in its own chat template
         read = [prompt_ids(cell.record["prompt"], reward_tokenizer) for cell in cells]
@@ -210,7 +216,7 @@ def _answer(config: EvaluationConfig, tokenizer: Any, cells: Sequence[Cell]) -> 
     )
     if "best_of_n" in found:
         contexts = [(template.compose(read[i], cells[i].preference), plain[i]) for i in said]
-        found["best_of_n"] = _pick_best(config, contexts, found["best_of_n"], None if same else reward_tokenizer)
+        found["best_of_n"] = _pick_best(config, contexts, found["best_of_n"], tokenizer, reward_tokenizer)
     answers = {method: (plans[method][0], found[method]) for method in plans if method in found}
     if "reward_model" in config.methods and said:
         requests = [Request(template.compose(read[i], cells[i].preference)) for i in said]
@@ -270,22 +276,28 @@ def _pick_best(
     config: EvaluationConfig,
     contexts: Sequence[tuple[list[int], list[int]]],
     samples: Answers,
-    reward_tokenizer: Any = None,
+    tokenizer: Any,
+    reward_tokenizer: Any,
 ) -> Answers:
-    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x).
-    ``reward_tokenizer``: where it is another than the base's."""
+    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x)."""
     start = time.perf_counter()
     n = config.best_of
     rewards = torch.zeros(len(samples.texts))
     for path, side, sign in ((config.pad["reward_model"], 0, 1), (config.base, 1, -1)):
-        answers = samples.tokens
-        if reward_tokenizer is not None and path != config.base:
-            answers = [answer_ids(text, reward_tokenizer) for text in samples.texts]
+        answers = in_tokens_of(reward_tokenizer if sign == 1 else tokenizer, samples, tokenizer)
         examples = [Example(contexts[i // n][side], tokens) for i, tokens in enumerate(answers)]
         rewards += sign * score_answers(_load(path), examples)
     best = [i * n + int(own.argmax()) for i, own in enumerate(rewards.view(-1, n))]
     seconds = samples.seconds + time.perf_counter() - start
     return Answers([samples.texts[i] for i in best], [samples.tokens[i] for i in best], seconds)
+
+
+def in_tokens_of(reads: Any, answers: Answers, tokenizer: Any) -> list[list[int]]:
+    """Answers in ``tokenizer``'s tokens, in those of a tokenizer that is to read them; an end token stays one."""
+    if reads is tokenizer or same_ordinary_tokens(reads, tokenizer):
+        return answers.tokens
+    ended = [tokens[-1:] == [tokenizer.eos_token_id] for tokens in answers.tokens]
+    return [answer_ids(text, reads)[: None if end else -1] for text, end in zip(answers.texts, ended, strict=True)]
 
 
 def _load(path: str) -> Any:
@@ -294,13 +306,13 @@ def _load(path: str) -> Any:
 
 
 def _nll(reference: Any, tokenizer: Any, cells: Sequence[Cell], tokens: Sequence[list[int]]) -> list[float]:
-    """Negative log-likelihood per token of each answer after its plain prompt, in nats."""
+    """Negative log-likelihood per token of each answer after its plain prompt, in nats; in the reference's tokens."""
     examples = [
         Example(prompt_ids(cell.record["prompt"], tokenizer), answer)
         for cell, answer in zip(cells, tokens, strict=True)
     ]
     sums = score_answers(reference, examples).tolist()
-    return [-total / len(answer) for total, answer in zip(sums, tokens, strict=True)]
+    return [-total / max(len(answer), 1) for total, answer in zip(sums, tokens, strict=True)]
 
 
 def _summarize(

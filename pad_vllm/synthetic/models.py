@@ -23,38 +23,32 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
 from pad_vllm.cache import cached
 from pad_vllm.reward import chat, template
-from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
+from pad_vllm.synthetic import tokenizer as own_tokenizers
 from pad_vllm.synthetic import world
+from pad_vllm.synthetic.tokenizer import train_sentencepiece, train_tokenizer
 from pad_vllm.training import data, heads, objective, train, trainer
 from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
 from pad_vllm.training.train import Stage, TrainingConfig
 
-PAD, BOS, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 PROMPT_TEMPLATE = "{preference} {prompt}"
 """A preference stands before the question, where the base models have met one; the reward model's ``pad.json`` says so
 to the server."""
 
 NUM_POSITIONS = 512
-ARCHITECTURES = ("llama", "qwen", "neox")
+ARCHITECTURES = ("llama", "qwen", "neox", "mistral")
+"""Of base models. The last has a tokenizer and a chat template of its own; the others have the reward model's."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def build(cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Rec
 def build_base(
     architecture: str, cache_dir: str | os.PathLike | None = None, seed: int = 0, recipe: Recipe = FULL
 ) -> Path:
-    """A base model of one of :data:`ARCHITECTURES`; all have one tokenizer."""
+    """A base model of one of :data:`ARCHITECTURES`."""
     return _cached(
         cache_dir, architecture, seed, recipe, lambda folder: _train_base(folder, architecture, seed, recipe)
     )
@@ -144,35 +138,6 @@ def _cached(
     cache_dir: str | os.PathLike | None, name: str, seed: int, recipe: Recipe, make: Callable[[Path], None]
 ) -> Path:
     return cached(cache_dir, f"{name}-{_fingerprint(seed, recipe)}", make)
-
-
-def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the world's texts, with chat tokens and a chat template."""
-    rng = random.Random(seed)
-    pairs = [world.sample_pair(rng, held_out=i % 2 == 0) for i in range(8000)]
-    texts = [text for pair in pairs for text in (pair.question, pair.chosen, pair.rejected)]
-    texts += [DEFAULT_PROMPT_TEMPLATE.format(preference=pair.preference, prompt="") for pair in pairs]
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def chat_example(rng: random.Random, tokenizer: PreTrainedTokenizerBase, lesson: Lesson) -> Example:
@@ -199,7 +164,8 @@ def preference_record(rng: random.Random, held_out: bool = False) -> dict[str, A
 
 def _train_base(folder: Path, architecture: str, seed: int, recipe: Recipe) -> None:
     rng = random.Random(seed)
-    tokenizer = train_tokenizer(recipe.vocab_size, seed)
+    make = train_sentencepiece if architecture == "mistral" else train_tokenizer
+    tokenizer = make(recipe.vocab_size, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer, recipe))
@@ -239,7 +205,7 @@ def _train_reward(folder: Path, base: Path, seed: int, recipe: Recipe) -> None:
 
 
 def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedConfig:
-    """Three families, of three widths and depths."""
+    """Four families, of three widths and depths."""
     sizes = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": NUM_POSITIONS,
@@ -263,6 +229,9 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recip
     width, depth = recipe.hidden_size, recipe.num_layers
     if architecture == "llama":
         return LlamaConfig(**sizes, **family(width, depth))
+    if architecture == "mistral":
+        own = family(width, depth)
+        return MistralConfig(**sizes, **own, num_key_value_heads=own["num_attention_heads"], sliding_window=None)
     if architecture == "qwen":
         smaller = family(width, max(depth - 1, 1))
         return Qwen3Config(
@@ -273,7 +242,7 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recip
 
 def _fingerprint(seed: int, recipe: Recipe) -> str:
     """A hash of everything that determines the models."""
-    modules = (world, chat, template, data, heads, objective, train, trainer)
+    modules = (world, own_tokenizers, chat, template, data, heads, objective, train, trainer)
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
     digest = hashlib.sha256(repr((seed, dataclasses.astuple(recipe), versions)).encode())
     for source in (__file__, *(module.__file__ for module in modules)):

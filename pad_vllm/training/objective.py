@@ -34,20 +34,30 @@ def sequence_sums(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> to
 
 
 def pad_loss(
-    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+    opposites: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The PAD loss on answer log-probabilities.
 
         margin = beta * [(chosen - ref_chosen) - (rejected - ref_rejected)]
         loss   = -log sigmoid(margin), averaged over the pairs
 
+    Where two users chose oppositely of the same two answers, the sum of their margins does not depend on the reference,
+    nor on what makes an answer likely under any preference: what is left is what the preference changes.
+
     Args:
         chosen, rejected: (num_pairs,) log pi_theta of the answers, summed over tokens, preference in the context.
         ref_chosen, ref_rejected: (num_pairs,) log pi_ref of the same answers, without the preference.
         beta: scale of the reward in the Bradley-Terry model.
+        opposites: pairs 2 i and 2 i + 1 are such two users; the loss is of the sum of their margins.
 
     Returns:
         The loss (scalar) and the margins (num_pairs,), whose sign says which answer the model prefers.
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margin).mean(), margin
+    judged = margin.view(-1, 2).sum(1) if opposites else margin
+    return -F.logsigmoid(judged).mean(), margin

@@ -47,13 +47,18 @@ _SAVING = {"save_strategy": "steps", "save_total_limit": 2, "eval_strategy": "st
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast a stage learns, and what of PAD's objective."""
+    """How long and how fast a stage learns, and what of PAD's objective.
+
+    ``opposites``: every comparison has its opposite, and the two are judged together
+    (:func:`~pad_vllm.training.objective.pad_loss`).
+    """
 
     lr: float
     epochs: float = 1.0
     batch_size: int = 16
     beta: float = 0.1
     nll_weight: float = 1.0
+    opposites: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ def check_settings(config: TrainingConfig) -> None:
         if name in (*taken, *_SAVING) or name not in TrainingArguments.__dataclass_fields__
     ]:
         raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
+    if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
+        raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("training runs in one process, on one device; see lora_rank for large models")
 
@@ -287,6 +294,7 @@ class _Run:
             args,
             beta=stage.beta,
             nll_weight=stage.nll_weight,
+            opposites=stage.opposites,
             weights=weights,
             measure=measure,
         )

@@ -19,7 +19,7 @@ from tqdm import trange
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pad_vllm.training.data import Example, PairExample
+from pad_vllm.training.data import DataError, Example, PairExample
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
 
 NUM_BATCHES_SORTED = 16
@@ -162,10 +162,6 @@ class SFTTrainer(_Trainer):
 class PADTrainer(_Trainer):
     """The PAD objective over ``pairs``.
 
-    Where every comparison has its opposite (:func:`opposites`), the two are in one batch. What makes an answer likely
-    for everybody then cancels out of the gradient, and what a preference changes is left: with few comparisons, that is
-    the difference between learning to read preferences and learning to sound like the answers.
-
     Args:
         model: pi_theta, reads the preference.
         reference: pi_ref, reads the plain prompt; its log-probabilities are computed once, here. It should be the model
@@ -174,6 +170,10 @@ class PADTrainer(_Trainer):
         beta: scale of the reward in :func:`~pad_vllm.training.objective.pad_loss`.
         nll_weight: weight of the chosen answers' negative log-likelihood per token. The PAD loss sees differences
             only, and is as content when both answers become unlikely; their text then falls apart.
+        opposites: every pair has its opposite (:func:`opposites_of`), and their margins are added, as
+            :func:`~pad_vllm.training.objective.pad_loss` says. What makes an answer likely for everybody then cancels
+            out of the gradient: with few comparisons, the difference between learning to read preferences and learning
+            to sound like the answers. Takes an even batch size.
         weights: for a model with heads, the user of each pair: (num_pairs, num_heads) float32.
         measure: what :meth:`evaluate` reports.
     """
@@ -187,16 +187,17 @@ class PADTrainer(_Trainer):
         *,
         beta: float,
         nll_weight: float,
+        opposites: bool = False,
         weights: torch.Tensor | None = None,
         measure: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> None:
         self._measure = measure
-        self._beta, self._nll_weight = beta, nll_weight
+        self._beta, self._nll_weight, self._opposites = beta, nll_weight, opposites
         self._mean_length = sum(len(pair.chosen) for pair in pairs) / len(pairs)
         ref = score_answers(reference.to(args.device).eval(), answers_of(pairs, ref=True)).view(2, -1).T
         items = [(pair, ref[i], None if weights is None else weights[i]) for i, pair in enumerate(pairs)]
         sizes = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-        together = opposites(pairs) if args.train_batch_size % 2 == 0 else None
+        together = opposites_of(pairs) if opposites else None
         super().__init__(model, items, _collate_pairs, args, sizes, together)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -211,17 +212,21 @@ class PADTrainer(_Trainer):
         inputs = dict(inputs)
         ref_chosen, ref_rejected = inputs.pop("ref").T
         chosen, rejected = answer_logprob_sums(model, **inputs).chunk(2)
-        loss, margins = pad_loss(chosen, rejected, ref_chosen, ref_rejected, self._beta)
+        loss, margins = pad_loss(chosen, rejected, ref_chosen, ref_rejected, self._beta, self._opposites)
         nll = -chosen.mean() / self._mean_length
-        self.note(pad=loss, nll=nll, accuracy=(margins > 0).float().mean())
+        judged = margins.view(-1, 2).sum(1) if self._opposites else margins
+        self.note(pad=loss, nll=nll, accuracy=(judged > 0).float().mean())
         return loss + self._nll_weight * nll
 
 
-def opposites(pairs: Sequence[PairExample]) -> list[tuple[int, int]] | None:
+def opposites_of(pairs: Sequence[PairExample]) -> list[tuple[int, int]]:
     """Each comparison with that of the same two answers in which a user of another preference chose the other one.
 
     Returns:
-        Indices, every one of them once; None if some comparison has no opposite.
+        Indices, every one of them once.
+
+    Raises:
+        DataError: a comparison has none.
     """
     waiting: dict[tuple, list[int]] = defaultdict(list)
     found = []
@@ -231,7 +236,9 @@ def opposites(pairs: Sequence[PairExample]) -> list[tuple[int, int]] | None:
             found.append((same.pop(0), i))
         else:
             waiting[prompt, chosen, rejected].append(i)
-    return None if any(waiting.values()) else found
+    if alone := [i for same in waiting.values() for i in same]:
+        raise DataError(f"opposites: {len(alone)} of {len(pairs)} comparisons have none, such as number {alone[0]}")
+    return found
 
 
 def _collate_pairs(items: Sequence[tuple[PairExample, torch.Tensor, torch.Tensor | None]]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pad_vllm.synthetic.tokenizer import with_byte_tokens
 from tests.support.models import CORPUS
 
 MORE = ["Ein Gruß aus Österreich: naïve café, 東京の天気は晴れ, Привет мир, 😀 and 1,024 numbers."]
@@ -56,40 +56,13 @@ def trained(kind: str, vocab_size: int) -> Tokenizer:
     else:
         trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=60, show_progress=False)
     tokenizer.train_from_iterator(corpus(), trainer)
-    return with_bytes(json.loads(tokenizer.to_str()), kind)
-
-
-def with_bytes(settings: dict, kind: str) -> Tokenizer:
-    """The trained tokens behind special ones and one for each byte, as SentencePiece has them."""
-    heads = [*SPECIAL.values(), "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    first = [*heads, *(f"<0x{byte:02X}>" for byte in range(256))]
-    model = settings["model"]
-    if kind == "unigram":
-        model["vocab"] = [[token, 0.0] for token in first] + [part for part in model["vocab"] if part[0] not in first]
-        model |= {"unk_id": heads.index("<unk>"), "byte_fallback": True}
-    else:
-        tokens = sorted(model["vocab"], key=model["vocab"].get)
-        model["vocab"] = {token: i for i, token in enumerate([*first, *tokens])}
-        model |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
-    settings["added_tokens"] = [
-        {
-            "id": i,
-            "content": token,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-            "special": True,
-        }
-        for i, token in enumerate(heads)
-    ]
-    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer = with_byte_tokens(tokenizer, [*SPECIAL.values(), "<unk>", "<start_of_turn>", "<end_of_turn>"])
     if kind == "replace":
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     elif kind == "metaspace":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = None
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
     return tokenizer
 
 

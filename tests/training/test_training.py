@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import ValueHeads, load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import TINY
+from pad_vllm.synthetic.tokenizer import USER
 from pad_vllm.training import trainer
-from pad_vllm.training.data import Comparison, Example, PairExample, encode, prompt_ids
+from pad_vllm.training.data import Comparison, DataError, Example, PairExample, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
 
@@ -58,6 +60,18 @@ def test_pad_loss_is_the_hand_computed_value():
     assert loss.item() == pytest.approx((math.log1p(math.exp(-0.75)) + math.log1p(math.exp(1.5))) / 2)
 
 
+def test_pad_loss_of_opposites_is_of_what_a_preference_changes():
+    """Two users of the same two answers: neither the reference nor what is likely under both preferences matters."""
+    first, second = torch.tensor([-10.0, -14.0]), torch.tensor([-12.0, -13.0])  # the two answers, by user
+    generic, ref = torch.tensor([3.0, -4.0]), torch.tensor([-11.0, -15.0])
+    chosen, rejected = torch.stack([first[0], second[1]]), torch.stack([second[0], first[1]])
+    found, _ = pad_loss(chosen, rejected, ref, ref.flip(0), beta=0.5, opposites=True)
+    # ((-10 + 12) + (-13 + 14)) / 2
+    assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)))
+    same, _ = pad_loss(chosen + generic, rejected + generic.flip(0), 2 * ref, 2 * ref.flip(0), 0.5, opposites=True)
+    assert same.item() == pytest.approx(found.item())
+
+
 def test_pad_loss_pulls_the_answers_apart():
     logprobs = [torch.tensor([value], requires_grad=True) for value in (-5.0, -5.0, -6.0, -4.0)]
     pad_loss(*logprobs, beta=0.3)[0].backward()
@@ -84,15 +98,16 @@ PAIRS = [PairExample([p, 3], [3], [9 + p, 31], [12 - p, 31], {}) for p in (1, 2)
 """Token 1 asks for answer 10, token 2 for answer 11; the reference sees neither."""
 
 
-def pad_trainer(model, reference, folder, steps=25, **settings):
+def pad_trainer(model, reference, folder, steps=25, opposites=False, **settings):
     args = trainer.training_arguments(folder, steps=steps, batch_size=8, lr=1e-2, seed=0, disable_tqdm=True, **settings)
-    return trainer.PADTrainer(model, reference, PAIRS * 100, args, beta=0.5, nll_weight=0.0)
+    return trainer.PADTrainer(model, reference, PAIRS * 100, args, beta=0.5, nll_weight=0.0, opposites=opposites)
 
 
-def test_pad_training_learns_what_a_preference_token_asks_for(small_model, tmp_path):
+@pytest.mark.parametrize("opposites", [False, True])
+def test_pad_training_learns_what_a_preference_token_asks_for(small_model, tmp_path, opposites):
     reference = LlamaForCausalLM(small_model.config).requires_grad_(False)
     before = [weight.clone() for weight in reference.parameters()]
-    pad_trainer(small_model, reference, tmp_path).train()
+    pad_trainer(small_model, reference, tmp_path, opposites=opposites).train()
     assert (trainer.reward_margins(small_model, reference, PAIRS) > 0).all()
     swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in PAIRS]
     assert (trainer.reward_margins(small_model, reference, swapped) < 0).all()
@@ -121,12 +136,12 @@ def test_a_comparison_and_its_opposite_come_into_one_batch(small_model, tmp_path
         PairExample([1], [i], [rng.randint(2, 30) for _ in range(rng.randint(1, 9))], [i, 31], {}) for i in range(20)
     ]
     pairs = some + [opposite(pair) for pair in reversed(some)]
-    assert sorted(trainer.opposites(pairs)) == [(i, 39 - i) for i in range(20)]
-    assert trainer.opposites(pairs[:-1]) is None
-    assert trainer.opposites([some[0], some[0]]) is None
-    assert trainer.opposites([some[0], opposite(some[0])._replace(ref_prompt=[30])]) is None
+    assert sorted(trainer.opposites_of(pairs)) == [(i, 39 - i) for i in range(20)]
+    for without in (pairs[:-1], [some[0], some[0]], [some[0], opposite(some[0])._replace(ref_prompt=[30])]):
+        with pytest.raises(DataError, match=r"opposites: . of .* have none, such as number 0"):
+            trainer.opposites_of(without)
     args = trainer.training_arguments(tmp_path, steps=20, batch_size=4, lr=1e-2, seed=0)
-    made = trainer.PADTrainer(small_model, small_model, pairs, args, beta=0.5, nll_weight=0.0)
+    made = trainer.PADTrainer(small_model, small_model, pairs, args, beta=0.5, nll_weight=0.0, opposites=True)
     order = [pair for pair, *_ in made.train_dataset]
     assert len(order) == 80
     for one, other in zip(order[::2], order[1::2], strict=True):
@@ -216,7 +231,7 @@ def test_chat_template(tokenizer):
 
 def test_training_pairs_are_composed_as_in_serving(tokenizer):
     record = models.preference_record(random.Random(2))
-    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=models.USER)
+    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER)
     (encoded,) = encode([Comparison(**record)], tokenizer, template, 512)
     assert tokenizer.decode(encoded.ref_prompt) == f"<|bos|><|user|>{record['prompt']}<|assistant|>"
     assert encoded.prompt == template.compose(encoded.ref_prompt, record["preference"])
@@ -237,11 +252,21 @@ def test_built_models_load_as_transformers_models(built, tmp_path_factory):
         assert model.config.vocab_size == len(tokenizer)
         assert tokenizer.chat_template
     assert folders[2] == built.base
-    assert len({type(AutoModelForCausalLM.from_pretrained(folder)) for folder in folders}) == 3
+    assert len({type(AutoModelForCausalLM.from_pretrained(folder)) for folder in folders}) == len(models.ARCHITECTURES)
     assert {"accuracy"} <= set(built.metrics["backbone"])
     dimensions = {first for first, _ in world.DIMENSIONS.values()}
     names = load_heads(built.reward / "heads.safetensors", TINY.hidden_size).names
     assert set(names) == dimensions | {"backbone"}
+
+
+def test_the_fourth_base_has_a_tokenizer_of_its_own(built, tokenizer):
+    other = AutoTokenizer.from_pretrained(models.build_base("mistral", built.base.parent, 0, TINY))
+    assert not same_ordinary_tokens(tokenizer, other)
+    assert other.chat_template != tokenizer.chat_template
+    for text in (world.answer(world.TOPICS[0], world.STYLES[0], random.Random(0)), "naïve café, 東京"):
+        ids = other.encode(text, add_special_tokens=False)
+        assert other.decode(ids) == text
+        assert other.unk_token_id not in ids
 
 
 def test_build_is_cached_and_deterministic(built, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from pad_vllm.evaluation.evaluate import EvaluationConfig, load_checker, read_co
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.synthetic import world
+from tests.support.tokenizers import make
 
 
 def test_bootstrap_intervals_hold_what_they_say():
@@ -68,10 +69,23 @@ def test_best_of_n_takes_the_answer_of_the_highest_reward(models):
         str(models.base), {"reward_model": str(models.reward)}, {"u": {}}, "c", prompts=[{"prompt": "p"}], best_of=3
     )
     texts = [str(sample) for sample in samples]
-    found = evaluation._pick_best(config, contexts, Answers(texts, samples, seconds=1.0))
+    found = evaluation._pick_best(
+        config, contexts, Answers(texts, samples, seconds=1.0), models.tokenizer, models.tokenizer
+    )
     assert found.tokens == expected
     assert found.texts == list(map(str, expected))
     assert found.seconds > 1
+
+
+def test_a_reference_reads_answers_in_its_own_tokens():
+    own, reads = make("metaspace", 600), make("byte-level", 600)
+    texts = ["The user likes short answers.", "naïve café"]
+    tokens = [[*own.encode(texts[0], add_special_tokens=False), own.eos_token_id], own.encode(texts[1])]
+    ended, cut = evaluation.in_tokens_of(reads, Answers(texts, tokens, 1.0), own)
+    assert reads.decode(ended[:-1]) == texts[0]
+    assert ended[-1] == reads.eos_token_id
+    assert reads.decode(cut) == texts[1]
+    assert evaluation.in_tokens_of(own, Answers(texts, tokens, 1.0), make("metaspace", 600)) is tokens
 
 
 @pytest.mark.parametrize(
