@@ -1,14 +1,16 @@
 """The language table: what guidance does to SmolLM2's English, beside the other ways to personalize it.
 
-    python -m benchmarks.language [--small] [--methods NAME ...] [--work FOLDER] [--output benchmarks/results]
+    python -m benchmarks.language [--small] [--gemma] [--methods NAME ...] [--work FOLDER] [--output benchmarks/results]
 
-The demo's reward model is SmolLM2 itself, held against its own answer without the preference. Users want
+The reward model is the demo's, trained on SmolLM2's own answers, or SmolLM2 as it is, held against its own answer
+without the preference. With ``--gemma`` the base is Gemma 3 270M, which has another tokenizer and follows no
+instructions. Users want
 
 - one: of twelve values (six measures, less or more of each);
 - two: values of different measures together.
 
 Every method's answers are kept in the work folder as they come, and are not made again. Writes language.md,
-language.json and language.png.
+language.json and language.png, or those of language-gemma.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from typing import Any, NamedTuple
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import recipe, wishes
+from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
-from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
+from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, prompt_ids, write_records
@@ -48,7 +51,8 @@ class Sizes:
         prompts: by group.
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
-        betas: strengths of guidance.
+        betas: strengths of guidance by the trained reward model.
+        untrained_betas: and by SmolLM2 itself.
         fitted: values of users to whom sliders are fitted.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
@@ -59,7 +63,8 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 4
-    betas: tuple[float, ...] = (1.5, 2.5, 4.0)
+    betas: tuple[float, ...] = (0.5, 1.0, 2.0)
+    untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
@@ -72,12 +77,15 @@ class Sizes:
 
 
 FULL = Sizes({"one": 12, "two": 3})
+GEMMA = {"best_of_prompts": 0, "fitted": (), "tuned": (), "choice_prompts": 0, "untrained_betas": ()}
+"""What is not done on Gemma: answers that take models or choices of its own."""
 SMALL = Sizes(
     {"one": 1, "two": 1},
     base_answers=1,
     best_of=2,
     best_of_prompts=1,
-    betas=(2.5,),
+    betas=(1.0,),
+    untrained_betas=(2.5,),
     fitted=(),
     tuned=(),
     choice_prompts=0,
@@ -109,12 +117,18 @@ class Plan(NamedTuple):
 
 
 class Bench:
-    """Answers of every method, made as they are asked for and kept in ``work``."""
+    """Answers of every method, made as they are asked for and kept in ``work``.
 
-    def __init__(self, models: DemoModels, work: Path, sizes: Sizes) -> None:
+    Args:
+        models: the base, and the trained reward model.
+        untrained: the reward model that is SmolLM2.
+        stop: how the base goes on after an answer, other than by an end token.
+    """
+
+    def __init__(self, models: DemoModels, untrained: Path, work: Path, sizes: Sizes, stop: Sequence[str] = ()) -> None:
         from transformers import AutoTokenizer
 
-        self.models, self.work, self.sizes = models, work, sizes
+        self.models, self.untrained, self.work, self.sizes, self.stop = models, untrained, work, sizes, stop
         self.tokenizer = AutoTokenizer.from_pretrained(models.base)
         self.template = PromptTemplate(self.tokenizer, PROMPT_TEMPLATE)
         self.cells = list(cells(sizes))
@@ -144,6 +158,7 @@ class Bench:
                 max_tokens=self.sizes.max_tokens,
                 seed=self.sizes.seed,
                 nll=True,
+                stop=self.stop,
                 additional_config={"pad": {"top_k": self.sizes.top_k, **first.pad}},
                 logits_processors=["pad_vllm:PADLogitsProcessor"],
                 **recipe.ENGINE,
@@ -208,7 +223,7 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         return method == "base" or bench.kept(method) is not None or method.startswith(tuple(methods))
 
     sizes, cells = bench.sizes, bench.cells
-    reward = {"reward_model": str(bench.models.reward)}
+    reward, untrained = ({"reward_model": str(path)} for path in (bench.models.reward, bench.untrained))
     singles = [i for i, cell in enumerate(cells) if cell.group == "one"]
     plans: dict[str, Plan] = {}
 
@@ -234,10 +249,15 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     ask("prompting", everyone, prompted)
     for beta in sizes.betas:
         ask(f"PAD, beta {beta:g}", everyone, guided(beta))
+    if len(sizes.betas) > 1:
+        middle = guided(sizes.betas[len(sizes.betas) // 2])
+        ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, middle(cell).guidance))
+    for beta in sizes.untrained_betas:
+        ask(f"PAD untrained, beta {beta:g}", everyone, guided(beta), untrained)
     found = bench.answer(plans)
     plans.clear()
     method = f"best of {sizes.best_of}"
-    if wanted(method):
+    if sizes.best_of_prompts and wanted(method):
         found[method] = bench.kept(method) or best_of(bench, method, singles)
     if sizes.choice_prompts and wanted("prompting with examples"):
         ask("prompting with examples", singles, lambda cell: Request(bench.with_examples(cell)))
@@ -315,7 +335,7 @@ def tune_user(bench: Bench, value: str, target: Path) -> Path:
 
     records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
     data = write_records(target.with_name("choices.jsonl"), records)
-    stage = replace(recipe.FULL.stage, epochs=2.0)
+    stage = replace(recipe.FULL.stage, epochs=2.0, opposites=False)
     config = TrainingConfig(
         str(data),
         str(bench.models.base),
@@ -335,16 +355,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--small", action="store_true", help="a few prompts and methods, and short answers: a minute")
+    parser.add_argument("--gemma", action="store_true", help="of Gemma 3 270M; see `pad-vllm models --gemma`")
     parser.add_argument(
         "--methods", nargs="+", default=[""], metavar="NAME", help="how their names begin; default: all"
     )
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
     parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     args = parser.parse_args()
-    models = build(args.cache_dir)
-    work = args.work or models.base.parent / f"language-{models.reward.name}{'-small' if args.small else ''}"
-    bench = Bench(models, work, SMALL if args.small else FULL)
-    write(args.output, bench, answers_of(bench, args.methods))
+    models, untrained = build(args.cache_dir), build_untrained(args.cache_dir)
+    sizes = SMALL if args.small else FULL
+    name, stop = "language", ()
+    if args.gemma:
+        models = models._replace(base=build_gemma(args.cache_dir))
+        sizes, name, stop = replace(sizes, **GEMMA), "language-gemma", (NEXT_QUESTION,)
+    work = args.work or models.reward.parent / f"{name}-{models.reward.name}{'-small' if args.small else ''}"
+    bench = Bench(models, untrained, work, sizes, stop)
+    write(args.output, name, bench, answers_of(bench, args.methods))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .language import Bench
 
 NUM_SCORED = 96
-"""Answers of a method whose likelihood under unguided SmolLM2 takes a pass of its own: the base model that made them
+"""Answers of a method whose likelihood under the unguided base takes a pass of its own: the base model that made them
 had read something else than the prompt."""
 READ_ELSE = ("prompting", "DPO")
 
@@ -90,7 +90,7 @@ def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Cell -> negative log-likelihood per token of its answer after the plain prompt, by unguided SmolLM2."""
+    """Cell -> negative log-likelihood per token of its answer after the plain prompt, by the unguided base."""
     if not method.startswith(READ_ELSE):
         return {record["cell"]: record["nll"] for record in records}
     file = bench.work / f"nll of {method}.json"
@@ -121,7 +121,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     base = next(row for row in rows if row["method"] == "base")
     lines = []
     for method, row in own.items():
-        if not method.startswith("PAD") or "prompting" not in own:
+        if "PAD" not in method or "prompting" not in own:
             continue
         further = [name for name, (_, low, _) in row["moved"].items() if low > own["prompting"]["moved"][name][2]]
         less = [name for name, (_, _, high) in row["moved"].items() if high < own["prompting"]["moved"][name][1]]
@@ -157,21 +157,25 @@ def _say(estimate: Sequence[float]) -> str:
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions,"}
+COMMANDS = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
 TITLES = {"one": "One wish", "two": "Two wishes"}
 
 
-def write(output: Path, bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def write(
+    output: Path, name: str, bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
     rows = figures(bench, found)
     base = rows[0]
     output.mkdir(parents=True, exist_ok=True)
     record = {"hardware": hardware(), "date": date.today().isoformat(), "rows": rows}
-    (output / "language.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     units = "; ".join(f"`{name}`: {d.unit}, for {d.more} or {d.less}" for name, d in DIMENSIONS.items())
     text = [
         "# Language",
-        "What guidance does to the English of SmolLM2-135M-Instruct, beside other ways to personalize it; on "
-        f"{record['hardware']}, {record['date']}, by `make alignment`. The reward model is SmolLM2 itself, with "
-        "`reference: neutral`; nothing is trained.",
+        f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
+        f"{record['hardware']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's reward model, trained on "
+        "SmolLM2's answers; `PAD untrained`: by SmolLM2 itself, held against its own answer without the preference.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
         f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
@@ -184,8 +188,8 @@ def write(output: Path, bench: Bench, found: Mapping[str, Sequence[Mapping[str, 
     text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
     if parts := [method for method in found if method.startswith(("best of", "sliders", "DPO"))]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
-    (output / "language.md").write_text("\n\n".join(text) + "\n")
-    plot(rows, output / "language.png")
+    (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
+    plot(rows, output / f"{name}.png")
     return rows
 
 
@@ -206,7 +210,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.axvline(rows[0]["nll"], color="black", linewidth=0.8, linestyle=":")
     axis.annotate("unguided", (rows[0]["nll"], 50), fontsize=7, rotation=90, va="bottom", ha="right")
-    axis.set_xlabel("nats a token under unguided SmolLM2 (left: more fluent)")
+    axis.set_xlabel("nats a token under the unguided base (left: more fluent)")
     axis.set_ylabel("wishes satisfied (%)")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 160
 TEMPERATURE = 0.7
-ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
 
 
 def show(

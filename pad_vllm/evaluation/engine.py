@@ -64,19 +64,21 @@ def generate(
     max_tokens: int,
     seed: int,
     nll: bool = False,
+    stop: Sequence[str] = (),
     **engine: Any,
 ) -> dict[str, Answers]:
     """Answers to each batch of requests by one engine of ``model``; request i of every batch draws with ``seed`` + i.
 
     Args:
         nll: whether to say how likely the base model finds the answers.
+        stop: texts that end an answer, and are not part of it.
         engine: arguments of ``vllm.LLM``.
     """
     _set_environment()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pad_vllm.evaluation.preload"])  # vLLM's modules, once for all engines
     with ProcessPoolExecutor(1, context) as process:
-        sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        sampling: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "stop": list(stop)}
         if nll:
             sampling["logprobs"] = 0  # of the sampled tokens; raw, as the base model has them before any processor
         return process.submit(_generate, model, dict(batches), sampling, seed, engine).result()

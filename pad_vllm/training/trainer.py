@@ -194,7 +194,10 @@ class PADTrainer(_Trainer):
         self._measure = measure
         self._beta, self._nll_weight, self._opposites = beta, nll_weight, opposites
         self._mean_length = sum(len(pair.chosen) for pair in pairs) / len(pairs)
-        ref = score_answers(reference.to(args.device).eval(), answers_of(pairs, ref=True)).view(2, -1).T
+        if opposites:  # where it cancels
+            ref = torch.zeros(len(pairs), 2)
+        else:
+            ref = score_answers(reference.to(args.device).eval(), answers_of(pairs, ref=True)).view(2, -1).T
         items = [(pair, ref[i], None if weights is None else weights[i]) for i, pair in enumerate(pairs)]
         sizes = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
         together = opposites_of(pairs) if opposites else None

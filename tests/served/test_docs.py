@@ -127,10 +127,7 @@ def run(folder: Path, language: str, body: str) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_runs(folder, document):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server: subprocess.Popen | None = None
+    server: TypedServer | Server | None = None
     try:
         for language, body in blocks(document):
             if not language:
@@ -146,20 +143,49 @@ def test_every_command_runs(folder, document):
             elif "--speculative-config" in body:
                 serve_with_drafts(folder, body)
             elif body.startswith("vllm serve"):
-                server = stop(server)
-                body = body.rstrip() + f" --override-generation-config.max_new_tokens {MAX_TOKENS}"
-                command = ["bash", "-c", f"exec {body} --port {port}"]
-                log = (folder / "log").open("w")
-                server = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
-                wait_until_healthy(lambda own=server: own.poll() is None, port, folder / "log", timeout=180)
+                if server is not None:
+                    server.close()
+                server = TypedServer(folder, body) if document == "README.md" else forked_server(folder, body)
             else:
-                body = body.replace("localhost:8000", f"localhost:{port}")
-                body = body.replace("examples/client.py", f"examples/client.py http://localhost:{port}/v1")
+                if server is not None:
+                    body = body.replace("localhost:8000", f"localhost:{server.port}")
+                    body = body.replace("examples/client.py", f"examples/client.py http://localhost:{server.port}/v1")
                 out = run(folder, language, body)
                 if "examples/client.py" in body:
                     assert "a typing error: pad_persona='tense': no such persona; did you mean 'terse'?" in out
     finally:
-        stop(server)
+        if server is not None:
+            server.close()
+
+
+class TypedServer:
+    """``vllm serve`` as it is typed into a shell."""
+
+    def __init__(self, folder: Path, body: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        line = f"{body.rstrip()} --override-generation-config.max_new_tokens {MAX_TOKENS} --port {self.port}"
+        with (folder / "log").open("w") as log:
+            self._process = subprocess.Popen(
+                ["bash", "-c", f"exec {line}"], cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            wait_until_healthy(lambda: self._process.poll() is None, self.port, folder / "log", timeout=180)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+def forked_server(folder: Path, body: str) -> Server:
+    """The same from a process that has vLLM already."""
+    _, _, model, *arguments = shlex.split(body.replace("\\\n", " "))
+    arguments += ["--served-model-name", model, "--override-generation-config.max_new_tokens", str(MAX_TOKENS)]
+    return Server(model, folder / "log", *arguments, folder=folder)
 
 
 def serve_with_drafts(folder: Path, body: str) -> None:
@@ -173,12 +199,6 @@ def serve_with_drafts(folder: Path, body: str) -> None:
         assert "the reward model drafts 4 tokens at a time" in (folder / "log").read_text()
     finally:
         server.close()
-
-
-def stop(server: subprocess.Popen | None) -> None:
-    if server is not None:
-        server.terminate()
-        server.wait(60)
 
 
 def test_the_offline_example(folder):

@@ -32,9 +32,13 @@ def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, tim
     raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
 
 
-def serve(arguments: list[str], log: Path, runner: str, preloaded: bool, environment: dict[str, str]) -> None:
+def serve(
+    arguments: list[str], log: Path, runner: str, preloaded: bool, environment: dict[str, str], folder: Path | None
+) -> None:
     """``vllm serve``, in this process and those that it forks. (As it starts its own: test_docs.py.)"""
     os.setsid()
+    if folder is not None:
+        os.chdir(folder)
     os.environ.update(environment)
     set_environment(runner, multiprocess=True)
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
@@ -55,7 +59,8 @@ def serve(arguments: list[str], log: Path, runner: str, preloaded: bool, environ
 
 class Server:
     """``vllm serve`` with ``args``. ``environment`` is added to this process's. Not ``preloaded``: it imports vLLM
-    in this environment (where Prometheus's client keeps counts, it decides when it is imported)."""
+    in this environment (where Prometheus's client keeps counts, it decides when it is imported). ``folder``: from where
+    it is started."""
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class Server:
         runner: str = "v1",
         preloaded: bool = True,
         timeout: float = 180,
+        folder: Path | None = None,
         **environment: str,
     ) -> None:
         with socket.socket() as free:
@@ -75,7 +81,7 @@ class Server:
         self.log = log
         context = Preloaded(runner) if preloaded else multiprocessing.get_context("spawn")
         environment = dict(os.environ) | OFFLINE | environment
-        self._process = context.Process(target=serve, args=(arguments, log, runner, preloaded, environment))
+        self._process = context.Process(target=serve, args=(arguments, log, runner, preloaded, environment, folder))
         self._process.start()
         try:
             wait_until_healthy(self._process.is_alive, self.port, log, timeout)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import alignment
+from pad_vllm.evaluation import evaluate as evaluation
+from pad_vllm.synthetic import models, world
+from pad_vllm.training.data import prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +78,36 @@ def test_mixing_heads_moves_every_dimension(small):
     for fit in results["fit"].values():
         assert fit["num_comparisons"] == 30
         assert fit["held_out_accuracy"] >= 0.75
+
+
+def test_a_base_with_another_tokenizer(cache, tmp_path):
+    """Every method answers, and one reference reads all answers in its own tokens."""
+    built = models.build(cache)
+    prompts = [{"prompt": f"How do I {topic.task}?", "topic": topic.task} for topic in world.TRAIN_TOPICS[:2]]
+    wanted = dict.fromkeys(["length"], world.DIMENSIONS["length"][0])
+    config = evaluation.EvaluationConfig(
+        base=str(models.build_base("mistral", tmp_path, 0, models.TINY)),
+        pad={"reward_model": str(built.reward)},
+        users={"u": {"preference": world.preference(wanted, random.Random(0)), "wanted": wanted, "prompts": prompts}},
+        checker="pad_vllm.synthetic.world:check",
+        methods=("base", "best_of_n", "pad", "reward_model"),
+        betas=(1.0,),
+        best_of=2,
+        reference=str(built.base),
+        max_tokens=24,
+        engine=alignment.ENGINE,
+    )
+    answers = evaluation.evaluate(config)["answers"]
+    assert list(answers) == ["base", "best_of_n", "pad, beta 1", "reward_model"]
+    assert answers["pad, beta 1"] != answers["base"]
+    reference, tokenizer = AutoModelForCausalLM.from_pretrained(built.base), AutoTokenizer.from_pretrained(built.base)
+    for records in answers.values():
+        for record, asked in zip(records, prompts, strict=True):
+            ids = prompt_ids(asked["prompt"], tokenizer)
+            own = tokenizer.encode(record["text"], add_special_tokens=False)
+            logprobs = reference(torch.tensor([ids + own])).logits[0].log_softmax(-1)
+            found = -sum(logprobs[len(ids) - 1 + i, token].item() for i, token in enumerate(own))
+            end = -logprobs[-1, tokenizer.eos_token_id].item()
+            assert record["nll"] == pytest.approx(found / len(own), abs=2e-3) or record["nll"] == pytest.approx(
+                (found + end) / (len(own) + 1), abs=2e-3
+            )
