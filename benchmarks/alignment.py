@@ -15,6 +15,7 @@ Writes alignment.md, alignment.json and two plots.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -27,6 +28,8 @@ from typing import Any
 
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
+from pad_vllm.cache import cached
+from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
 from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
@@ -42,6 +45,7 @@ from .record import hardware
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
 HEADLINE = "pad, beta 0.8"
+RESULT = "result.json"
 MARGIN = 5
 """Percentage points of well-formed answers that PAD may lose."""
 ENGINE = {
@@ -108,7 +112,9 @@ def own_record(wanted: Mapping[str, str], rng: random.Random) -> dict[str, Any]:
             return {"prompt": question.format(topic.task), "chosen": chosen, "rejected": rejected}
 
 
-def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def measure_fit(
+    reward: models.SyntheticModels, some_users: Mapping[str, Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
     """Weights fitted to 30 comparisons of each user, who says nothing else."""
     rng = random.Random(seed)
     fits = {}
@@ -116,7 +122,7 @@ def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed:
         for name, user in some_users.items():
             records = (own_record(user["wanted"], rng) for _ in range(30))
             data = models.write_records(Path(folder, f"{name}.jsonl"), records)
-            fits[name] = fit(str(reward), data)
+            fits[name] = fit(str(reward.reward), data)
     return {name: found._asdict() for name, found in fits.items()}
 
 
@@ -132,52 +138,92 @@ def run(
     cache_dir: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The evaluation on every base; writes the results and returns them."""
-    start = time.perf_counter()
-    bases = {name: models.build_base(name, cache_dir, seed, recipe) for name in architectures}
+    """The evaluation on every base; writes the results and returns them. A base's are kept in the cache of models, and
+    are not made again."""
     reward = models.build(cache_dir, seed, recipe)
     names = load_heads(reward.reward / HEADS_FILE, recipe.hidden_size).names
     people = users(num_users, num_prompts, names, seed)
-    fits = measure_fit(reward.reward, people, seed)
+    sizes = (architectures[0], num_users, num_prompts, num_dpo_pairs, best_of)
+    digest = fingerprint(models.fingerprint(seed, recipe), sizes, BETAS, ENGINE)
+    kept = cached(cache_dir, f"alignment-fit-{digest}", lambda to: keep(to, {"fit": measure_fit(reward, people, seed)}))
+    fits = read(kept)["fit"]
     for name, user in people.items():
         user["weights"]["fit"] = fits[name]["weights"]
-    rows, answers, tuning = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for base, path in bases.items():
-            first = base == architectures[0]
-            if first and num_dpo_pairs:
-                for name, user in people.items():
-                    user["dpo"] = str(Path(folder, name))
-                    tuning[name] = tune_for(user, path, Path(folder, name), num_dpo_pairs, recipe, seed)
-            own = people if first else {n: {k: v for k, v in u.items() if k != "dpo"} for n, u in people.items()}
-            config = EvaluationConfig(
-                base=str(path),
-                pad={"reward_model": str(reward.reward)},
-                users=own,
-                checker="pad_vllm.synthetic.world:check",
-                betas=BETAS,
-                best_of=best_of,
-                prompting="{preference} {prompt}",
-                reference=str(bases[architectures[0]]),
-                max_tokens=128,
-                seed=seed,
-                engine=ENGINE,
-            )
-            result = evaluate(config)
-            rows[base] = result["rows"]
-            answers[base] = result["answers"]
-            print(f"\n## {base}\n\n{table(rows[base])}", flush=True)
+    found = {}
+    for base in architectures:
+        dpo_pairs = num_dpo_pairs if base == architectures[0] else 0
+
+        def measure(to: Path, base: str = base, dpo_pairs: int = dpo_pairs) -> None:
+            keep(to, measure_base(base, people, reward.reward, recipe, dpo_pairs, best_of, cache_dir, seed))
+
+        found[base] = read(cached(cache_dir, f"alignment-{base}-{digest}", measure))
+        print(f"\n## {base}\n\n{table(found[base]['rows'])}", flush=True)
     results = {
         "hardware": hardware(),
         "date": date.today().isoformat(),
-        "seconds": round(time.perf_counter() - start),
+        "seconds": round(sum(own["seconds"] for own in found.values())),
         "reward_model": reward.metrics,
         "fit": fits,
-        "dpo_seconds": tuning,
-        "rows": rows,
+        "dpo_seconds": {name: seconds for own in found.values() for name, seconds in own["tuning"].items()},
+        "rows": {base: own["rows"] for base, own in found.items()},
     }
     write(output, results)
-    return results | {"answers": answers}
+    return results | {"answers": {base: own["answers"] for base, own in found.items()}}
+
+
+def measure_base(
+    base: str,
+    people: Mapping[str, Mapping[str, Any]],
+    reward: Path,
+    recipe: Recipe,
+    num_dpo_pairs: int,
+    best_of: int,
+    cache_dir: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """One base model's rows and answers, and what tuning a model for each user took."""
+    start = time.perf_counter()
+    path = models.build_base(base, cache_dir, seed, recipe)
+    own, tuning = {name: dict(user) for name, user in people.items()}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        if num_dpo_pairs:
+            for name, user in own.items():
+                user["dpo"] = str(Path(folder, name))
+                tuning[name] = tune_for(user, path, Path(folder, name), num_dpo_pairs, recipe, seed)
+        config = EvaluationConfig(
+            base=str(path),
+            pad={"reward_model": str(reward)},
+            users=own,
+            checker="pad_vllm.synthetic.world:check",
+            betas=BETAS,
+            best_of=best_of,
+            prompting="{preference} {prompt}",
+            reference=str(models.build_base(ARCHITECTURES[0], cache_dir, seed, recipe)),
+            max_tokens=128,
+            seed=seed,
+            engine=ENGINE,
+        )
+        return evaluate(config) | {"tuning": tuning, "seconds": time.perf_counter() - start}
+
+
+def fingerprint(*settings: Any) -> str:
+    """A hash of what determines a result: settings, and the code that measures."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for source in (__file__, evaluation.__file__):
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def keep(folder: Path, result: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    (folder / RESULT).write_text(json.dumps(result) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / RESULT).read_text())
+    for row in result.get("rows", ()):
+        row |= {name: Estimate(*value) for name, value in row.items() if isinstance(value, list)}
+    return result
 
 
 def verdicts(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:

@@ -137,7 +137,7 @@ def build_base(
 def _cached(
     cache_dir: str | os.PathLike | None, name: str, seed: int, recipe: Recipe, make: Callable[[Path], None]
 ) -> Path:
-    return cached(cache_dir, f"{name}-{_fingerprint(seed, recipe)}", make)
+    return cached(cache_dir, f"{name}-{fingerprint(seed, recipe)}", make)
 
 
 def chat_example(rng: random.Random, tokenizer: PreTrainedTokenizerBase, lesson: Lesson) -> Example:
@@ -240,7 +240,7 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase, recipe: Recip
     return GPTNeoXConfig(**sizes, **family(width + 2 * recipe.head_dim, depth), rotary_pct=1.0)
 
 
-def _fingerprint(seed: int, recipe: Recipe) -> str:
+def fingerprint(seed: int, recipe: Recipe) -> str:
     """A hash of everything that determines the models."""
     modules = (world, own_tokenizers, chat, template, data, heads, objective, train, trainer)
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]

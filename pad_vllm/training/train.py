@@ -35,7 +35,7 @@ from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.export import export
 from pad_vllm.training.heads import HeadedModel, users_of
-from pad_vllm.training.trainer import PADTrainer, last_checkpoint, reward_margins, training_arguments
+from pad_vllm.training.trainer import PADTrainer, last_checkpoint, opposites_of, reward_margins, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +163,10 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     if config.eval_data is not None:
         eval_pairs = read(config.eval_data)
     else:
-        random.Random(config.seed).shuffle(pairs)
-        cut = max(1, len(pairs) // 20)
-        eval_pairs, pairs = pairs[:cut], pairs[cut:]
+        groups = opposites_of(pairs) if config.backbone.opposites else [(i,) for i in range(len(pairs))]
+        random.Random(config.seed).shuffle(groups)
+        cut = max(1, len(groups) // 20)
+        eval_pairs, pairs = ([pairs[i] for group in part for i in group] for part in (groups[:cut], groups[cut:]))
     names = sorted({name for pair in pairs for name in pair.labels})
     stages = config.stages or (STAGES if names else STAGES[:1])
     if "heads" in stages and not names:
@@ -178,7 +179,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         if not config.lora_rank:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
         model = run.backbone(model, reference, pairs, eval_pairs)
-        metrics["backbone"] = measure(model, reference, eval_pairs)
+        metrics["backbone"] = measure(model, reference, eval_pairs, config.backbone.opposites)
     heads = None
     if "heads" in stages:
         headed = run.heads(HeadedModel(model, names), reference, pairs, eval_pairs)
@@ -202,9 +203,15 @@ def another_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> Pre
     return None if same_ordinary_tokens(theirs, tokenizer) else theirs
 
 
-def measure(model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample]) -> dict[str, float]:
-    """How often the chosen answer has the higher reward: over all comparisons, and where a dimension alone decides."""
+def measure(
+    model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample], opposites: bool = False
+) -> dict[str, float]:
+    """How often the chosen answer has the higher reward: over all comparisons, and where a dimension alone decides. Of
+    opposites: how often the two are told apart."""
     margins = reward_margins(model, reference, pairs)
+    if opposites:
+        for i, j in opposites_of(pairs):
+            margins[[i, j]] = margins[i] + margins[j]
     correct = defaultdict(list)
     for pair, margin in zip(pairs, margins.tolist(), strict=True):
         correct["accuracy"].append(margin > 0)
@@ -252,7 +259,13 @@ class _Run:
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
             trained = get_peft_model(model, lora)
-        self._train("backbone", trained, reference, pairs, lambda m: measure(m, reference, eval_pairs))
+        self._train(
+            "backbone",
+            trained,
+            reference,
+            pairs,
+            lambda m: measure(m, reference, eval_pairs, config.backbone.opposites),
+        )
         if not config.lora_rank:
             return trained.eval()
         trained.save_pretrained(self._work / ADAPTER)

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "data" / "synthetic"
 
 def put_into(cache: Path) -> None:
     """Make a cache of models that has them, as :func:`~pad_vllm.synthetic.models.build` looks for them."""
-    fingerprint = models._fingerprint(0, models.FULL)
+    fingerprint = models.fingerprint(0, models.FULL)
     for kept in FOLDER.iterdir():
         _copy(kept, cache / f"{kept.name}-{fingerprint}", torch.float32)
 
