@@ -2,9 +2,8 @@
 
     python -m benchmarks.language [--small] [--gemma] [--methods NAME ...] [--work FOLDER] [--output benchmarks/results]
 
-The reward model is the demo's, trained on SmolLM2's own answers, or SmolLM2 as it is, held against its own answer
-without the preference. With ``--gemma`` the base is Gemma 3 270M, which has another tokenizer and follows no
-instructions. Users want
+The reward model is the demo's: SmolLM2, held against its own answer without the preference. The base is SmolLM2 too,
+or, with ``--gemma``, Gemma 3 270M, which has another tokenizer and follows no instructions. Users want
 
 - one: of twelve values (six measures, less or more of each);
 - two: values of different measures together.
@@ -32,7 +31,7 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
-from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
+from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, prompt_ids, write_records
@@ -51,8 +50,7 @@ class Sizes:
         prompts: by group.
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
-        betas: strengths of guidance by the trained reward model.
-        untrained_betas: and by SmolLM2 itself.
+        betas: strengths of guidance.
         fitted: values of users to whom sliders are fitted.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
@@ -63,8 +61,7 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 4
-    betas: tuple[float, ...] = (0.5, 1.0, 2.0)
-    untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
+    betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
@@ -77,15 +74,14 @@ class Sizes:
 
 
 FULL = Sizes({"one": 12, "two": 3})
-GEMMA = {"best_of_prompts": 0, "fitted": (), "tuned": (), "choice_prompts": 0, "untrained_betas": ()}
+GEMMA = {"best_of_prompts": 0, "fitted": (), "tuned": (), "choice_prompts": 0}
 """What is not done on Gemma: answers that take models or choices of its own."""
 SMALL = Sizes(
     {"one": 1, "two": 1},
     base_answers=1,
     best_of=2,
     best_of_prompts=1,
-    betas=(1.0,),
-    untrained_betas=(2.5,),
+    betas=(2.5,),
     fitted=(),
     tuned=(),
     choice_prompts=0,
@@ -120,15 +116,13 @@ class Bench:
     """Answers of every method, made as they are asked for and kept in ``work``.
 
     Args:
-        models: the base, and the trained reward model.
-        untrained: the reward model that is SmolLM2.
         stop: how the base goes on after an answer, other than by an end token.
     """
 
-    def __init__(self, models: DemoModels, untrained: Path, work: Path, sizes: Sizes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, models: DemoModels, work: Path, sizes: Sizes, stop: Sequence[str] = ()) -> None:
         from transformers import AutoTokenizer
 
-        self.models, self.untrained, self.work, self.sizes, self.stop = models, untrained, work, sizes, stop
+        self.models, self.work, self.sizes, self.stop = models, work, sizes, stop
         self.tokenizer = AutoTokenizer.from_pretrained(models.base)
         self.template = PromptTemplate(self.tokenizer, PROMPT_TEMPLATE)
         self.cells = list(cells(sizes))
@@ -223,7 +217,7 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         return method == "base" or bench.kept(method) is not None or method.startswith(tuple(methods))
 
     sizes, cells = bench.sizes, bench.cells
-    reward, untrained = ({"reward_model": str(path)} for path in (bench.models.reward, bench.untrained))
+    reward = {"reward_model": str(bench.models.reward)}
     singles = [i for i, cell in enumerate(cells) if cell.group == "one"]
     plans: dict[str, Plan] = {}
 
@@ -252,8 +246,6 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     if len(sizes.betas) > 1:
         middle = guided(sizes.betas[len(sizes.betas) // 2])
         ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, middle(cell).guidance))
-    for beta in sizes.untrained_betas:
-        ask(f"PAD untrained, beta {beta:g}", everyone, guided(beta), untrained)
     found = bench.answer(plans)
     plans.clear()
     method = f"best of {sizes.best_of}"
@@ -362,14 +354,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
     parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     args = parser.parse_args()
-    models, untrained = build(args.cache_dir), build_untrained(args.cache_dir)
+    models = build(args.cache_dir)
     sizes = SMALL if args.small else FULL
     name, stop = "language", ()
     if args.gemma:
         models = models._replace(base=build_gemma(args.cache_dir))
         sizes, name, stop = replace(sizes, **GEMMA), "language-gemma", (NEXT_QUESTION,)
     work = args.work or models.reward.parent / f"{name}-{models.reward.name}{'-small' if args.small else ''}"
-    bench = Bench(models, untrained, work, sizes, stop)
+    bench = Bench(models, work, sizes, stop)
     write(args.output, name, bench, answers_of(bench, args.methods))
 
 
