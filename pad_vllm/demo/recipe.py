@@ -64,7 +64,7 @@ class Recipe:
     top_k: int = 40
     margin: float = 1.0
     num_comparisons: int = 1248
-    num_test_comparisons: int = 96
+    num_test_comparisons: int = 72
     combined: float = 0.2
     lora_rank: int = 8
     stage: Stage = field(default_factory=lambda: Stage(lr=1e-3, batch_size=8, beta=0.1, nll_weight=1.5, opposites=True))
@@ -237,7 +237,7 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
             eval_data=str(files["test"]),
             prompt_template=PROMPT_TEMPLATE,
             lora_rank=recipe.lora_rank,
-            save_steps=100,  # where it is measured too, which takes minutes
+            save_steps=45,  # where it is measured too, which takes minutes
             backbone=recipe.stage,
             seed=recipe.seed,
             trainer={"logging_steps": 5},

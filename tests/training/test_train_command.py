@@ -25,6 +25,7 @@ from pad_vllm.training.data import encode, read_comparisons
 from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
+from tests.support.command import run_command
 from tests.support.models import make_model
 from tests.support.tokenizers import CHATML, make
 
@@ -112,8 +113,7 @@ def test_the_command_killed_by_the_system(base, pairs, undisturbed, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "accuracy" in again.stdout
+    assert "accuracy" in run_command(command[3:])
     assert weights_of(tmp_path / "reward") == undisturbed
 
 
