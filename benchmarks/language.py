@@ -34,7 +34,7 @@ from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, prompt_ids, write_records
+from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
 
 GROUPS = ("one", "two")
 NUM_EXAMPLES = 3
@@ -177,6 +177,12 @@ class Bench:
 
     def plain(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """An answer in the base's tokens, as it would have written it."""
+        if self.stop:  # a document, which has no end token
+            return self.tokenizer.encode(f" {text}", add_special_tokens=False)
+        return answer_ids(text, self.tokenizer)
 
     def with_examples(self, cell: Cell) -> list[int]:
         """The prompt after three of the user's own choices, and the preference."""

@@ -97,16 +97,14 @@ def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]
     if not file.exists():
         from transformers import AutoModelForCausalLM
 
-        from pad_vllm.training.data import Example, answer_ids
+        from pad_vllm.training.data import Example
         from pad_vllm.training.trainer import score_answers
 
         model = AutoModelForCausalLM.from_pretrained(bench.models.base).eval()
         some = random.Random(0).sample(list(records), min(NUM_SCORED, len(records)))
-        examples = [
-            Example(bench.plain(bench.cells[r["cell"]].prompt), answer_ids(r["text"], bench.tokenizer)) for r in some
-        ]
+        examples = [Example(bench.plain(bench.cells[r["cell"]].prompt), bench.answer_ids(r["text"])) for r in some]
         sums = score_answers(model, examples).tolist()
-        per_token = [-total / len(e.answer) for total, e in zip(sums, examples, strict=True)]
+        per_token = [-total / max(len(e.answer), 1) for total, e in zip(sums, examples, strict=True)]
         file.write_text(json.dumps({r["cell"]: n for r, n in zip(some, per_token, strict=True)}))
     return {int(cell): nll for cell, nll in json.loads(file.read_text()).items()}
 
