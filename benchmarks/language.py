@@ -50,7 +50,8 @@ class Sizes:
         prompts: by group.
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
-        betas: strengths of guidance.
+        betas: strengths of guidance, by what the preference changes in the reward model.
+        base_betas: and by what the reward model says against the base model (``reference: base``).
         fitted: values of users to whom sliders are fitted.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
@@ -62,6 +63,7 @@ class Sizes:
     best_of: int = 8
     best_of_prompts: int = 4
     betas: tuple[float, ...] = (1.5, 2.5, 4.0)
+    base_betas: tuple[float, ...] = ()
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
@@ -74,7 +76,14 @@ class Sizes:
 
 
 FULL = Sizes({"one": 12, "two": 3})
-GEMMA = {"best_of_prompts": 0, "fitted": (), "tuned": (), "choice_prompts": 0}
+GEMMA = {
+    "betas": (1.5, 2.5),
+    "base_betas": (0.8, 1.0),
+    "best_of_prompts": 0,
+    "fitted": (),
+    "tuned": (),
+    "choice_prompts": 0,
+}
 """What is not done on Gemma: answers that take models or choices of its own."""
 SMALL = Sizes(
     {"one": 1, "two": 1},
@@ -234,9 +243,9 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         if wanted(method):
             plans[method] = Plan(indices, [request(cells[i]) for i in indices], model, pad)
 
-    def guided(beta: float) -> Callable[[Cell], Request]:
+    def guided(beta: float, **arguments: str) -> Callable[[Cell], Request]:
         return lambda cell: Request(
-            bench.plain(cell.prompt), {"pad_preference": cell.preference, "pad_beta": float(beta)}
+            bench.plain(cell.prompt), {"pad_preference": cell.preference, "pad_beta": float(beta), **arguments}
         )
 
     def prompted(cell: Cell) -> Request:
@@ -249,6 +258,8 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     ask("prompting", everyone, prompted)
     for beta in sizes.betas:
         ask(f"PAD, beta {beta:g}", everyone, guided(beta))
+    for beta in sizes.base_betas:
+        ask(f"PAD against the base, beta {beta:g}", everyone, guided(beta, pad_reference="base"))
     if len(sizes.betas) > 1:
         middle = guided(sizes.betas[len(sizes.betas) // 2])
         ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, middle(cell).guidance))

@@ -155,8 +155,9 @@ def _say(estimate: Sequence[float]) -> str:
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions,"}
+MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions"}
 COMMANDS = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
+"""What wrote a table, by its name."""
 TITLES = {"one": "One wish", "two": "Two wishes"}
 
 
