@@ -52,11 +52,11 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 def train_sentencepiece(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     """Another tokenizer of the same texts, of SentencePiece's kind as Mistral 7B has it, with another chat template.
-    Half of ``vocab_size`` are words and parts of them; then there is a token for each byte."""
+    Its words and parts of them are as many; then there is a token for each byte."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]"]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(texts(seed), trainers.BpeTrainer(vocab_size=vocab_size // 2, show_progress=False))
+    tokenizer.train_from_iterator(texts(seed), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
     tokenizer = with_byte_tokens(tokenizer, special)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = None
