@@ -51,15 +51,16 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 
 def train_sentencepiece(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """Another tokenizer of the same texts, of SentencePiece's kind as Mistral 7B has it, with another chat template.
-    Its words and parts of them are as many; then there is a token for each byte."""
+    """Another tokenizer of the same texts, of SentencePiece's kind as Gemma has it (no space before the first word),
+    with another chat template. Its words and parts of them are as many; then there is a token for each byte."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]"]
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.train_from_iterator(texts(seed), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
     tokenizer = with_byte_tokens(tokenizer, special)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
