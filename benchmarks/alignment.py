@@ -112,9 +112,7 @@ def own_record(wanted: Mapping[str, str], rng: random.Random) -> dict[str, Any]:
             return {"prompt": question.format(topic.task), "chosen": chosen, "rejected": rejected}
 
 
-def measure_fit(
-    reward: models.SyntheticModels, some_users: Mapping[str, Mapping[str, Any]], seed: int
-) -> dict[str, Any]:
+def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """Weights fitted to 30 comparisons of each user, who says nothing else."""
     rng = random.Random(seed)
     fits = {}
@@ -122,7 +120,7 @@ def measure_fit(
         for name, user in some_users.items():
             records = (own_record(user["wanted"], rng) for _ in range(30))
             data = models.write_records(Path(folder, f"{name}.jsonl"), records)
-            fits[name] = fit(str(reward.reward), data)
+            fits[name] = fit(str(reward), data)
     return {name: found._asdict() for name, found in fits.items()}
 
 
@@ -145,8 +143,11 @@ def run(
     people = users(num_users, num_prompts, names, seed)
     sizes = (architectures[0], num_users, num_prompts, num_dpo_pairs, best_of)
     digest = fingerprint(models.fingerprint(seed, recipe), sizes, BETAS, ENGINE)
-    kept = cached(cache_dir, f"alignment-fit-{digest}", lambda to: keep(to, {"fit": measure_fit(reward, people, seed)}))
-    fits = read(kept)["fit"]
+
+    def measure_fits(to: Path) -> None:
+        keep(to, {"fit": measure_fit(reward.reward, people, seed)})
+
+    fits = read(cached(cache_dir, f"alignment-fit-{digest}", measure_fits))["fit"]
     for name, user in people.items():
         user["weights"]["fit"] = fits[name]["weights"]
     found = {}

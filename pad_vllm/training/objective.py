@@ -56,8 +56,10 @@ def pad_loss(
         opposites: pairs 2 i and 2 i + 1 are such two users; the loss is of the sum of their margins.
 
     Returns:
-        The loss (scalar) and the margins (num_pairs,), whose sign says which answer the model prefers.
+        The loss (scalar) and the margins that it judges, whose sign says which answer the model prefers: (num_pairs,),
+        or the sums (num_pairs / 2,).
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    judged = margin.view(-1, 2).sum(1) if opposites else margin
-    return -F.logsigmoid(judged).mean(), margin
+    if opposites:
+        margin = margin.view(-1, 2).sum(1)
+    return -F.logsigmoid(margin).mean(), margin

@@ -217,8 +217,7 @@ class PADTrainer(_Trainer):
         chosen, rejected = answer_logprob_sums(model, **inputs).chunk(2)
         loss, margins = pad_loss(chosen, rejected, ref_chosen, ref_rejected, self._beta, self._opposites)
         nll = -chosen.mean() / self._mean_length
-        judged = margins.view(-1, 2).sum(1) if self._opposites else margins
-        self.note(pad=loss, nll=nll, accuracy=(judged > 0).float().mean())
+        self.note(pad=loss, nll=nll, accuracy=(margins > 0).float().mean())
         return loss + self._nll_weight * nll
 
 
