@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, help="longer comparisons are left out (default: the model's positions)"
     )
+    parser.add_argument("--max-answer", type=int, help="an answer's first tokens to learn from (default: all)")
     parser.add_argument(
         "--lora-rank", type=int, default=0, help="train a LoRA, merged at the end (default: all weights)"
     )

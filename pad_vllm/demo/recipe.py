@@ -14,13 +14,15 @@ import argparse
 import itertools
 import json
 import random
-import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES, loops, measure
@@ -29,8 +31,10 @@ from pad_vllm.evaluation.engine import Request, generate
 from pad_vllm.training.data import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
+
 ENGINE = {
-    "dtype": "float32",
+    "dtype": "bfloat16" if FAST_BF16 else "float32",
     "max_model_len": 1024,
     "enforce_eager": True,
     "kv_cache_memory_bytes": 2 << 30,
@@ -39,6 +43,10 @@ ENGINE = {
     * 512,  # no prompt in pieces: there vLLM 0.32 fails on a CPU where a request has a seed
 }
 PLAIN = "plain"
+WORDINGS_EACH = 3
+"""Of how often two answers are compared, at most."""
+LONGEST_WORD = 25
+"""Letters; a longer one is none ("Mmmm...")."""
 FAR = 3.0
 """Standard deviations beyond which two answers do not differ more."""
 
@@ -51,20 +59,22 @@ class Recipe:
         num_prompts: of the training prompts; the last ``num_test_prompts`` of them are for measuring only.
         prompts_per_part: answered by one engine, whose answers are then kept.
         beta, top_k: of guidance without training.
-        margin: by how many standard deviations of the plain answers' measure two answers of a comparison differ.
+        max_answer: tokens of an answer that are measured and learned from, the first ones.
+        margin: by how many standard deviations of the answers' measure two of a comparison differ.
         num_comparisons, num_test_comparisons: at most.
     """
 
-    num_prompts: int = 136
-    num_test_prompts: int = 16
-    prompts_per_part: int = 68
-    max_tokens: int = 128
+    num_prompts: int = 340
+    num_test_prompts: int = 20
+    prompts_per_part: int = 85
+    max_tokens: int = 96
     temperature: float = 0.7
     beta: float = 3.0
     top_k: int = 40
+    max_answer: int = 64
     margin: float = 1.0
-    num_comparisons: int = 1248
-    num_test_comparisons: int = 72
+    num_comparisons: int = 8000
+    num_test_comparisons: int = 120
     combined: float = 0.2
     lora_rank: int = 8
     stage: Stage = field(default_factory=lambda: Stage(lr=1e-3, batch_size=8, beta=0.1, nll_weight=1.5, opposites=True))
@@ -77,7 +87,8 @@ TINY = Recipe(
     num_test_prompts=1,
     prompts_per_part=2,
     max_tokens=20,
-    margin=1.0,
+    max_answer=16,
+    margin=0.5,
     num_comparisons=4,
     num_test_comparisons=1,
     stage=Stage(lr=5e-4, batch_size=2, opposites=True),
@@ -100,8 +111,6 @@ def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _answer(base: Path, prompts: Sequence[str], first: int, recipe: Recipe) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from pad_vllm.reward.template import PromptTemplate
     from pad_vllm.training.data import prompt_ids
 
@@ -143,57 +152,67 @@ def _answer(base: Path, prompts: Sequence[str], first: int, recipe: Recipe) -> l
 
 
 def _ways(rng: random.Random) -> Iterator[tuple[str, str | None]]:
-    """How a prompt is answered: as it is, as two preferences ask, and guided both ways of two dimensions."""
+    """How a prompt is answered: as it is, as three preferences ask, and guided both ways of four dimensions."""
     yield PLAIN, None
-    for value in rng.sample(list(DIRECTIONS), 2):
+    yield "prompted", "list"  # which an answer hardly ever is by itself
+    for value in rng.sample([value for value in DIRECTIONS if value != "list"], 2):
         yield "prompted", value
-    for name in rng.sample(list(DIMENSIONS), 2):
+    for name in rng.sample(list(DIMENSIONS), 4):
         yield "guided", DIMENSIONS[name].less
         yield "guided", DIMENSIONS[name].more
 
 
-def compare(answers: Sequence[Mapping[str, Any]], recipe: Recipe, held_out: bool = False) -> list[dict[str, Any]]:
+def compare(
+    answers: Sequence[Mapping[str, Any]], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: bool = False
+) -> list[dict[str, Any]]:
     """Comparisons of users who want one value, or two: records as ``pad-vllm train`` reads them.
 
     Two answers are compared twice: by a user who wants what the one has more of, and by a user who wants the opposite.
-    So nothing but the preference says which was chosen. No answer goes in circles, and none breaks off: one that met
-    the limit ends with its last complete sentence.
+    So nothing but the preference says which was chosen. No answer goes in circles. Of each the first tokens are
+    compared, which training reads; one that is shorter has ended there.
 
     Args:
         held_out: preferences in words, and of two values together, that training does not use.
     """
     rng = random.Random(f"{recipe.seed} {held_out}")
-    plain = [measure(answer["text"]) for answer in answers if answer["how"] == PLAIN]
-    spread = {name: statistics.pstdev(m[name] for m in plain) or 1.0 for name in DIMENSIONS}
     by_prompt: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)
     for answer in answers:
-        text = answer["text"] if answer["finished"] else up_to_a_sentence(answer["text"])
-        if text and not loops(text):
-            by_prompt[answer["prompt"]].append((text, {d: m / spread[d] for d, m in measure(text).items()}))
+        ids = tokenizer.encode(answer["text"], add_special_tokens=False)
+        sound = not loops(answer["text"]) and all(len(word) <= LONGEST_WORD for word in answer["text"].split())
+        if ids and sound and (answer["finished"] or len(ids) > recipe.max_answer):
+            text = tokenizer.decode(ids[: recipe.max_answer])
+            by_prompt[answer["prompt"]].append((text, measure(text)))
+    found = [m for own in by_prompt.values() for _, m in own]
+    spread = {name: statistics.pstdev(m[name] for m in found) or 1.0 for name in DIMENSIONS}
 
     def couples(values: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
-        """Of each prompt the two answers that differ in what these values say, and as little as can be otherwise."""
-        asked = dict(DIRECTIONS[value] for value in values)
-        for prompt, found in by_prompt.items():
+        """Of each prompt answers that differ in what these values say, and as little as can be otherwise: the best two
+        of every prompt, then others, and all of it again in other words, where it is little."""
+        asked = {DIRECTIONS[value][0]: DIRECTIONS[value][1] for value in values}
+        ranked = []
+        for prompt, own in by_prompt.items():
             pairs = []
-            for (text, m), (other, n) in itertools.permutations(found, 2):
-                wanted = min(sign * (m[d] - n[d]) for d, sign in asked.items())
-                unasked = statistics.mean(min(abs(m[d] - n[d]), FAR) for d in DIMENSIONS if d not in asked)
+            for (more, m), (less, n) in itertools.permutations(own, 2):
+                apart = {name: (m[name] - n[name]) / spread[name] for name in DIMENSIONS}
+                wanted = min(sign * apart[name] for name, sign in asked.items())
+                unasked = statistics.mean(min(abs(apart[name]), FAR) for name in DIMENSIONS if name not in asked)
                 if wanted >= recipe.margin:
-                    pairs.append((min(wanted, FAR) - unasked, text, other))
-            if pairs:
-                _, more, less = max(pairs)
-                opposite = tuple(OPPOSITES[value] for value in values)
-                yield [
-                    {
-                        "prompt": prompt,
-                        "preference": wishes.preference(users, rng, held_out),
-                        "chosen": chosen,
-                        "rejected": rejected,
-                        "labels": dict(DIRECTIONS[value] for value in users),
-                    }
-                    for users, chosen, rejected in ((values, more, less), (opposite, less, more))
-                ]
+                    pairs.append((min(wanted, FAR) - unasked, more, less))
+            ranked.append([(prompt, more, less) for more, less in _disjoint(sorted(pairs, reverse=True))])
+        rng.shuffle(ranked)
+        opposite = tuple(OPPOSITES[value] for value in values)
+        in_turn = list(filter(None, itertools.chain(*itertools.zip_longest(*ranked))))
+        for prompt, more, less in in_turn * WORDINGS_EACH:
+            yield [
+                {
+                    "prompt": prompt,
+                    "preference": wishes.preference(users, rng, held_out),
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "labels": dict(DIRECTIONS[value] for value in users),
+                }
+                for users, chosen, rejected in ((values, more, less), (opposite, less, more))
+            ]
 
     total = recipe.num_test_comparisons if held_out else recipe.num_comparisons
     records = []
@@ -202,17 +221,18 @@ def compare(answers: Sequence[Mapping[str, Any]], recipe: Recipe, held_out: bool
         (wishes.combinations(held_out, with_opposites=True), recipe.combined),
     ):
         for values in wants:
-            own = list(couples(values))
-            rng.shuffle(own)
-            records += own[: max(1, round(total * share / len(wants) / 2))]
+            records += itertools.islice(couples(values), max(1, round(total * share / len(wants) / 2)))
     rng.shuffle(records)
     return [record for couple in records for record in couple]
 
 
-def up_to_a_sentence(text: str) -> str:
-    """A text that breaks off, without its last, unfinished sentence; empty where that was most of it."""
-    ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s)", text)]
-    return text[: ends[-1]] if ends and 2 * ends[-1] > len(text) else ""
+def _disjoint(pairs: Iterable[tuple[float, str, str]]) -> Iterator[tuple[str, str]]:
+    """Of pairs of answers, best first, those whose answers are in none before."""
+    taken: set[str] = set()
+    for _, one, other in pairs:
+        if taken.isdisjoint((one, other)):
+            taken |= {one, other}
+            yield one, other
 
 
 def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> Path:
@@ -220,11 +240,12 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     base = build_base(cache_dir)
     answers = sample(folder, base, recipe)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = wishes.prompts()[: recipe.num_prompts]
     test = set(prompts[len(prompts) - recipe.num_test_prompts :])
     files = {}
     for name, held_out in (("train", False), ("test", True)):
-        records = compare([a for a in answers if (a["prompt"] in test) == held_out], recipe, held_out)
+        records = compare([a for a in answers if (a["prompt"] in test) == held_out], recipe, tokenizer, held_out)
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
         files[name] = write_records(folder / f"{name}.jsonl", records)
     reward = folder / "reward"
@@ -237,10 +258,11 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
             eval_data=str(files["test"]),
             prompt_template=PROMPT_TEMPLATE,
             lora_rank=recipe.lora_rank,
-            save_steps=45,  # where it is measured too, which takes minutes
+            max_answer=recipe.max_answer,
+            save_steps=200,  # where it is measured too, which takes a minute
             backbone=recipe.stage,
             seed=recipe.seed,
-            trainer={"logging_steps": 5},
+            trainer={"logging_steps": 10, "use_cpu": True, "bf16": FAST_BF16},
         )
         print(train(config))
     return reward

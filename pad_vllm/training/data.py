@@ -51,14 +51,14 @@ class Comparison:
 
 
 class Example(NamedTuple):
-    """A prompt and an answer, token ids; the answer ends with EOS."""
+    """A prompt and an answer, token ids; the answer ends with EOS, unless it was cut."""
 
     prompt: list[int]
     answer: list[int]
 
 
 class PairExample(NamedTuple):
-    """A comparison as token ids; the answers end with EOS.
+    """A comparison as token ids; the answers end with EOS, unless they were cut.
 
     ``prompt`` has the preference in it and is what the reward model reads. ``ref_prompt`` is the plain prompt, what
     the reference reads.
@@ -228,10 +228,12 @@ def encode(
     template: PromptTemplate,
     max_length: int,
     reference_tokenizer: PreTrainedTokenizerBase | None = None,
+    max_answer: int | None = None,
 ) -> list[PairExample]:
     """Token ids of the comparisons of at most ``max_length`` tokens; longer ones are left out.
 
     ``reference_tokenizer``: of a reference that has another, and its own chat template: likelihoods are of texts.
+    ``max_answer``: tokens of an answer that are kept, its first ones; one that was cut has no EOS.
 
     A prompt that is text is a user's turn where the tokenizer has a chat template, and text as it stands where not.
 
@@ -242,7 +244,7 @@ def encode(
     for c in comparisons:
         ids = prompt_ids(c.prompt, tokenizer, c.where)
         prompt = template.compose(ids, c.preference) if c.preference else ids
-        answers = [answer_ids(text, tokenizer) for text in (c.chosen, c.rejected)]
+        answers = [answer_ids(text, tokenizer)[:max_answer] for text in (c.chosen, c.rejected)]
         read, theirs = [len(prompt) + max(map(len, answers))], None
         if reference_tokenizer is not None:
             theirs = prompt_ids(c.prompt, reference_tokenizer, c.where)

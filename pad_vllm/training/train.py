@@ -76,6 +76,8 @@ class TrainingConfig:
         prompt_template, insert_after: how a preference enters; written to the reward model's ``pad.json``, from where
             the server reads it.
         max_length: tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
+        max_answer: tokens of an answer to learn from, the first ones. How an answer is written shows early, and shorter
+            answers are more comparisons in the same time. Takes a reference with the model's tokenizer.
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
         lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end, and kept beside the
             model in ``adapter/``. 0: all weights.
@@ -93,6 +95,7 @@ class TrainingConfig:
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
     insert_after: str | None = None
     max_length: int | None = None
+    max_answer: int | None = None
     lora_rank: int = 0
     save_steps: int = 200
     seed: int = 0
@@ -124,6 +127,8 @@ def check_settings(config: TrainingConfig) -> None:
         raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
         raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
+    if config.max_answer is not None and config.max_answer < 1:
+        raise ValueError(f"max_answer: {config.max_answer}: at least one token of an answer is learned from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("training runs in one process, on one device; see lora_rank for large models")
 
@@ -145,6 +150,8 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(config.model)
     reference = AutoModelForCausalLM.from_pretrained(config.reference or config.model).requires_grad_(False)
     other_tokenizer = another_tokenizer(config.reference, tokenizer) if config.reference else None
+    if other_tokenizer is not None and config.max_answer is not None:
+        raise ValueError("max_answer: another tokenizer of the reference would cut its answers elsewhere")
     dtype = model.dtype
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
     positions = [m.config.get_text_config().max_position_embeddings for m in (model, reference)]
@@ -152,7 +159,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
 
     def read(path: str) -> list[PairExample]:
         comparisons = read_comparisons(path, config.columns, config.split)
-        examples = encode(comparisons, tokenizer, template, max_length, other_tokenizer)
+        examples = encode(comparisons, tokenizer, template, max_length, other_tokenizer, config.max_answer)
         if left_out := len(comparisons) - len(examples):
             logger.warning(
                 "%s: %d of %d comparisons are longer than %d tokens", path, left_out, len(comparisons), max_length
@@ -179,7 +186,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         if not config.lora_rank:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
         model = run.backbone(model, reference, pairs, eval_pairs)
-        metrics["backbone"] = measure(model, reference, eval_pairs, config.backbone.opposites)
+        metrics["backbone"] = measure(model, None if config.backbone.opposites else reference, eval_pairs)
     heads = None
     if "heads" in stages:
         headed = run.heads(HeadedModel(model, names), reference, pairs, eval_pairs)
@@ -203,13 +210,13 @@ def another_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> Pre
     return None if same_ordinary_tokens(theirs, tokenizer) else theirs
 
 
-def measure(
-    model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample], opposites: bool = False
-) -> dict[str, float]:
-    """How often the chosen answer has the higher reward: over all comparisons, and where a dimension alone decides. Of
-    opposites: how often the two are told apart."""
+def measure(model: nn.Module, reference: nn.Module | None, pairs: Sequence[PairExample]) -> dict[str, float]:
+    """How often the chosen answer has the higher reward: over all comparisons, and where a dimension alone decides.
+
+    Without a reference: how often two opposites are told apart, of which each has the sum of their margins.
+    """
     margins = reward_margins(model, reference, pairs)
-    if opposites:
+    if reference is None:
         for i, j in opposites_of(pairs):
             margins[[i, j]] = margins[i] + margins[j]
     correct = defaultdict(list)
@@ -264,7 +271,7 @@ class _Run:
             trained,
             reference,
             pairs,
-            lambda m: measure(m, reference, eval_pairs, config.backbone.opposites),
+            lambda m: measure(m, None if config.backbone.opposites else reference, eval_pairs),
         )
         if not config.lora_rank:
             return trained.eval()

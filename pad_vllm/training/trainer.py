@@ -84,11 +84,16 @@ def score_answers(
 
 
 def reward_margins(
-    model: nn.Module, reference: nn.Module, pairs: Sequence[PairExample], weights: torch.Tensor | None = None
+    model: nn.Module, reference: nn.Module | None, pairs: Sequence[PairExample], weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """By how much each pair's chosen answer is rewarded above its rejected one: (num_pairs,) float32, in nats."""
+    """By how much each pair's chosen answer is rewarded above its rejected one: (num_pairs,) float32, in nats.
+
+    Without a reference: by how much it is likelier, which is the same where margins of opposites are added.
+    """
     both = None if weights is None else weights.repeat(2, 1)
     sums = score_answers(model, answers_of(pairs), both).chunk(2)
+    if reference is None:
+        return sums[0] - sums[1]
     return pad_loss(*sums, *score_answers(reference, answers_of(pairs, ref=True)).chunk(2), beta=1.0)[1]
 
 
