@@ -8,6 +8,6 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[*find_packages(include=["pad_vllm", "pad_vllm.*"]), "pad_vllm.kernels", "pad_vllm.benchmarks"],
-    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json"]},
+    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json", "data/adapter/*"]},
     package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},
 )

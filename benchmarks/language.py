@@ -2,8 +2,9 @@
 
     python -m benchmarks.language [--small] [--gemma] [--methods NAME ...] [--work FOLDER] [--output benchmarks/results]
 
-The reward model is the demo's: SmolLM2, held against its own answer without the preference. The base is SmolLM2 too,
-or, with ``--gemma``, Gemma 3 270M, which has another tokenizer and follows no instructions. Users want
+The reward model is the demo's, trained on SmolLM2's own answers, or SmolLM2 as it is, held against its own answer
+without the preference. With ``--gemma`` the base is Gemma 3 270M, which has another tokenizer and follows no
+instructions. Users want
 
 - one: of twelve values (six measures, less or more of each);
 - two: values of different measures together.
@@ -31,7 +32,7 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
-from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build
+from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
@@ -50,8 +51,9 @@ class Sizes:
         prompts: by group.
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
-        betas: strengths of guidance, by what the preference changes in the reward model.
-        base_betas: and by what the reward model says against the base model (``reference: base``).
+        betas: strengths of guidance by the trained reward model, with the reference that its folder names.
+        untrained_betas: and by SmolLM2 itself.
+        base_betas: and by the trained one against the base model (``reference: base``).
         fitted: values of users to whom sliders are fitted.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
@@ -62,12 +64,13 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 4
-    betas: tuple[float, ...] = (1.5, 2.5, 4.0)
-    base_betas: tuple[float, ...] = ()
+    betas: tuple[float, ...] = (1.0, 1.5, 2.0)
+    untrained_betas: tuple[float, ...] = (2.5, 4.0)
+    base_betas: tuple[float, ...] = (1.0, 1.5)
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
-    choice_prompts: int = 136
+    choice_prompts: int = 85
     max_tokens: int = 128
     temperature: float = 0.7
     top_k: int = 40
@@ -75,10 +78,10 @@ class Sizes:
     together: int = 2
 
 
-FULL = Sizes({"one": 12, "two": 3})
+FULL = Sizes({"one": 40, "two": 8})
 GEMMA = {
-    "betas": (1.5, 2.5),
     "base_betas": (0.8, 1.0),
+    "untrained_betas": (2.5,),
     "best_of_prompts": 0,
     "fitted": (),
     "tuned": (),
@@ -90,7 +93,8 @@ SMALL = Sizes(
     base_answers=1,
     best_of=2,
     best_of_prompts=1,
-    betas=(2.5,),
+    betas=(1.0,),
+    untrained_betas=(2.5,),
     fitted=(),
     tuned=(),
     choice_prompts=0,
@@ -125,13 +129,15 @@ class Bench:
     """Answers of every method, made as they are asked for and kept in ``work``.
 
     Args:
+        models: the base, and the trained reward model.
+        untrained: the reward model that is SmolLM2.
         stop: how the base goes on after an answer, other than by an end token.
     """
 
-    def __init__(self, models: DemoModels, work: Path, sizes: Sizes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, models: DemoModels, untrained: Path, work: Path, sizes: Sizes, stop: Sequence[str] = ()) -> None:
         from transformers import AutoTokenizer
 
-        self.models, self.work, self.sizes, self.stop = models, work, sizes, stop
+        self.models, self.untrained, self.work, self.sizes, self.stop = models, untrained, work, sizes, stop
         self.tokenizer = AutoTokenizer.from_pretrained(models.base)
         self.template = PromptTemplate(self.tokenizer, PROMPT_TEMPLATE)
         self.cells = list(cells(sizes))
@@ -141,10 +147,9 @@ class Bench:
     def choices(self) -> dict[str, list[dict[str, Any]]]:
         """Comparisons that a user of each value made among SmolLM2's answers to training prompts."""
         sizes = replace(recipe.FULL, num_prompts=self.sizes.choice_prompts, num_comparisons=10**6, combined=0.0)
-        records = recipe.compare(recipe.sample(self.work, self.models.base, sizes), sizes)
-        return {
-            value: [r for r in records if r["labels"] == {name: sign}] for value, (name, sign) in DIRECTIONS.items()
-        }
+        records = recipe.compare(recipe.sample(self.work, self.models.base, sizes), sizes, self.tokenizer)
+        once = {(r["prompt"], r["chosen"], r["rejected"], *r["labels"].items()): r for r in records}.values()
+        return {value: [r for r in once if r["labels"] == {name: sign}] for value, (name, sign) in DIRECTIONS.items()}
 
     def answer(self, plans: Mapping[str, Plan]) -> dict[str, list[dict[str, Any]]]:
         """Method -> records of its answers: ``cell``, ``text``, ``num_tokens``, ``nll``, ``seconds``. A few methods
@@ -232,7 +237,7 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         return method == "base" or bench.kept(method) is not None or method.startswith(tuple(methods))
 
     sizes, cells = bench.sizes, bench.cells
-    reward = {"reward_model": str(bench.models.reward)}
+    reward, untrained = ({"reward_model": str(path)} for path in (bench.models.reward, bench.untrained))
     singles = [i for i, cell in enumerate(cells) if cell.group == "one"]
     plans: dict[str, Plan] = {}
 
@@ -263,6 +268,8 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     if len(sizes.betas) > 1:
         middle = guided(sizes.betas[len(sizes.betas) // 2])
         ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, middle(cell).guidance))
+    for beta in sizes.untrained_betas:
+        ask(f"PAD untrained, beta {beta:g}", everyone, guided(beta), untrained)
     found = bench.answer(plans)
     plans.clear()
     method = f"best of {sizes.best_of}"
@@ -352,7 +359,9 @@ def tune_user(bench: Bench, value: str, target: Path) -> Path:
         stages=("backbone",),
         lora_rank=recipe.FULL.lora_rank,
         save_steps=10**6,
+        max_answer=recipe.FULL.max_answer,
         backbone=stage,
+        trainer=recipe.TRAINER,
     )
     train(config)
     return target
@@ -371,14 +380,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
     parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     args = parser.parse_args()
-    models = build(args.cache_dir)
+    models, untrained = build(args.cache_dir), build_untrained(args.cache_dir)
     sizes = SMALL if args.small else FULL
     name, stop = "language", ()
     if args.gemma:
         models = models._replace(base=build_gemma(args.cache_dir))
         sizes, name, stop = replace(sizes, **GEMMA), "language-gemma", (NEXT_QUESTION,)
     work = args.work or models.reward.parent / f"{name}-{models.reward.name}{'-small' if args.small else ''}"
-    bench = Bench(models, work, sizes, stop)
+    bench = Bench(models, untrained, work, sizes, stop)
     write(args.output, name, bench, answers_of(bench, args.methods))
 
 

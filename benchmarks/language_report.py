@@ -173,9 +173,8 @@ def write(
     text = [
         "# Language",
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
-        f"{record['hardware']}, {record['date']}, by {COMMANDS[name]}. The reward model is SmolLM2-135M-Instruct; "
-        "nothing is trained. `PAD`: by what a preference changes in it (`reference: neutral`); `PAD against the base`: "
-        "by what it says against the base model.",
+        f"{record['hardware']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's reward model, trained on "
+        "SmolLM2's answers; `PAD untrained`: by SmolLM2 itself, held against its own answer without the preference.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
         f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "

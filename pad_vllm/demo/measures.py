@@ -42,6 +42,8 @@ OPPOSITES: Mapping[str, str] = {d.less: d.more for d in DIMENSIONS.values()} | {
 _ITEM = re.compile(r"\s*(?:[-*•+]|\d{1,2}[.)])\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_EXCLAMATIONS = re.compile("!+")
+_SAME_SIGN = re.compile(r"([^\w\s-])(?:\s*\1){9}")
 _SECOND_PERSON = re.compile(r"\b(?:you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
 _INTENSIFIERS = re.compile(
     r"\b(?:very|really|absolutely|truly|totally|incredibly|extremely|definitely|amazing|amazingly|wonderful|fantastic|"
@@ -62,16 +64,21 @@ def measure(text: str) -> dict[str, float]:
         "length": float(len(words)),
         "lists": 100 * sum(_ITEM.match(line) is not None for line in lines) / max(len(lines), 1),
         "person": len(_SECOND_PERSON.findall(text)) / hundreds,
-        "emphasis": (text.count("!") + len(_INTENSIFIERS.findall(text))) / hundreds,
+        "emphasis": (len(_EXCLAMATIONS.findall(text)) + len(_INTENSIFIERS.findall(text))) / hundreds,
     }
 
 
 def loops(text: str) -> bool:
-    """Whether an answer goes in circles: some four words come four times, or a line three times."""
+    """Whether an answer goes in circles: some four words come four times, or a line three times, or a sign ten times in
+    a row."""
     words = [word.lower() for word in _WORD.findall(text)]
     grams = Counter(tuple(words[i : i + LOOP_WORDS]) for i in range(len(words) - LOOP_WORDS + 1))
     lines = Counter(line.strip().lower() for line in text.splitlines() if len(line.split()) > 2)
-    return max(grams.values(), default=0) >= LOOP_TIMES or max(lines.values(), default=0) >= 3
+    return (
+        max(grams.values(), default=0) >= LOOP_TIMES
+        or max(lines.values(), default=0) >= 3
+        or _SAME_SIGN.search(text) is not None
+    )
 
 
 def _grade(lines: list[str]) -> float:

@@ -5,7 +5,8 @@
 2. Answers to one prompt that differ in a measure become comparisons of a user who wants that.
 3. ``pad-vllm train`` learns a LoRA from them.
 
-Each step keeps what it has done, and goes on from there when it is started again.
+Each step keeps what it has done, and goes on from there when it is started again. ``--adapter`` writes
+what the demo has of it.
 """
 
 from __future__ import annotations
@@ -13,26 +14,31 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES, loops, measure
-from pad_vllm.demo.smollm import PROMPT_TEMPLATE, build_base
+from pad_vllm.demo.smollm import ADAPTER, ADAPTER_SETTINGS, PROMPT_TEMPLATE, build_base
 from pad_vllm.evaluation.engine import Request, generate
 from pad_vllm.training.data import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
-FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
 
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 ENGINE = {
     "dtype": "bfloat16" if FAST_BF16 else "float32",
     "max_model_len": 1024,
@@ -42,6 +48,7 @@ ENGINE = {
     "max_num_batched_tokens": 64
     * 512,  # no prompt in pieces: there vLLM 0.32 fails on a CPU where a request has a seed
 }
+TRAINER = {"logging_steps": 10, "use_cpu": True, "bf16": FAST_BF16}
 PLAIN = "plain"
 WORDINGS_EACH = 3
 """Of how often two answers are compared, at most."""
@@ -98,16 +105,38 @@ TINY = Recipe(
 
 def sample(folder: Path, base: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """Answers to the training prompts: ``prompt``, ``how``, ``value`` (that was asked for), ``text``, ``finished``."""
-    found = []
     prompts = wishes.prompts()[: recipe.num_prompts]
-    for start in range(0, len(prompts), recipe.prompts_per_part):
-        part = folder / f"answers-{start:03}.jsonl"
-        if not part.exists():
-            print(f"Answering prompts {start} to {min(start + recipe.prompts_per_part, len(prompts))}", flush=True)
-            records = _answer(base, prompts[start : start + recipe.prompts_per_part], start, recipe)
-            write_records(part, records)
-        found += [json.loads(line) for line in part.read_text("utf-8").splitlines()]
-    return found
+    parts = {
+        folder / f"answers-{start:03}.jsonl": (base, prompts[start : start + recipe.prompts_per_part], start, recipe)
+        for start in range(0, len(prompts), recipe.prompts_per_part)
+    }
+    missing = {part: arguments for part, arguments in parts.items() if not part.exists()}
+    cores = sorted(os.sched_getaffinity(0))[: len(missing)]
+    if len(cores) > 1:
+        context = multiprocessing.get_context("spawn")
+        free = context.SimpleQueue()
+        for core in cores:
+            free.put(core)
+        with ProcessPoolExecutor(len(cores), context, _take_core, (free,)) as pool:
+            for done in [pool.submit(_answer_part, part, *arguments) for part, arguments in missing.items()]:
+                done.result()
+    else:
+        for part, arguments in missing.items():
+            _answer_part(part, *arguments)
+    return [json.loads(line) for part in parts for line in part.read_text("utf-8").splitlines()]
+
+
+def _take_core(free: SimpleQueue) -> None:
+    """An engine on each core answers more than one on all of them, whose threads wait for each other."""
+    core = free.get()
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    os.environ.update(VLLM_CPU_OMP_THREADS_BIND=str(core), OMP_NUM_THREADS="1")
+
+
+def _answer_part(part: Path, base: Path, prompts: Sequence[str], first: int, recipe: Recipe) -> None:
+    print(f"Answering prompts {first} to {first + len(prompts)}", flush=True)
+    write_records(part, _answer(base, prompts, first, recipe))
 
 
 def _answer(base: Path, prompts: Sequence[str], first: int, recipe: Recipe) -> list[dict[str, Any]]:
@@ -262,16 +291,38 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
             save_steps=200,  # where it is measured too, which takes a minute
             backbone=recipe.stage,
             seed=recipe.seed,
-            trainer={"logging_steps": 10, "use_cpu": True, "bf16": FAST_BF16},
+            trainer=TRAINER,
         )
         print(train(config))
     return reward
 
 
+def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
+    """Of a reward model what the demo keeps: its LoRA in half precision, and how it was made."""
+    from safetensors.torch import load_file, save_file
+
+    reward = folder / "reward"
+    target.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.half() for name, tensor in load_file(reward / "adapter" / ADAPTER.name).items()}
+    save_file(weights, target / ADAPTER.name, {"format": "pt"})
+    settings = json.loads((reward / "adapter" / ADAPTER_SETTINGS.name).read_text())
+    kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
+    kept["target_modules"] = sorted(kept["target_modules"])
+    (target / ADAPTER_SETTINGS.name).write_text(json.dumps(kept, indent=1) + "\n")
+    made = json.loads((reward / "training.json").read_text())
+    record = {"made_by": "python -m pad_vllm.demo.recipe", "model": "SmolLM2-135M-Instruct", "recipe": asdict(recipe)}
+    record |= {name: made[name] for name in ("num_comparisons", "metrics")}
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
-    print(f"The reward model is in {learn(parser.parse_args().folder)}")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
+    args = parser.parse_args()
+    print(f"The reward model is in {learn(args.folder)}")
+    if args.adapter:
+        pack(args.folder, args.adapter)
 
 
 if __name__ == "__main__":

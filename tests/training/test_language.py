@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from benchmarks import language, language_report
 from pad_vllm.demo import recipe, smollm, wishes
@@ -46,10 +47,15 @@ def test_the_models_are_ordinary_folders(models):
     weights = load_file(models.base / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
-    assert {path.name for path in models.reward.iterdir()} == {path.name for path in models.base.iterdir()} | {
-        "pad.json"
-    }
-    assert json.loads((models.reward / "pad.json").read_text())["reference"] == "neutral"
+    untrained = smollm.build_untrained()
+    for reward, reference in ((models.reward, "base"), (untrained, "neutral")):
+        files = {path.name for path in reward.iterdir()}
+        assert files == {path.name for path in models.base.iterdir()} | {"pad.json"}
+        assert json.loads((reward / "pad.json").read_text())["reference"] == reference
+    trained = load_file(models.reward / "model.safetensors")
+    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, trained[name])}
+    assert changed == {name for name in weights if name.endswith("_proj.weight")}
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items() if name not in changed)
 
 
 def test_a_missing_package_and_another_file_are_named(tmp_path, monkeypatch):
@@ -63,8 +69,10 @@ def test_a_missing_package_and_another_file_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, held_out):
-    records = recipe.compare(answers, replace(recipe.FULL, num_comparisons=400, num_test_comparisons=400), held_out)
+def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_out):
+    tokenizer = AutoTokenizer.from_pretrained(models.base)
+    sizes = replace(recipe.FULL, num_comparisons=400, num_test_comparisons=400)
+    records = recipe.compare(answers, sizes, tokenizer, held_out)
     assert len(records) >= 60
     texts = {answer["text"]: answer for answer in answers}
     words = [(value, wording) for value in DIRECTIONS for wording in wishes.wordings(value, held_out)]
@@ -78,7 +86,11 @@ def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, held_out):
         assert not loops(record["chosen"])
         assert not loops(record["rejected"])
         for text in (record["chosen"], record["rejected"]):
-            assert texts[text]["finished"] if text in texts else text[-1] in ".!?\"')"
+            if text in texts:
+                assert texts[text]["finished"]
+            else:
+                assert any(whole.startswith(text) for whole in texts)
+                assert len(tokenizer.encode(text)) >= sizes.max_answer - 1
         if len(record["labels"]) == 2:
             pairs.add(frozenset(value for value, asked in DIRECTIONS.items() if asked in record["labels"].items()))
     assert pairs
@@ -103,28 +115,47 @@ def test_the_recipe_from_nothing(models, tmp_path):
     weights, ours = (load_file(path / "model.safetensors") for path in (models.base, reward))
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, ours[name])}
     assert changed == {name for name in weights if name.endswith("_proj.weight")}
+    settings = json.loads((reward / "adapter" / "adapter_config.json").read_text())
+    merged = smollm.merge_lora(weights, adapter, settings["lora_alpha"] / settings["r"])
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, merged[name])
     assert recipe.learn(tmp_path, recipe.TINY) == reward
+    recipe.pack(tmp_path, tmp_path / "packed", recipe.TINY)
+    half = load_file(tmp_path / "packed" / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "packed" / "adapter_config.json").read_text())
+    for name, tensor in smollm.merge_lora(weights, half, settings["lora_alpha"] / settings["r"]).items():
+        torch.testing.assert_close(tensor, ours[name], atol=1e-5, rtol=1e-3)
+    assert "accuracy" in json.loads((tmp_path / "packed" / "training.json").read_text())["metrics"]["backbone"]
+
+
+def test_the_adapter_in_the_repository_says_how_it_was_made():
+    record = json.loads(smollm.ADAPTER.with_name("training.json").read_text())
+    assert record["recipe"] == json.loads(json.dumps(asdict(recipe.FULL)))
+    assert smollm.ADAPTER.stat().st_size < 8 << 20
+    assert record["metrics"]["backbone"]["accuracy"] > 0.7
 
 
 def test_the_language_table(models, tmp_path):
-    bench = language.Bench(models, tmp_path / "work", language.SMALL)
+    untrained = smollm.build_untrained()
+    bench = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
     found = language.answers_of(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
-    methods = ["base", "prompting", "PAD, beta 2.5", "best of 2"]
+    methods = ["base", "prompting", "PAD, beta 1", "PAD untrained, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
-    assert len(found["prompting"]) == len(found["PAD, beta 2.5"]) == 18
+    assert len(found["prompting"]) == len(found["PAD, beta 1"]) == 18
     # Of eighteen short answers figures say little: that each method answers in its own way, and is measured.
     texts = {method: [record["text"] for record in records] for method, records in found.items()}
-    assert len(set(texts["PAD, beta 2.5"])) > 12
-    assert sum(a != b for a, b in zip(texts["PAD, beta 2.5"], texts["prompting"], strict=True)) > 12
+    for method in ("PAD, beta 1", "PAD untrained, beta 2.5"):
+        assert len(set(texts[method])) > 12
+        assert sum(a != b for a, b in zip(texts[method], texts["prompting"], strict=True)) > 12
     assert set(texts["best of 2"]).isdisjoint(texts["base"])
     for row in rows[1:]:
         assert 0 <= row["satisfied"].mean <= 1
         assert set(row["moved"]) == set(DIMENSIONS)
         assert row["nll"] > 0
     text = (tmp_path / "language.md").read_text()
-    assert "PAD, beta 2.5 moves" in text
-    assert text.count("| PAD, beta 2.5 |") == 2
+    assert "PAD, beta 1 moves" in text
+    assert text.count("| PAD, beta 1 |") == 2
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
-    again = language.Bench(models, tmp_path / "work", language.SMALL)
+    again = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
     assert language.answers_of(again) == found  # nothing is made twice

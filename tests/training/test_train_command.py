@@ -179,6 +179,7 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"stages": ("head",)}, "stages: head: there are backbone, heads"),
         ({"prompt_template": "no hole"}, "exactly once"),
         ({"max_length": 3}, "all 38 comparisons are longer than 3 tokens|longer than 3 tokens"),
+        ({"max_answer": 0}, "max_answer: 0: at least one token"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
         ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or not of"),
         ({"trainer": {"learning_rate": 1}}, "trainer: learning_rate: set by another option"),

@@ -1,5 +1,6 @@
 """The PAD objective, the training loops, and the build of the synthetic models."""
 
+import copy
 import math
 import random
 
@@ -17,6 +18,7 @@ from pad_vllm.training import trainer
 from pad_vllm.training.data import Comparison, DataError, Example, PairExample, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
+from pad_vllm.training.train import measure
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,34 @@ def test_training_pairs_are_composed_as_in_serving(tokenizer):
     )
     for ids, text in ((encoded.chosen, record["chosen"]), (encoded.rejected, record["rejected"])):
         assert tokenizer.decode(ids) == text + "<|eos|>"
+
+
+def test_an_answer_that_was_cut_has_no_end(tokenizer):
+    record = models.preference_record(random.Random(2))
+    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER)
+    (whole,) = encode([Comparison(**record)], tokenizer, template, 512)
+    longer = max(len(whole.chosen), len(whole.rejected))
+    shorter = min(len(whole.chosen), len(whole.rejected))
+    (same,) = encode([Comparison(**record)], tokenizer, template, 512, max_answer=longer)
+    assert same == whole
+    (cut,) = encode([Comparison(**record)], tokenizer, template, 512, max_answer=shorter - 1)
+    assert cut.chosen == whole.chosen[: shorter - 1]
+    assert cut.rejected == whole.rejected[: shorter - 1]
+    assert tokenizer.eos_token_id not in cut.chosen + cut.rejected
+    assert cut.prompt == whole.prompt
+
+
+def test_opposites_are_measured_without_a_reference(small_model):
+    """What a reference says is in both margins, and cancels."""
+    pairs = [pair for one in PAIRS for pair in (one, opposite(one))]
+    reference = copy.deepcopy(small_model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    margins = trainer.reward_margins(small_model, reference, pairs).view(-1, 2).sum(1)
+    alone = trainer.reward_margins(small_model, None, pairs).view(-1, 2).sum(1)
+    torch.testing.assert_close(margins, alone, atol=1e-4, rtol=0)
+    assert measure(small_model, None, pairs)["accuracy"] == (alone > 0).float().mean().item()
 
 
 def test_built_models_load_as_transformers_models(built, tmp_path_factory):
