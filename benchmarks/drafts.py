@@ -214,10 +214,9 @@ def by_drafter(
 def models(base: str | None, reward: str | None) -> tuple[str, str]:
     if base is not None and reward is not None:
         return base, reward
-    from pad_vllm.demo.smollm import build
+    from pad_vllm.demo.smollm import build_base, build_untrained
 
-    base, reward = map(str, build())
-    return base, reward
+    return str(build_base()), str(build_untrained())
 
 
 def compare(

@@ -9,7 +9,8 @@ instructions. Users want
 - one: of twelve values (six measures, less or more of each);
 - two: values of different measures together.
 
-Every method's answers are kept in the work folder as they come, and are not made again. Writes language.md,
+Every method's answers are kept in the work folder as they come, and are not made again, also where there are more
+prompts later. Writes language.md,
 language.json and language.png, or those of language-gemma.
 """
 
@@ -21,6 +22,7 @@ import os
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,8 +67,8 @@ class Sizes:
     best_of: int = 8
     best_of_prompts: int = 4
     betas: tuple[float, ...] = (1.0, 1.5, 2.0)
-    untrained_betas: tuple[float, ...] = (2.5, 4.0)
-    base_betas: tuple[float, ...] = (1.0, 1.5)
+    untrained_betas: tuple[float, ...] = (2.5,)
+    base_betas: tuple[float, ...] = (1.0,)
     fitted: tuple[str, ...] = ("brief", "emphatic")
     tuned: tuple[str, ...] = ("brief", "personal")
     tuned_pairs: int = 96
@@ -78,7 +80,7 @@ class Sizes:
     together: int = 2
 
 
-FULL = Sizes({"one": 40, "two": 8})
+FULL = Sizes({"one": 80, "two": 16})
 GEMMA = {
     "base_betas": (0.8, 1.0),
     "untrained_betas": (2.5,),
@@ -141,6 +143,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(models.base)
         self.template = PromptTemplate(self.tokenizer, PROMPT_TEMPLATE)
         self.cells = list(cells(sizes))
+        self.prompts = list(dict.fromkeys(cell.prompt for cell in self.cells))
         work.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -154,40 +157,62 @@ class Bench:
     def answer(self, plans: Mapping[str, Plan]) -> dict[str, list[dict[str, Any]]]:
         """Method -> records of its answers: ``cell``, ``text``, ``num_tokens``, ``nll``, ``seconds``. A few methods
         share an engine."""
-        found = {method: self.kept(method) for method in plans}
-        missing = [method for method in plans if found[method] is None]
+        missing = {method: left for method, plan in plans.items() if (left := self._left(method, plan)).requests}
         while missing:
-            first = plans[missing[0]]
-            now = [method for method in missing if plans[method].like(first)][: self.sizes.together]
+            first = next(iter(missing.values()))
+            now = [method for method in missing if missing[method].like(first)][: self.sizes.together]
             answers = generate(
                 str(first.model),
-                {method: plans[method].requests for method in now},
+                {method: missing[method].requests for method in now},
                 temperature=self.sizes.temperature,
                 max_tokens=self.sizes.max_tokens,
-                seed=self.sizes.seed,
+                seed=self.sizes.seed + max(len(self.kept(method)) for method in now),
                 nll=True,
                 stop=self.stop,
                 additional_config={"pad": {"top_k": self.sizes.top_k, **first.pad}},
                 logits_processors=["pad_vllm:PADLogitsProcessor"],
                 **recipe.ENGINE,
             )
-            found |= {method: self.keep(method, plans[method].indices, answers[method]) for method in now}
-            missing = [method for method in missing if method not in now]
-        return found
+            for method in now:
+                self.keep(method, missing.pop(method).indices, answers[method])
+        return {method: self.kept(method) for method in plans}
 
-    def kept(self, method: str) -> list[dict[str, Any]] | None:
+    def _left(self, method: str, plan: Plan) -> Plan:
+        """What is left of a plan after what was kept."""
+        kept = Counter(record["cell"] for record in self.kept(method))
+        left = []
+        for i, request in zip(plan.indices, plan.requests, strict=True):
+            kept[i] -= 1
+            if kept[i] < 0:
+                left.append((i, request))
+        return plan._replace(indices=[i for i, _ in left], requests=[request for _, request in left])
+
+    def kept(self, method: str) -> list[dict[str, Any]]:
+        """What a method answered so far, of the cells that there are."""
+        places = {place: i for i, place in enumerate(self.places(method))}
+        records = [record | {"cell": places.get(tuple(record["of"]))} for record in self._records(method)]
+        return [record for record in records if record["cell"] is not None]
+
+    def _records(self, method: str) -> list[dict[str, Any]]:
         file = self.work / f"{method}.jsonl"
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else None
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    def places(self, method: str) -> list[tuple[str, ...]]:
+        """What each index of a method's plan is, in words: of ``base`` a prompt, of all others a cell."""
+        if method == "base":
+            return [(prompt,) for prompt in self.prompts]
+        return [(cell.group, cell.prompt, cell.preference) for cell in self.cells]
 
     def keep(self, method: str, indices: Sequence[int], answers: Answers) -> list[dict[str, Any]]:
-        seconds = answers.seconds / len(indices)
+        """Add answers to what was kept; returns all of it."""
+        seconds, places = answers.seconds / len(indices), self.places(method)
         records = [
-            {"cell": i, "text": text.strip(), "num_tokens": len(tokens), "nll": nll, "seconds": seconds}
+            {"of": places[i], "text": text.strip(), "num_tokens": len(tokens), "nll": nll, "seconds": seconds}
             for i, text, tokens, nll in zip(indices, answers.texts, answers.tokens, answers.nll or [], strict=True)
         ]
         print(f"{method}: {len(records)} answers in {answers.seconds:.0f} s", flush=True)
-        write_records(self.work / f"{method}.jsonl", records)
-        return records
+        write_records(self.work / f"{method}.jsonl", [*self._records(method), *records])
+        return self.kept(method)
 
     def plain(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
@@ -217,9 +242,9 @@ class Bench:
 
 
 def cells(sizes: Sizes) -> Iterator[Cell]:
-    rng = random.Random(sizes.seed)
     prompts = wishes.prompts(held_out=True)
-    for group in GROUPS:
+    for number, group in enumerate(GROUPS):
+        rng = random.Random(sizes.seed + number)
         wants = wishes.combinations(held_out=True) if group == "two" else [(value,) for value in DIRECTIONS]
         for prompt in prompts[: sizes.prompts[group]]:
             for values in wants:
@@ -230,11 +255,11 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     """Method -> records. Those of ``base`` are of prompts, and of all others of cells.
 
     Args:
-        methods: how the names begin of those that are to answer now; others are there if they did so before.
+        methods: how the names begin of those that are to answer now; of others there is what they answered before.
     """
 
     def wanted(method: str) -> bool:
-        return method == "base" or bench.kept(method) is not None or method.startswith(tuple(methods))
+        return method == "base" or method.startswith(tuple(methods))
 
     sizes, cells = bench.sizes, bench.cells
     reward, untrained = ({"reward_model": str(path)} for path in (bench.models.reward, bench.untrained))
@@ -247,6 +272,8 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         model = engine.get("model", bench.models.base)
         if wanted(method):
             plans[method] = Plan(indices, [request(cells[i]) for i in indices], model, pad)
+        elif bench.kept(method):
+            plans[method] = Plan([], [], model, pad)
 
     def guided(beta: float, **arguments: str) -> Callable[[Cell], Request]:
         return lambda cell: Request(
@@ -256,7 +283,7 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     def prompted(cell: Cell) -> Request:
         return Request(bench.template.compose(bench.plain(cell.prompt), cell.preference))
 
-    prompts = list(dict.fromkeys(cell.prompt for cell in cells))
+    prompts = bench.prompts
     numbers = [number for number in range(len(prompts)) for _ in range(sizes.base_answers)]
     everyone = range(len(cells))
     plans["base"] = Plan(numbers, [Request(bench.plain(prompts[n])) for n in numbers], bench.models.base, reward)
@@ -265,32 +292,29 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         ask(f"PAD, beta {beta:g}", everyone, guided(beta))
     for beta in sizes.base_betas:
         ask(f"PAD against the base, beta {beta:g}", everyone, guided(beta, pad_reference="base"))
-    if len(sizes.betas) > 1:
-        middle = guided(sizes.betas[len(sizes.betas) // 2])
-        ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, middle(cell).guidance))
+    if sizes.base_betas:  # a neutral reference would read the preference too, in the base's prompt
+        first = guided(sizes.base_betas[0], pad_reference="base")
+        ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, first(cell).guidance))
     for beta in sizes.untrained_betas:
         ask(f"PAD untrained, beta {beta:g}", everyone, guided(beta), untrained)
     found = bench.answer(plans)
     plans.clear()
     method = f"best of {sizes.best_of}"
-    if sizes.best_of_prompts and wanted(method):
-        found[method] = bench.kept(method) or best_of(bench, method, singles)
-    if sizes.choice_prompts and wanted("prompting with examples"):
+    if sizes.best_of_prompts and wanted(method) and not bench.kept(method):
+        best_of(bench, method, singles)
+    if best := bench.kept(method):
+        found[method] = best
+    if sizes.choice_prompts:
         ask("prompting with examples", singles, lambda cell: Request(bench.with_examples(cell)))
     for value in sizes.fitted:
-        method = f"sliders of {value}"
-        if not wanted(method):
-            continue
-        sliders = {} if bench.kept(method) else fit_user(bench, value)
-        own = [i for i in singles if cells[i].values == (value,)]
+        method, own = f"sliders of {value}", [i for i in singles if cells[i].values == (value,)]
+        sliders = fit_user(bench, value) if wanted(method) and len(bench.kept(method)) < len(own) else {}
         ask(method, own, lambda cell, s=sliders: Request(bench.plain(cell.prompt), s))
     with tempfile.TemporaryDirectory() as folder:
         for value in sizes.tuned:
-            method = f"DPO for {value}"
-            if not wanted(method):
-                continue
-            model = bench.models.base if bench.kept(method) else tune_user(bench, value, Path(folder, value))
-            own = [i for i in singles if cells[i].values == (value,)]
+            method, own = f"DPO for {value}", [i for i in singles if cells[i].values == (value,)]
+            tune = wanted(method) and len(bench.kept(method)) < len(own)
+            model = tune_user(bench, value, Path(folder, value)) if tune else bench.models.base
             ask(method, own, lambda cell: Request(bench.plain(cell.prompt)), model=model)
         return found | bench.answer(plans)
 

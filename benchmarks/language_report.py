@@ -41,7 +41,7 @@ class Unguided:
 def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each method and group: ``moved`` has each measure's mean change in the direction asked, in its unit,
     over both directions; every estimate is a mean and its 95% interval, by a bootstrap over prompts."""
-    prompts = list(dict.fromkeys(cell.prompt for cell in bench.cells))
+    prompts = bench.prompts
     unguided = Unguided(found["base"], prompts)
     base_seconds = statistics.mean(record["seconds"] for record in found["base"])
     rows = [_base_row(found["base"], prompts)]
@@ -105,8 +105,9 @@ def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]
         examples = [Example(bench.plain(bench.cells[r["cell"]].prompt), bench.answer_ids(r["text"])) for r in some]
         sums = score_answers(model, examples).tolist()
         per_token = [-total / max(len(e.answer), 1) for total, e in zip(sums, examples, strict=True)]
-        file.write_text(json.dumps({r["cell"]: n for r, n in zip(some, per_token, strict=True)}))
-    return {int(cell): nll for cell, nll in json.loads(file.read_text()).items()}
+        file.write_text(json.dumps([[r["of"], n] for r, n in zip(some, per_token, strict=True)]))
+    nll = {tuple(of): value for of, value in json.loads(file.read_text())}
+    return {i: nll[place] for i, place in enumerate(bench.places(method)) if place in nll}
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -52,7 +52,7 @@ def show(
         f"SmolLM2-135M-Instruct, guided by a reward model made of it (beta {beta:g}, top-k {top_k}): {len(answers)} "
         f"answers in {seconds:.0f} s, users and nobody in one batch. Models in {models.base.parent}."
         if svg is None
-        else f"SmolLM2-135M-Instruct, guided by itself, nothing trained: beta {beta:g}, top-k {top_k}."
+        else f"SmolLM2-135M-Instruct, guided by a reward model made of it: beta {beta:g}, top-k {top_k}."
     )
     if svg is not None:
         console.save_svg(svg, title="make demo")

@@ -40,11 +40,8 @@ class User:
 USERS: dict[str, User] = {
     "Mia": User("a wish for words", {"preference": "Use very simple words."}, ("simple",)),
     "Noor": User(
-        "two wishes, each in full",
-        {
-            "preference": ["Answer in one or two sentences.", "Use lots of exclamation marks!"],
-            "preference_weights": [1.0, 1.0],
-        },
+        "two wishes that training never saw together",
+        {"preference": "Keep it short. Be super excited!"},
         ("brief", "emphatic"),
     ),
     "Omar": User("a wish for form", {"preference": "Use bullet points."}, ("list",)),

@@ -6,7 +6,6 @@ import pytest
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
-from pad_vllm.demo.recipe import up_to_a_sentence
 
 PAIRS = {
     "grade": (
@@ -36,6 +35,7 @@ def test_units():
     assert found["lists"] == 50
     assert found["person"] == 40
     assert found["emphasis"] == 20
+    assert measure("You like it!!!")["emphasis"] == measure("You like it!")["emphasis"]
     assert set(measure("")) == set(DIMENSIONS)
     assert set(measure("").values()) == {0.0}
 
@@ -51,25 +51,15 @@ def test_an_item_of_a_list_is_a_sentence():
     [
         ("I am still here. " * 4, True),
         ("- Go to the shop.\n" * 3, True),
+        ("Yes" + "!" * 10, True),
+        ("So good! \U0001f60e! " + "\U0001f60e " * 10, True),
+        ("| a | b |\n|-------------|-------------|", False),
         ("One day a bird came to the window. It sang, and it flew away.", False),
         ("", False),
     ],
 )
 def test_loops(text, expected):
     assert loops(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("It is hot. It is big. And it", "It is hot. It is big."),
-        ('She said "Come here." and', 'She said "Come here."'),
-        ("One. Then came a very long sentence that never", ""),
-        ("Nothing ends here", ""),
-    ],
-)
-def test_an_answer_that_breaks_off_ends_with_a_sentence(text, expected):
-    assert up_to_a_sentence(text) == expected
 
 
 def test_what_is_held_out_stays_out():
