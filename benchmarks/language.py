@@ -21,7 +21,6 @@ import json
 import os
 import random
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,16 +32,16 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
+from pad_vllm.demo.measures import DIRECTIONS
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
+from pad_vllm.training.data import answer_ids, prompt_ids, write_records
+
+from .language_rivals import best_of, fit_user, tune_user
 
 GROUPS = ("one", "two")
 NUM_EXAMPLES = 3
-NUM_CHOICES = 30
-"""Comparisons of a user to whom sliders are fitted."""
 
 
 @dataclass(frozen=True)
@@ -317,78 +316,6 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
             model = tune_user(bench, value, Path(folder, value)) if tune else bench.models.base
             ask(method, own, lambda cell: Request(bench.plain(cell.prompt)), model=model)
         return found | bench.answer(plans)
-
-
-def best_of(bench: Bench, method: str, singles: Sequence[int]) -> list[dict[str, Any]]:
-    """Of several answers of the base model that which the reward model rewards most, as log pi_theta - log pi_ref."""
-    from transformers import AutoModelForCausalLM
-
-    from pad_vllm.training.trainer import score_answers
-
-    sizes = bench.sizes
-    prompts = list(dict.fromkeys(bench.cells[i].prompt for i in singles))[: sizes.best_of_prompts]
-    own = [i for i in singles if bench.cells[i].prompt in prompts]
-    start = time.perf_counter()
-    asked = [Request(bench.plain(prompt)) for prompt in prompts for _ in range(sizes.best_of)]
-    drawn = generate(
-        str(bench.models.base),
-        {method: asked},
-        temperature=sizes.temperature,
-        max_tokens=sizes.max_tokens,
-        seed=sizes.seed + 10**6,
-        nll=True,
-        **recipe.ENGINE,
-    )[method]
-    by_prompt = {p: range(n * sizes.best_of, (n + 1) * sizes.best_of) for n, p in enumerate(prompts)}
-    reference, model = (AutoModelForCausalLM.from_pretrained(m).eval() for m in bench.models)
-    ref = score_answers(reference, [Example(list(r.prompt), t) for r, t in zip(asked, drawn.tokens, strict=True)])
-    best = []
-    for i in own:
-        cell = bench.cells[i]
-        rows = by_prompt[cell.prompt]
-        context = bench.template.compose(bench.plain(cell.prompt), cell.preference)
-        rewards = score_answers(model, [Example(context, drawn.tokens[n]) for n in rows]) - ref[list(rows)]
-        best.append(rows[int(rewards.argmax())])
-    texts, tokens, nll = ([x[n] for n in best] for x in (drawn.texts, drawn.tokens, drawn.nll))
-    return bench.keep(method, own, Answers(texts, tokens, time.perf_counter() - start, nll))
-
-
-def fit_user(bench: Bench, value: str) -> dict[str, Any]:
-    """Arguments of a user's requests, from comparisons in which the user never said what was wanted."""
-    from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
-
-    # One text for each end of three dimensions, the user's among them.
-    names = list(dict.fromkeys([DIRECTIONS[value][0], *DIMENSIONS]))[:3]
-    texts = [wishes.wordings(end)[0] for name in names for end in (DIMENSIONS[name].less, DIMENSIONS[name].more)]
-    with tempfile.TemporaryDirectory() as folder:
-        attributes = Path(folder, "attributes.json")
-        attributes.write_text(json.dumps(texts))
-        data = write_records(Path(folder, "choices.jsonl"), bench.choices[value][:NUM_CHOICES])
-        fitted = fit_sliders(str(bench.models.reward), data, attributes)
-    print(f"sliders of {value}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
-    return persona_of(sliders_of(fitted)) | {"pad_beta": bench.sizes.betas[len(bench.sizes.betas) // 2]}
-
-
-def tune_user(bench: Bench, value: str, target: Path) -> Path:
-    """A model for one user, by DPO: the PAD objective without a preference to read."""
-    from pad_vllm.training.train import TrainingConfig, train
-
-    records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
-    data = write_records(target.with_name("choices.jsonl"), records)
-    stage = replace(recipe.FULL.stage, epochs=2.0, opposites=False)
-    config = TrainingConfig(
-        str(data),
-        str(bench.models.base),
-        str(target),
-        stages=("backbone",),
-        lora_rank=recipe.FULL.lora_rank,
-        save_steps=10**6,
-        max_answer=recipe.FULL.max_answer,
-        backbone=stage,
-        trainer=recipe.TRAINER,
-    )
-    train(config)
-    return target
 
 
 def main() -> None:

@@ -69,18 +69,23 @@ def _base_row(records: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> d
 
 
 def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
-    moved, satisfied = defaultdict(list), []
+    moved, satisfied, together = defaultdict(list), [], defaultdict(lambda: defaultdict(list))
     for record in records:
         cell = bench.cells[record["cell"]]
         measures = measure(record["text"])
         for name, sign in (DIRECTIONS[value] for value in cell.values):
             moved[name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
+            together[" and ".join(cell.values)][name].append(moved[name][-1])
             beyond = sign * (measures[name] - unguided.median[cell.prompt][name])
             satisfied.append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
     return {
         "num_answers": len(records),
         "satisfied": bootstrap(*zip(*satisfied, strict=True)),
         "moved": {name: bootstrap(*zip(*moved[name], strict=True)) for name in DIMENSIONS if name in moved},
+        "by_values": {
+            values: {name: bootstrap(*zip(*found, strict=True)) for name, found in own.items()}
+            for values, own in together.items()
+        },
     }
 
 
@@ -150,6 +155,17 @@ def table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
+def combinations(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of each two values that were asked for together, how far their measures moved, by method."""
+    own = [row for row in rows if row["group"] == "two"]
+    lines = [f"| | {' | '.join(row['method'] for row in own)} |", "| --- |" + " --- |" * len(own)]
+    for values in own[0]["by_values"]:
+        found = (row["by_values"].get(values, {}) for row in own)
+        said = ["; ".join(f"{name} {_say(moved)}" for name, moved in moves.items()) for moves in found]
+        lines.append(f"| {values} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
 def _say(estimate: Sequence[float]) -> str:
     mean, low, high = estimate
     digits = 0 if abs(mean) >= 10 else 1 if abs(mean) >= 1 else 2
@@ -175,7 +191,9 @@ def write(
         "# Language",
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
         f"{record['hardware']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's reward model, trained on "
-        "SmolLM2's answers; `PAD untrained`: by SmolLM2 itself, held against its own answer without the preference.",
+        "SmolLM2's answers, held against what it says without the preference; `against the base`: held against the "
+        "base model; `untrained`: by SmolLM2 itself. Prompts and wordings are held out from training, and so are the "
+        "combinations of two wishes.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
         f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
@@ -185,6 +203,7 @@ def write(
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", table(rows, group)]
+    text += ["Each two wishes by themselves:", combinations(rows)]
     text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
     if parts := [method for method in found if method.startswith(("best of", "sliders", "DPO"))]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
