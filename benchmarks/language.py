@@ -32,7 +32,7 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
-from pad_vllm.demo.measures import DIRECTIONS
+from pad_vllm.demo.measures import DIRECTIONS, OPPOSITES
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
@@ -94,7 +94,7 @@ SMALL = Sizes(
     base_answers=1,
     best_of=2,
     best_of_prompts=1,
-    betas=(1.0,),
+    betas=(1.5,),
     untrained_betas=(2.5,),
     fitted=(),
     tuned=(),
@@ -279,6 +279,17 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
             bench.plain(cell.prompt), {"pad_preference": cell.preference, "pad_beta": float(beta), **arguments}
         )
 
+    def from_the_opposite(beta: float) -> Callable[[Cell], Request]:
+        """A slider: more of the wish, less of its opposite."""
+
+        def request(cell: Cell) -> Request:
+            rng = random.Random(f"{sizes.seed} {cell.preference} {cell.prompt}")
+            texts = [cell.preference, wishes.preference([OPPOSITES[cell.values[0]]], rng, held_out=True)]
+            arguments = {"pad_preference": texts, "pad_preference_weights": [1.0, -1.0], "pad_beta": float(beta)}
+            return Request(bench.plain(cell.prompt), arguments)
+
+        return request
+
     def prompted(cell: Cell) -> Request:
         return Request(bench.template.compose(bench.plain(cell.prompt), cell.preference))
 
@@ -296,6 +307,7 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
         ask("prompting and PAD", everyone, lambda cell: Request(prompted(cell).prompt, first(cell).guidance))
     for beta in sizes.untrained_betas:
         ask(f"PAD untrained, beta {beta:g}", everyone, guided(beta), untrained)
+        ask(f"PAD untrained, from the opposite, beta {beta:g}", singles, from_the_opposite(beta), untrained)
     found = bench.answer(plans)
     plans.clear()
     method = f"best of {sizes.best_of}"

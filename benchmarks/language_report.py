@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.recipe import ENGINE
 from pad_vllm.evaluation.metrics import bootstrap, distinct
 
 from .record import hardware
@@ -190,10 +191,10 @@ def write(
     text = [
         "# Language",
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
-        f"{record['hardware']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's reward model, trained on "
-        "SmolLM2's answers, held against what it says without the preference; `against the base`: held against the "
-        "base model; `untrained`: by SmolLM2 itself. Prompts and wordings are held out from training, and so are the "
-        "combinations of two wishes.",
+        f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's "
+        "reward model, trained on SmolLM2's answers, held against what it says without the preference; `against the "
+        "base`: held against the base model; `untrained`: by SmolLM2 itself; `from the opposite`: more of the wish, "
+        "less of its opposite. Prompts, wordings and the combinations of two wishes are held out from training.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
         f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "

@@ -48,10 +48,11 @@ def test_the_models_are_ordinary_folders(models):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
-    for reward, reference in ((models.reward, "base"), (untrained, "neutral")):
+    for reward, beta in ((models.reward, 1.5), (untrained, 2.5)):
         files = {path.name for path in reward.iterdir()}
         assert files == {path.name for path in models.base.iterdir()} | {"pad.json"}
-        assert json.loads((reward / "pad.json").read_text())["reference"] == reference
+        defaults = json.loads((reward / "pad.json").read_text())
+        assert (defaults["reference"], defaults["beta"]) == ("neutral", beta)
     trained = load_file(models.reward / "model.safetensors")
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, trained[name])}
     assert changed == {name for name in weights if name.endswith("_proj.weight")}
@@ -140,12 +141,13 @@ def test_the_language_table(models, tmp_path):
     bench = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
     found = language.answers_of(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
-    methods = ["base", "prompting", "PAD, beta 1", "PAD untrained, beta 2.5", "best of 2"]
+    methods = ["base", "prompting", "PAD, beta 1.5", "PAD untrained, beta 2.5"]
+    methods += ["PAD untrained, from the opposite, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
-    assert len(found["prompting"]) == len(found["PAD, beta 1"]) == 18
+    assert len(found["prompting"]) == len(found["PAD, beta 1.5"]) == 18
     # Of eighteen short answers figures say little: that each method answers in its own way, and is measured.
     texts = {method: [record["text"] for record in records] for method, records in found.items()}
-    for method in ("PAD, beta 1", "PAD untrained, beta 2.5"):
+    for method in ("PAD, beta 1.5", "PAD untrained, beta 2.5"):
         assert len(set(texts[method])) > 12
         assert sum(a != b for a, b in zip(texts[method], texts["prompting"], strict=True)) > 12
     assert set(texts["best of 2"]).isdisjoint(texts["base"])
@@ -154,8 +156,8 @@ def test_the_language_table(models, tmp_path):
         assert set(row["moved"]) == set(DIMENSIONS)
         assert row["nll"] > 0
     text = (tmp_path / "language.md").read_text()
-    assert "PAD, beta 1 moves" in text
-    assert text.count("| PAD, beta 1 |") == 2
+    assert "PAD, beta 1.5 moves" in text
+    assert text.count("| PAD, beta 1.5 |") == 3  # one wish, two, and each two by themselves
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     again = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
     assert language.answers_of(again) == found  # nothing is made twice
