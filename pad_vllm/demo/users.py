@@ -55,7 +55,7 @@ USERS: dict[str, User] = {
     ),
     "Kofi": User(
         "a negative preference: less of it",
-        {"preference": ["Write at length."], "preference_weights": [-1.0]},
+        {"preference": ["Give me long, detailed answers."], "preference_weights": [-1.0]},
         ("brief",),
     ),
 }
