@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=int, default=DEFAULTS["top_k"], help="candidates per token (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=1, help="of the sampling")
     parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     parser.add_argument("--svg", metavar="FILE", help="write what is shown to a picture, too")
     parser.add_argument(
