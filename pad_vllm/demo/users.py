@@ -49,7 +49,7 @@ USERS: dict[str, User] = {
         "sliders",
         {
             "preference": ["Speak to me directly.", "Be cheerful and warm."],
-            "preference_weights": [0.6, 0.5],
+            "preference_weights": [1.2, 1.0],
         },
         ("personal", "upbeat"),
     ),

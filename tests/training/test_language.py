@@ -48,7 +48,7 @@ def test_the_models_are_ordinary_folders(models):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
-    for reward, beta in ((models.reward, 1.5), (untrained, 2.5)):
+    for reward, beta in ((models.reward, 1.0), (untrained, 2.5)):
         files = {path.name for path in reward.iterdir()}
         assert files == {path.name for path in models.base.iterdir()} | {"pad.json"}
         defaults = json.loads((reward / "pad.json").read_text())
