@@ -141,8 +141,8 @@ def test_the_language_table(models, tmp_path):
     bench = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
     found = language.answers_of(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
-    methods = ["base", "prompting", "PAD, beta 1.5", "PAD untrained, beta 2.5"]
-    methods += ["PAD untrained, from the opposite, beta 2.5", "best of 2"]
+    methods = ["base", "prompting", "PAD, beta 1.5", "PAD against the base, beta 1", "prompting and PAD"]
+    methods += ["PAD untrained, beta 2.5", "PAD untrained, from the opposite, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
     assert len(found["prompting"]) == len(found["PAD, beta 1.5"]) == 18
     # Of eighteen short answers figures say little: that each method answers in its own way, and is measured.
