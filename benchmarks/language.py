@@ -10,8 +10,7 @@ instructions. Users want
 - two: values of different measures together.
 
 Every method's answers are kept in the work folder as they come, and are not made again, also where there are more
-prompts later. Writes language.md,
-language.json and language.png, or those of language-gemma.
+prompts later. Writes language.md, language.json and language.png, or those of language-gemma.
 """
 
 from __future__ import annotations
@@ -202,8 +201,8 @@ class Bench:
             return [(prompt,) for prompt in self.prompts]
         return [(cell.group, cell.prompt, cell.preference) for cell in self.cells]
 
-    def keep(self, method: str, indices: Sequence[int], answers: Answers) -> list[dict[str, Any]]:
-        """Add answers to what was kept; returns all of it."""
+    def keep(self, method: str, indices: Sequence[int], answers: Answers) -> None:
+        """Add answers to what was kept."""
         seconds, places = answers.seconds / len(indices), self.places(method)
         records = [
             {"of": places[i], "text": text.strip(), "num_tokens": len(tokens), "nll": nll, "seconds": seconds}
@@ -211,7 +210,6 @@ class Bench:
         ]
         print(f"{method}: {len(records)} answers in {answers.seconds:.0f} s", flush=True)
         write_records(self.work / f"{method}.jsonl", [*self._records(method), *records])
-        return self.kept(method)
 
     def plain(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
@@ -293,10 +291,9 @@ def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[d
     def prompted(cell: Cell) -> Request:
         return Request(bench.template.compose(bench.plain(cell.prompt), cell.preference))
 
-    prompts = bench.prompts
-    numbers = [number for number in range(len(prompts)) for _ in range(sizes.base_answers)]
+    numbers = [number for number in range(len(bench.prompts)) for _ in range(sizes.base_answers)]
     everyone = range(len(cells))
-    plans["base"] = Plan(numbers, [Request(bench.plain(prompts[n])) for n in numbers], bench.models.base, reward)
+    plans["base"] = Plan(numbers, [Request(bench.plain(bench.prompts[n])) for n in numbers], bench.models.base, reward)
     ask("prompting", everyone, prompted)
     for beta in sizes.betas:
         ask(f"PAD, beta {beta:g}", everyone, guided(beta))

@@ -22,7 +22,7 @@ NUM_CHOICES = 30
 """Comparisons of a user to whom sliders are fitted."""
 
 
-def best_of(bench: Bench, method: str, singles: Sequence[int]) -> list[dict[str, Any]]:
+def best_of(bench: Bench, method: str, singles: Sequence[int]) -> None:
     """Of several answers of the base model that which the reward model rewards most, as log pi_theta - log pi_ref."""
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +53,7 @@ def best_of(bench: Bench, method: str, singles: Sequence[int]) -> list[dict[str,
         rewards = score_answers(model, [Example(context, drawn.tokens[n]) for n in rows]) - ref[list(rows)]
         best.append(rows[int(rewards.argmax())])
     texts, tokens, nll = ([x[n] for n in best] for x in (drawn.texts, drawn.tokens, drawn.nll))
-    return bench.keep(method, own, Answers(texts, tokens, time.perf_counter() - start, nll))
+    bench.keep(method, own, Answers(texts, tokens, time.perf_counter() - start, nll))
 
 
 def fit_user(bench: Bench, value: str) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def compare(
     def couples(values: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
         """Of each prompt answers that differ in what these values say, and as little as can be otherwise: the best two
         of every prompt, then others, and all of it again in other words, where it is little."""
-        asked = {DIRECTIONS[value][0]: DIRECTIONS[value][1] for value in values}
+        asked = dict(DIRECTIONS[value] for value in values)
         ranked = []
         for prompt, own in by_prompt.items():
             pairs = []
