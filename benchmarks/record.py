@@ -107,8 +107,12 @@ def hardware() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    return f"{len(os.sched_getaffinity(0))} cores of {model.partition(': ')[2] or platform.machine()}"
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    cpu = {name.strip(): value.strip() for name, _, value in lines}
+    numbers = ", ".join(f"{name.split()[-1]} {cpu[name]}" for name in ("cpu family", "model") if name in cpu)
+    # Virtual machines call processors that differ by two times the same.
+    name = f"{cpu.get('model name') or platform.machine()}{f' ({numbers})' if numbers else ''}"
+    return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
 def plot(path: Path, results: Mapping[str, Any]) -> None:

@@ -81,6 +81,8 @@ class TrainingConfig:
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
         lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end, and kept beside the
             model in ``adapter/``. 0: all weights.
+        adapter: go on with the LoRA in this folder (peft's format, as ``adapter/`` of an earlier run is), made for
+            ``model``; it has a rank of its own.
         save_steps: a checkpoint every so many steps, from which a killed run goes on when started again.
     """
 
@@ -97,11 +99,16 @@ class TrainingConfig:
     max_length: int | None = None
     max_answer: int | None = None
     lora_rank: int = 0
+    adapter: str | None = None
     save_steps: int = 200
     seed: int = 0
     trainer: dict[str, Any] = field(default_factory=dict)
     backbone: Stage = field(default_factory=lambda: Stage(lr=5e-6))
     heads: Stage = field(default_factory=lambda: Stage(lr=1e-3))
+
+    @property
+    def has_lora(self) -> bool:
+        return bool(self.lora_rank) or self.adapter is not None
 
 
 def check_settings(config: TrainingConfig) -> None:
@@ -127,6 +134,11 @@ def check_settings(config: TrainingConfig) -> None:
         raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
         raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
+    if config.adapter is not None:
+        if config.lora_rank:
+            raise ValueError("adapter: it has a rank already, so lora_rank cannot be asked for")
+        if not (Path(config.adapter) / "adapter_config.json").is_file():
+            raise ValueError(f"adapter: {config.adapter} has no adapter_config.json")
     if config.max_answer is not None and config.max_answer < 1:
         raise ValueError(f"max_answer: {config.max_answer}: at least one token of an answer is learned from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -183,7 +195,7 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     run = _Run(config, work, quiet)
     metrics: dict[str, Any] = {}
     if "backbone" in stages:
-        if not config.lora_rank:
+        if not config.has_lora:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
         model = run.backbone(model, reference, pairs, eval_pairs)
         metrics["backbone"] = measure(model, None if config.backbone.opposites else reference, eval_pairs)
@@ -255,17 +267,7 @@ class _Run:
         eval_pairs: list[PairExample],
     ) -> PreTrainedModel:
         config = self._config
-        trained = model
-        if config.lora_rank:
-            try:
-                from peft import LoraConfig, get_peft_model
-            except ImportError:
-                raise ValueError("lora_rank takes `pip install 'pad-vllm[train]'`") from None
-            torch.manual_seed(config.seed)
-            lora = LoraConfig(
-                r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            trained = get_peft_model(model, lora)
+        trained = _with_lora(model, config) if config.has_lora else model
         self._train(
             "backbone",
             trained,
@@ -273,7 +275,7 @@ class _Run:
             pairs,
             lambda m: measure(m, None if config.backbone.opposites else reference, eval_pairs),
         )
-        if not config.lora_rank:
+        if not config.has_lora:
             return trained.eval()
         trained.save_pretrained(self._work / ADAPTER)
         return trained.merge_and_unload().eval()
@@ -319,6 +321,20 @@ class _Run:
             measure=measure,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+
+def _with_lora(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError:
+        raise ValueError("a LoRA takes `pip install 'pad-vllm[train]'`") from None
+    if config.adapter is not None:
+        return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+    torch.manual_seed(config.seed)
+    rank = config.lora_rank
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def _work_folder(output: Path, config: TrainingConfig) -> Path:

@@ -153,6 +153,22 @@ def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
     assert not any("embed" in name or "norm" in name for name in changed)
 
 
+def test_a_lora_is_gone_on_with(base, pairs, tmp_path):
+    """At a rate of nothing it is what it was; at another one it is not, and is the earlier run's no more."""
+    once, still, on = (tmp_path / name for name in ("once", "still", "on"))
+    train(config_of(base, pairs, once, lora_rank=4, stages=("backbone",)), quiet=True)
+    again = {"adapter": str(once / "adapter"), "stages": ("backbone",)}
+    train(config_of(base, pairs, still, **again, backbone=Stage(lr=0.0, batch_size=8)), quiet=True)
+    train(config_of(base, pairs, on, **again), quiet=True)
+    first, same, later = (load_file(path / "model.safetensors") for path in (once, still, on))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in same.items())
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in later.items())
+    adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (once, on)]
+    assert adapters[0].keys() == adapters[1].keys()
+    kept = json.loads((on / "adapter" / "adapter_config.json").read_text())
+    assert (kept["r"], kept["base_model_name_or_path"]) == (4, str(base))
+
+
 def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
     """Updates of 1e-6 are lost to bfloat16; what is saved is of the model's own precision."""
     half = tmp_path / "half"
@@ -180,6 +196,8 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"prompt_template": "no hole"}, "exactly once"),
         ({"max_length": 3}, "all 38 comparisons are longer than 3 tokens|longer than 3 tokens"),
         ({"max_answer": 0}, "max_answer: 0: at least one token"),
+        ({"adapter": "/nowhere"}, "adapter: /nowhere has no adapter_config.json"),
+        ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has a rank already"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
         ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or not of"),
         ({"trainer": {"learning_rate": 1}}, "trainer: learning_rate: set by another option"),
