@@ -63,7 +63,8 @@ alignment: $(INSTALLED)
 
 # Each in a process of its own, and no longer than a quarter of an hour; what is there already is not measured again. What
 # takes longer keeps what it has, and goes on.
-BENCH_SECTIONS := batch baselines rows contexts tokenizers sharing flatness shapes published breakdown drafts drafters
+BENCH_SECTIONS := batch baselines rows contexts tokenizers sharing flatness shapes published breakdown breakdown-v2 \
+    drafts drafters
 bench: $(INSTALLED)
 	for section in $(BENCH_SECTIONS); do \
 	    status=124; \

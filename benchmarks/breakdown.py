@@ -1,7 +1,7 @@
 """Where a guided step's time goes: timers around the parts of :mod:`pad_vllm`, in the engine's own process.
 
-Times are exclusive: a part's own, without those measured inside it. On a GPU they are what the host spends; the kernels
-run behind it.
+Times are exclusive, a part's own without those measured inside it, and medians over the steps, nearly all of which only
+decode. On a GPU they are what the host spends; the kernels run behind it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
-PARTS = (
+HOST = (
     ("bookkeeping of requests (V1 or V2 adapter)", "adapter", "apply"),
     ("guidance: rows, slots", "guidance", "apply"),
     ("reward engine: blocks, slot mapping", "engine", "step"),
     ("attention metadata and forward context", "model", "forward"),
+)
+"""Part, owner, function: what only the host does."""
+PARTS = (
+    *HOST,
     ("reward forward", "module", "forward"),
     ("candidate selection, scoring and writing", "guidance", "guide_"),
 )
 
 
-def measure(guidance: Any, run: Callable[[], float]) -> dict[str, float]:
+def measure(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds per guided step, by part; ``other`` is what the engine spends outside guidance."""
     from pad_vllm.processor import PADLogitsProcessor
 
@@ -35,17 +41,17 @@ def measure(guidance: Any, run: Callable[[], float]) -> dict[str, float]:
         "model": guidance.model,
         "module": guidance.model.model,
     }
-    with _timers([(part, owners[owner], name) for part, owner, name in PARTS]) as (spent, calls):
-        seconds = run()
-    steps = max(calls[PARTS[1][0]], 1)
-    found = {part: 1000 * spent[part] / steps for part, _, _ in PARTS}
-    return found | {"everything else (base model, scheduler, sampler)": 1000 * (seconds - sum(spent.values())) / steps}
+    with _timers([(part, owners[owner], name) for part, owner, name in PARTS]) as (spent, ends):
+        run()
+    found = {part: 1000 * median(spent[part]) for part, _, _ in PARTS}
+    step = 1000 * median(after - before for before, after in pairwise(ends[PARTS[0][0]]))
+    return found | {"everything else (base model, scheduler, sampler)": step - sum(found.values())}
 
 
 @contextmanager
 def _timers(parts: list[tuple[str, Any, str]]):
-    spent: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
+    spent: dict[str, list[float]] = defaultdict(list)  # seconds of each call
+    ends: dict[str, list[float]] = defaultdict(list)
     inner = [0.0]  # seconds of the parts inside the one that runs
 
     def timed(part: str, function: Callable) -> Callable:
@@ -56,10 +62,10 @@ def _timers(parts: list[tuple[str, Any, str]]):
             try:
                 return function(*args, **kwargs)
             finally:
-                took = time.perf_counter() - start
-                spent[part] += took - inner[0]
-                calls[part] += 1
-                inner[0] = outside + took
+                end = time.perf_counter()
+                spent[part].append(end - start - inner[0])
+                ends[part].append(end)
+                inner[0] = outside + end - start
 
         return call
 
@@ -67,7 +73,7 @@ def _timers(parts: list[tuple[str, Any, str]]):
     for part, owner, name in parts:
         setattr(owner, name, timed(part, getattr(owner, name)))
     try:
-        yield spent, calls
+        yield spent, ends
     finally:
         for own, (_, owner, name) in zip(before, parts, strict=True):
             if own is None:

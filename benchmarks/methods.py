@@ -11,9 +11,11 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .interpreter import complete, use_v2
 
 PROMPT_TOKENS = range(100, 30_000)
 """Token ids of random prompts: nothing special among them."""
@@ -185,6 +187,23 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+
+
+def host_on_v2(setup: Setup, cell: Cell) -> dict[str, float]:
+    """What the host does in a guided step on Model Runner V2, of :meth:`Engine.breakdown`; in a process that has not
+    imported vLLM yet. Without a GPU the kernels run in Triton's interpreter, and no other time says anything."""
+    from .breakdown import HOST
+
+    os.environ.update(ENVIRONMENT)
+    use_v2()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        os.environ.setdefault("PAD_VLLM_KERNELS", "reference")
+    engine = Engine(replace(setup, enforce_eager=True), "pad")
+    complete()
+    engine.run(cell, 0)
+    parts = engine.breakdown(cell, 1)
+    engine.llm.llm_engine.engine_core.shutdown()
+    return {part: parts[part] for part, _, _ in HOST}
 
 
 class Method:

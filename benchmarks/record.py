@@ -61,16 +61,15 @@ class Record:
         )
         for name, section in self.results.items():
             yield f"\n## {name}\n\n{self.sections[name]}\n"
-            yield from {"breakdown": breakdown, "drafts": drafts, "drafters": drafts}.get(name, comparison)(
-                section["rows"]
-            )
+            yield from REPORTS.get(name, comparison)(section["rows"])
 
 
 def breakdown(rows: list[Any]) -> Iterator[str]:
-    yield "| ms per step | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |"
+    yield "| ms per step | " + " | ".join(row["label"] for row in rows) + " |"
     yield "| --- |" + " ---: |" * len(rows)
     for part in rows[0]["milliseconds"]:
-        yield f"| {part} | " + " | ".join(f"{row['milliseconds'][part]:.2f}" for row in rows) + " |"
+        times = [row["milliseconds"].get(part) for row in rows]
+        yield f"| {part} | " + " | ".join("" if ms is None else f"{ms:.3f}" for ms in times) + " |"
 
 
 def drafts(rows: list[Any]) -> Iterator[str]:
@@ -100,6 +99,9 @@ def comparison(rows: list[Any]) -> Iterator[str]:
         if "tokens_per_s" not in row:
             figures = ", ".join(f"{key} {value}" for key, value in row.items() if key != "label")
             yield f"\n{figures} ({row['label']})"
+
+
+REPORTS = {"breakdown": breakdown, "breakdown-v2": breakdown, "drafts": drafts, "drafters": drafts}
 
 
 def hardware() -> str:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
-from .methods import Cell, Method, Setup
+from .methods import Cell, Method, Setup, host_on_v2
 from .models import make_models, make_models_of_two_tokenizers
 from .record import Record
 
@@ -228,9 +230,23 @@ def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
         cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
         bench.run("guided", cell)
         parts = bench.method("guided")("breakdown", cell, 10**6 + batch)
-        found.append({"batch": batch, "milliseconds": {part: round(ms, 3) for part, ms in parts.items()}})
-        print(f"batch {batch}: " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()), flush=True)
+        found.append(_parts_of(f"batch {batch}", parts))
     return found
+
+
+def breakdown_v2(bench: Bench, args: argparse.Namespace) -> list[Any]:
+    """Milliseconds of a guided step on Model Runner V2: what the host does."""
+    found = []
+    for batch in args.batch:
+        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found.append(_parts_of(f"batch {batch}", pool.submit(host_on_v2, bench.setup, cell).result()))
+    return found
+
+
+def _parts_of(label: str, parts: Mapping[str, float]) -> dict[str, Any]:
+    print(f"{label}: " + ", ".join(f"{part} {ms:.3f} ms" for part, ms in parts.items()), flush=True)
+    return {"label": label, "milliseconds": {part: round(ms, 3) for part, ms in parts.items()}}
 
 
 def reward_model_drafts(bench: Bench, args: argparse.Namespace) -> list[Any]:
@@ -254,6 +270,7 @@ SECTIONS = {
     "shapes": shapes,
     "published": published,
     "breakdown": breakdown,
+    "breakdown-v2": breakdown_v2,
     "drafts": reward_model_drafts,
     "drafters": drafters,
 }

@@ -98,6 +98,7 @@ class BlockManager:
         self._last_used = np.zeros(max_num_contexts, np.int64)  # by the clock, but for those that were ready last
         self._ready: np.ndarray | None = None  # slots that were, and hold their blocks since
         self._lengths_begin = np.zeros(0, np.int64)  # [C] of these, the least length with the same last block
+        self._room = 0  # tokens that each of these may get without another block
 
     @property
     def num_free_blocks(self) -> int:
@@ -159,7 +160,17 @@ class BlockManager:
             if not self.holds(slots, num_tokens):
                 return False
             self._ready, self._lengths_begin = slots, (num_tokens - 1) // self.block_size * self.block_size + 1
+            self._in_last_blocks(num_tokens)
             self.version += 1
+        self._clock += 1
+        return True
+
+    def advance(self, slots: np.ndarray) -> bool:
+        """As :meth:`ready`, for a token more than in the last step, of contexts that were ready then; reads nothing but
+        a counter."""
+        if slots is not self._ready or not self._room:
+            return False
+        self._room -= 1
         self._clock += 1
         return True
 
@@ -176,7 +187,8 @@ class BlockManager:
     def _in_last_blocks(self, num_tokens: np.ndarray) -> bool:
         """Whether the contexts that were ready last would have their last token in the same block as then."""
         beyond = num_tokens - self._lengths_begin
-        return bool(beyond.view(np.uint64).max() < self.block_size)  # what is before it is a huge number
+        self._room = self.block_size - 1 - int(beyond.view(np.uint64).max())  # what is before it is a huge number
+        return self._room >= 0
 
     def _note_used(self) -> None:
         """Steps that change nothing leave this to the first one that does."""

@@ -1,7 +1,8 @@
 """The forward of a step in which every context is up to date: a token for each row, on buffers that stay in place.
 
 What a step has in common with the one before it is not made again: views of the buffers, by how many rows there are,
-and the rows' block tables, as long as the rows are the same and no context got another block.
+and the rows' block tables, as long as the rows are the same and no context got another block. Where each row is one
+token further, and the host knows it, a step only counts up.
 
 Where the platform has CUDA graphs, rows are padded to one of a few sizes, and a graph of each is captured at the start,
 by the pattern of vLLM's ``v1/worker/gpu/cudagraph_utils.py``. The capture has not been run on a GPU yet; padding is run
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import set_current_vllm_config
@@ -53,12 +53,13 @@ class DecodeRows:
     """[R] int32: that block"""
     offsets: torch.Tensor
     """[R] int64: what lies between a position and its slot"""
-    bounds: np.ndarray
+    bounds: torch.Tensor
     """[R] int32, on the host: at least ``seq_lens``"""
 
     def __post_init__(self) -> None:
         # Views, as gather wants them.
         self.block_index_column, self.block_id_column = self.block_indices.unsqueeze(1), self.block_ids.unsqueeze(1)
+        self.counters = [self.positions, self.slot_mapping, self.seq_lens, self.bounds]
 
     @classmethod
     def padding(cls, num_rows: int, max_num_blocks: int, device: torch.device) -> DecodeRows:
@@ -74,7 +75,7 @@ class DecodeRows:
             block_indices=zeros(torch.int64),
             block_ids=zeros(torch.int32),
             offsets=zeros(torch.int64),
-            bounds=np.ones(num_rows, np.int32),
+            bounds=torch.ones(num_rows, dtype=torch.int32),
         )
 
     def __getitem__(self, rows: slice) -> DecodeRows:
@@ -86,7 +87,7 @@ class DecodeRows:
         for tensor in (self.input_ids, self.positions, self.slot_mapping, self.block_table):
             tensor.zero_()
         self.seq_lens.fill_(1)
-        self.bounds.fill(1)
+        self.bounds.fill_(1)
 
 
 class Decoder:
@@ -107,6 +108,7 @@ class Decoder:
         self._batches: dict[int, ForwardBatch] = {}  # of so many
         self._num_rows = 0  # of the last step
         self._last: tuple[torch.Tensor | None, int] = None, 0  # row_slots of the last step, and its blocks' version
+        self._written: tuple[ContextRows | None, int] = None, 0  # what is in the buffers, after so many advances
         self._max_seq_len = 0  # of rows in these blocks
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -142,8 +144,15 @@ class Decoder:
         return self._hidden_states[:num_rows]
 
     def _write(self, first: DecodeRows, rows: ContextRows) -> None:
-        positions, version = rows.positions, self.blocks.version
+        written, version = self._written, self.blocks.version
         same = self._last[0] is rows.row_slots and self._last[1] == version
+        self._written = rows, rows.num_advances
+        first.input_ids.copy_(rows.token_ids)
+        if same and written[0] is rows and written[1] == rows.num_advances - 1:
+            torch._foreach_add_(first.counters, 1)
+            return
+        rows.settle()
+        positions = rows.device_positions()
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
             self._last = rows.row_slots, version
@@ -155,10 +164,12 @@ class Decoder:
             torch.gather(first.block_table, 1, first.block_index_column, out=first.block_id_column)
             first.offsets.copy_(first.block_ids).sub_(first.block_indices).mul_(block_size)
         torch.add(positions, first.offsets, out=first.slot_mapping)
-        first.input_ids.copy_(rows.token_ids)
         first.positions.copy_(positions)
         first.seq_lens.copy_(positions).add_(1)
-        first.bounds[:] = rows.num_tokens.max() if rows.lengths is None else rows.lengths
+        if rows.lengths is None:
+            first.bounds.fill_(int(rows.num_tokens.max()))
+        else:
+            first.bounds.copy_(torch.from_numpy(rows.lengths))
 
     def _size(self, num_rows: int) -> int:
         at = bisect_left(self.sizes, num_rows)
@@ -180,7 +191,7 @@ class Decoder:
                 query_start_loc_cpu=self.model.arange_cpu[: num_rows + 1],
                 max_query_len=1,
                 seq_lens=rows.seq_lens,
-                seq_lens_upper_bound=torch.from_numpy(rows.bounds),
+                seq_lens_upper_bound=rows.bounds,
                 seq_lens_known=True,
                 max_seq_len=self.model.max_model_len,
                 block_table=rows.block_table,

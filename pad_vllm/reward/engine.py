@@ -33,13 +33,29 @@ class ContextRows:
     row_slots: torch.Tensor
     """[R] int64, on the device: each row's slot; a context's rows are in the order of their positions. ``no_slot``:
     the row is to be left alone"""
-    positions: torch.Tensor
-    """[R] int64, on the device: position of the row's token in its context"""
+    positions: torch.Tensor | None
+    """[R] int64, on the device: position of the row's token in its context; None if the host knows it"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device"""
     history: Callable[[int], Sequence[int]]
     """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
     Called only for a context that must be computed; may synchronize with the device."""
+    num_advances: int = 0
+    """How many steps they have been made a token further"""
+    num_ahead: int = 0
+    """Of these, the last that ``num_tokens`` and ``lengths`` do not have yet"""
+
+    def advance(self, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
+        """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
+        self.token_ids, self.history = token_ids, history
+        self.num_advances += 1
+        self.num_ahead += 1
+
+    def settle(self) -> None:
+        """Bring ``num_tokens`` and ``lengths`` up to date."""
+        if self.num_ahead:
+            self.num_tokens = self.num_tokens + self.num_ahead
+            self.lengths, self.num_ahead = self.lengths + self.num_ahead, 0
 
     def select(self, rows: slice | np.ndarray | torch.Tensor) -> ContextRows:
         """Some of the rows; by a tensor on the device where the host does not know their lengths."""
@@ -48,9 +64,15 @@ class ContextRows:
             self,
             lengths=None if self.lengths is None else self.lengths[rows],
             row_slots=self.row_slots[on_device],
-            positions=self.positions[on_device],
+            positions=None if self.positions is None else self.positions[on_device],
             token_ids=self.token_ids[on_device],
         )
+
+    def device_positions(self) -> torch.Tensor:
+        """[R] int64, on the device."""
+        if self.positions is not None:
+            return self.positions
+        return to_device(self.lengths - 1, self.row_slots.device, torch.int64)
 
 
 @dataclass
@@ -112,8 +134,13 @@ class RewardEngine:
 
     def _step(self, rows: ContextRows) -> torch.Tensor:
         self.blocks.begin_step()
-        if self.blocks.ready(rows.slots, rows.num_tokens) and rows.row_slots.shape[0] <= self.decoder.max_num_rows:
+        is_ready = rows.num_ahead > 0 and self.blocks.advance(rows.slots)
+        if not is_ready:
+            rows.settle()
+            is_ready = self.blocks.ready(rows.slots, rows.num_tokens)
+        if is_ready and rows.row_slots.shape[0] <= self.decoder.max_num_rows:
             return self._forward([], rows)
+        rows.settle()
         hidden_states: torch.Tensor | None = None
         row_slots: np.ndarray | None = None
         line, num_tokens = rows.slots.tolist(), rows.num_tokens.tolist()
@@ -205,9 +232,10 @@ class RewardEngine:
         """One forward; returns the hidden states of its rows."""
         num_rows = rows.row_slots.shape[0]
         self.stats.num_forwards += 1
-        self.stats.num_tokens += num_rows + sum(len(piece.token_ids) for piece in pieces)
+        self.stats.num_tokens += num_rows
         if not pieces and num_rows <= self.decoder.max_num_rows:
             return self.decoder.forward(rows)
+        self.stats.num_tokens += sum(len(piece.token_ids) for piece in pieces)
         table, block_size = self.blocks.table, self.blocks.block_size
         row_slots, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
         starts = to_device(query_start_loc, self.model.device, torch.int32)
@@ -246,7 +274,7 @@ class RewardEngine:
         of_pieces = to_device(host, device, torch.int64)
         return (
             torch.cat([rows.row_slots, of_pieces[0]]),
-            torch.cat([rows.positions, of_pieces[1]]),
+            torch.cat([rows.device_positions(), of_pieces[1]]),
             torch.cat([rows.token_ids, of_pieces[2]]).int(),
             np.concatenate([np.arange(num_rows + 1), num_rows + ends]).astype(np.int32),
         )

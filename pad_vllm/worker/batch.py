@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pad_vllm.kernels import OutputTokens
+from pad_vllm.reward.device import to_device
 
 
 @dataclass(eq=False)
@@ -37,8 +38,9 @@ class GuidedBatch:
     """[C] int64: the request's tokens, this step's drafts included; an upper bound unless ``exact``"""
     exact: bool
     """Whether each request has one row, which sees ``num_tokens`` tokens."""
-    positions: torch.Tensor
-    """[R] int64, on the device: position of the row's last visible token in its request"""
+    positions: torch.Tensor | None
+    """[R] int64, on the device: position of the row's last visible token in its request; None if ``exact``, where it is
+    ``num_tokens - 1``"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device: that token"""
     output_ids: Callable[[int], Sequence[int]]
@@ -50,3 +52,18 @@ class GuidedBatch:
     """[R] int64, on the device: how many of its request's drafts a row sees; None where there are no drafts"""
     last_ids: np.ndarray | None = None
     """[R] int64: ``token_ids``, where the host knows them"""
+    num_ahead: int = 0
+    """Tokens that each request has beyond ``num_tokens``, until :meth:`settle`: so many steps ago it was another batch.
+    Where a step is the one before, a token further, nothing is computed for it that can wait: to the processor, which
+    has just run the base model, whatever it touches is new."""
+
+    def settle(self) -> None:
+        """Bring ``num_tokens`` up to date."""
+        if self.num_ahead:
+            self.num_tokens, self.num_ahead = self.num_tokens + self.num_ahead, 0
+
+    def device_positions(self) -> torch.Tensor:
+        """[R] int64, on the device."""
+        if self.positions is not None:
+            return self.positions
+        return to_device(self.num_tokens - 1, self.token_ids.device, torch.int64)

@@ -70,6 +70,7 @@ class Growth:
             [context rows, hidden_size], in the order of ``params.contexts``; NaN where a context is full: the request
             then gets its end token.
         """
+        batch.settle()
         lay_out = self.rows_on_device if batch.last_ids is None else self._on_host
         rows, last, is_full = lay_out(batch, params)
         hidden_states = self.engine.step(rows)
@@ -113,7 +114,7 @@ class Growth:
         back = last[owner] - np.arange(len(owner))
         piece = self.tables.pieces[self.tables.piece_starts[last_ids[requests]][owner] + counts[owner] - 1 - back]
         positions = np.minimum(ends[owner] - back, self.max_len - 1)
-        owner_, positions_, token_ids = to_device(np.stack([owner, positions, piece]), device, torch.int64).unbind()
+        owner_, token_ids = to_device(np.stack([owner, piece]), device, torch.int64).unbind()
         in_prompt = totals[requests] == 0
         if in_prompt.any():
             # The prompt's last token, from which the base samples its first.
@@ -125,7 +126,7 @@ class Growth:
             num_tokens=np.minimum(ends + 1, self.max_len),
             lengths=positions + 1,
             row_slots=contexts.row_slots[owner_] if grows else contexts.row_slots,
-            positions=positions_,
+            positions=None,
             token_ids=token_ids,
             history=lambda slot: self._history(batch, slot),
         )
@@ -148,8 +149,9 @@ class Growth:
         row_slots, contexts, width = batch.layout.row_slots, params.contexts, self.max_pieces
         tokens = batch.token_ids.clamp(0, len(self.num_pieces) - 1).long()
         starts = self.piece_starts[tokens]
-        n = (self.piece_starts[tokens + 1] - starts).where(batch.positions >= self.prompt_len[row_slots], 0)
-        totals = self._count(batch, n)
+        base_positions = batch.device_positions()
+        n = (self.piece_starts[tokens + 1] - starts).where(base_positions >= self.prompt_len[row_slots], 0)
+        totals = self._count(batch, base_positions, n)
         offset, last_prompt_id = contexts.ints.offset, contexts.ints.last_prompt_id
         if contexts.rows is not None:
             n, totals, starts = n[contexts.rows], totals[contexts.rows], starts[contexts.rows]
@@ -179,9 +181,9 @@ class Growth:
         self.news.forget(slot)
         self.is_new[slot] = False
 
-    def _count(self, batch: GuidedBatch, n: torch.Tensor) -> torch.Tensor:
+    def _count(self, batch: GuidedBatch, positions: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         """[R] reward tokens up to each row's token, of which it has ``n`` itself."""
-        row_slots, positions = batch.layout.row_slots, batch.positions
+        row_slots = batch.layout.row_slots
         first, within = positions, 0
         settled = row_slots
         if batch.local_positions is not None:  # a request's rows follow each other

@@ -6,6 +6,7 @@ Knows no runner: :mod:`pad_vllm.worker.adapters` says which rows are guided and 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from vllm.config import VllmConfig
@@ -196,34 +197,43 @@ class Guidance:
     def context_rows(self, batch: GuidedBatch, params: RowParams) -> ContextRows:
         """The rows of a batch in the reward model's contexts: as many as its rows, or, of requests that have several,
         more."""
-        contexts, num_tokens = params.contexts, batch.num_tokens
-        positions, token_ids = batch.positions, batch.token_ids
+        contexts, token_ids = params.contexts, batch.token_ids
         if contexts.rows is not None:
-            num_tokens, positions, token_ids = (
-                num_tokens[contexts.requests],
-                positions[contexts.rows],
-                token_ids[contexts.rows],
-            )
-            if not batch.exact:
-                positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
-        num_tokens = num_tokens + contexts.host_offset
-        if not params.past_prompts:
-            params.past_prompts = batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
-        if not params.past_prompts:
-            # The composed prompt may end otherwise than the base's, from which the base samples its first token.
-            token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
+            token_ids = token_ids[contexts.rows]
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
-        return ContextRows(
+        if params.rows is not None and batch.num_ahead:
+            params.rows.advance(token_ids, self._history(batch))
+            return params.rows
+        batch.settle()
+        num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
+        num_tokens = num_tokens + contexts.host_offset
+        params.past_prompts |= batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
+        positions = None
+        if not params.past_prompts:
+            positions = batch.device_positions()
+            if contexts.rows is not None:
+                positions = positions[contexts.rows]
+                if not batch.exact:
+                    positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
+            # The composed prompt may end otherwise than the base's, from which the base samples its first token.
+            token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
+        rows = ContextRows(
             slots=contexts.slots,
             num_tokens=num_tokens,
             lengths=num_tokens if batch.exact else None,
             row_slots=contexts.row_slots,
-            positions=positions + contexts.ints.offset,
+            positions=None if batch.exact else positions + contexts.ints.offset,
             token_ids=token_ids,
-            history=lambda slot: batch.output_ids(slot // MAX_CONTEXTS),
+            history=self._history(batch),
         )
+        params.rows = rows if params.past_prompts else None
+        return rows
+
+    @staticmethod
+    def _history(batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
+        return lambda slot: batch.output_ids(slot // MAX_CONTEXTS)
 
     def _count(self, params: RowParams) -> None:
         layout, stats = params.layout, self.stats

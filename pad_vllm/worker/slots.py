@@ -16,6 +16,7 @@ import torch
 from pad_vllm.kernels import Controls, Mixture, OutputTokens
 from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.engine import ContextRows
 from pad_vllm.worker.batch import Layout
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ class RowParams:
             self.head_weights = self.head_weights[self.contexts.rows]
         self.past_prompts = False
         """Whether every row has seen a generated token: it stays so as long as the layout does."""
+        self.rows: ContextRows | None = None
+        """The context rows of the last step, where those of the next may be these, a token further."""
 
 
 class ContextRowParams:

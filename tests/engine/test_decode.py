@@ -12,6 +12,9 @@ pytestmark = pytest.mark.every_release
 
 BATCHES = [*range(1, 10), 15, 16, 17, 3]
 MAX_TOKENS = 6
+STEPS = 40
+LOOKS: list[int] = []
+"""In the engine's process."""
 SEEN: dict[int, set[tuple[int, ...]]] = {}
 """In the engine's process: rows of a decode forward -> where its tensors and the kernels' hidden states were."""
 
@@ -45,6 +48,16 @@ def pad(llm, graphs: bool) -> None:
     if graphs:
         capture(decoder)
     model.run, guidance.guide = run, guide
+
+
+def count_looks(llm) -> None:
+    """Of all steps from now on, those in which the reward engine looks at lengths and blocks."""
+    blocks = running_guidance(llm).engine.blocks
+    blocks.ready = lambda *args, _ready=blocks.ready: LOOKS.append(1) or _ready(*args)
+
+
+def looks(llm) -> int:
+    return len(LOOKS)
 
 
 def capture(decoder) -> None:
@@ -96,7 +109,18 @@ def test_padded_steps_use_the_same_storage_and_equal_the_oracle(models, encode, 
             expected = [expect(p, max_tokens=MAX_TOKENS, **a) for p, a in zip(prompts, asked, strict=True)]
             assert engine.generate(prompts, params) == expected, batch
         places = engine.call(seen)
+        engine.call(count_looks)
+        prompts, asked = (
+            [encode(f"answer {i}") for i in range(3)],
+            [{"preference": "formal"}, {"beta": 0.5}, {"top_k": 5}],
+        )
+        params = [{"temperature": 0.0, "max_tokens": STEPS, "ignore_eos": True} | guided(**a) for a in asked]
+        expected = [expect(p, max_tokens=STEPS, **a) for p, a in zip(prompts, asked, strict=True)]
+        assert engine.generate(prompts, params) == expected
+        num_looks = engine.call(looks)
     finally:
         engine.close()
     assert sorted(places) == [1, 2, 4, 8, 16, 24]
     assert len(set.union(*places.values())) == 1, "all sizes are the first rows of the same buffers"
+    # As they begin, and where one of two lengths of contexts goes into another block and the step after.
+    assert 0 < num_looks <= 2 + 2 * 2 * (1 + STEPS // 32), "in other steps the host only counts"

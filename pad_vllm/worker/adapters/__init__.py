@@ -84,15 +84,8 @@ class Adapter:
             self.guidance.free(state.contexts)
             state.slot, state.contexts = None, []
 
-    def guide(self, states: list[RequestState], step: Callable[[], None]) -> None:
-        """Run a guided step, or give up the requests that it was for."""
-        try:
-            step()
-        except Exception as error:
-            self.give_up(states, error)
-        self.show()
-
     def give_up(self, states: list[RequestState], error: Exception) -> None:
+        """A step failed: end the requests that it was for."""
         num_guided = sum(state.params is not UNGUIDED for state in states)
         logger.error("A step of PAD guidance failed: ending its %d requests.", num_guided, exc_info=error)
         self.fail(states)

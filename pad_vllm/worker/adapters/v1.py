@@ -30,7 +30,7 @@ class V1RequestState(RequestState):
 
 
 class V1Batch:
-    """The guided requests, as long as they stay in their rows."""
+    """The guided requests, as long as they stay in their rows: what is in it for a step is made once."""
 
     def __init__(self, rows: dict[int, V1RequestState], vocab_size: int, device: torch.device) -> None:
         self.states = list(rows.values())
@@ -42,24 +42,44 @@ class V1Batch:
             rows=to_device(list(rows), device, torch.int64),
             row_slots=to_device(slots, device, torch.int64),
         )
-        self.by_slot = {state.slot: state for state in self.states}
+        by_slot = {state.slot: state for state in self.states}
         self.output_ids = [state.output_ids for state in self.states]
-        self.prompt_lens = [len(state.prompt_ids) for state in self.states]
+        self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states])
         self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
+        self.one_more: list[int] = []  # generated tokens of each, one more than in the last step
+        self.device = device
+        self.guided = GuidedBatch(
+            layout=self.layout,
+            num_tokens=self.prompt_lens,
+            exact=True,
+            positions=None,
+            token_ids=self.layout.rows,  # until there is a step
+            output_ids=lambda slot: by_slot[slot].output_ids,
+            output_tokens=self.penalties and self.penalties.output_tokens,
+        )
 
-    def tokens(self) -> np.ndarray:
-        """[3, C] int64: how many tokens each request has, the last one's position, and this.
+    def step(self) -> GuidedBatch:
+        """The batch, with the tokens that there are by now.
 
         Raises:
             RuntimeError: the runner does not show one.
         """
-        num_tokens, last_ids = [], []
-        for ids, prompt_len, last_id in zip(self.output_ids, self.prompt_lens, self.last_prompt_ids, strict=True):
-            num_tokens.append(prompt_len + len(ids))
-            last_ids.append(ids[-1] if ids else last_id)
+        guided, num_generated = self.guided, [len(ids) for ids in self.output_ids]
+        if num_generated == self.one_more:
+            guided.num_ahead += 1
+            last_ids = [ids[-1] for ids in self.output_ids]
+        else:
+            guided.num_tokens, guided.num_ahead = self.prompt_lens + num_generated, 0
+            of_prompts = self.last_prompt_ids
+            last_ids = [
+                ids[-1] if ids else of_prompt for ids, of_prompt in zip(self.output_ids, of_prompts, strict=True)
+            ]
+        self.one_more = [n + 1 for n in num_generated]
         if min(last_ids) < 0:
             raise RuntimeError("the runner does not show a request's last token")
-        return np.array((num_tokens, [n - 1 for n in num_tokens], last_ids), np.int64)
+        guided.last_ids = np.array(last_ids)
+        guided.token_ids = to_device(guided.last_ids, self.device, torch.int64)
+        return guided
 
 
 class V1Adapter(Adapter):
@@ -103,7 +123,11 @@ class V1Adapter(Adapter):
         if self.batch is None:
             self.rows = {row: state for row, state in self.states.items() if self._has_begun(state)}
         if self.rows:
-            self.guide(list(self.rows.values()), lambda: self._guide(logits))
+            try:
+                self._guide(logits)
+            except Exception as error:
+                self.give_up(list(self.rows.values()), error)
+            self.show()
         if self.any_failed:
             for row, state in self.states.items():
                 if state.failed:
@@ -120,25 +144,10 @@ class V1Adapter(Adapter):
     def _guide(self, logits: torch.Tensor) -> None:
         if self.batch is None:
             self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
-        batch = self.batch
-        tokens = batch.tokens()
-        penalties = batch.penalties
+        guided, penalties = self.batch.step(), self.batch.penalties
         if penalties is not None:
             penalties.apply_(logits)
-        _, positions, token_ids = to_device(tokens, self.guidance.device, torch.int64).unbind()
-        self.guidance.apply(
-            logits,
-            GuidedBatch(
-                layout=batch.layout,
-                num_tokens=tokens[0],
-                exact=True,
-                positions=positions,
-                token_ids=token_ids,
-                last_ids=tokens[2],
-                output_ids=lambda slot: batch.by_slot[slot].output_ids,
-                output_tokens=lambda: penalties.output_tokens(),
-            ),
-        )
+        self.guidance.apply(logits, guided)
         if penalties is not None:
             penalties.invert_(logits)
 

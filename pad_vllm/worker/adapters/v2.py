@@ -46,9 +46,10 @@ class V2Adapter(Adapter):
         self.arrived: dict[int, HostCopy | None] = {}  # slot -> the tokens of a request that has not begun
         self.last: tuple[np.ndarray, Layout] | None = None  # places of the guided requests in the last step's batch
         self.last_drafted: tuple[np.ndarray, Layout] | None = None  # and of those that were drafted for
+        self.last_step: Step | None = None  # where the next may be the same, a token further
 
     def add_request(self, slot: int, sampling_params: SamplingParams) -> bool:
-        self.last = self.last_drafted = None
+        self.last = self.last_drafted = self.last_step = None
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
         if state is None and self.drafter is not None:
@@ -63,7 +64,7 @@ class V2Adapter(Adapter):
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
-        self.last = self.last_drafted = None
+        self.last = self.last_drafted = self.last_step = None
         for slot, state in enumerate(self.states):
             failed = state is not None and state.failed
             is_guided = failed and state.params is not UNGUIDED
@@ -75,7 +76,10 @@ class V2Adapter(Adapter):
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
         new = [slot for slot, tokens in self.arrived.items() if tokens is None]
         if new:
-            self.guide([self.states[slot] for slot in new], lambda: self._copy_tokens(new))
+            try:
+                self._copy_tokens(new)
+            except Exception as error:
+                self.give_up([self.states[slot] for slot in new], error)
 
     def _copy_tokens(self, slots: list[int]) -> None:
         for slot in slots:
@@ -84,20 +88,38 @@ class V2Adapter(Adapter):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         slots, num_tokens = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
-        self.num_tokens[slots] = num_tokens
-        # What a row samples before its prompt is whole is thrown away.
-        asked = np.flatnonzero(self.asked[slots] & (num_tokens >= self.req_states.prefill_len.np[slots]))
+        if self.last_step is not None and self.last_step.advance(slots, num_tokens):
+            asked = self.last_step.asked
+        else:
+            self.last_step, asked = None, self._asked(slots, num_tokens)
         if not len(asked):
             return
         try:
-            self._guide(logits, ctx, asked)
+            if self.last_step is None:
+                self._guide(logits, ctx, asked)
+            else:
+                self._guide_again(logits, ctx, self.last_step.batch)
         except Exception as error:
             self.give_up([self.states[slot] for slot in slots[asked]], error)
         self.show()
-        for slot in slots[asked[self.failed[slots[asked]]]]:
-            rows = ctx.expanded_idx_mapping == int(slot)
-            logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
-            logits[:, self.states[slot].stop_token_id].masked_fill_(rows, 0.0)
+        if self.last_step is None:
+            for slot in slots[asked[self.failed[slots[asked]]]]:
+                rows = ctx.expanded_idx_mapping == int(slot)
+                logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
+                logits[:, self.states[slot].stop_token_id].masked_fill_(rows, 0.0)
+
+    def _asked(self, slots: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """Places in the batch of requests that asked for guidance, and that this step samples for."""
+        self.num_tokens[slots] = num_tokens
+        # What a row samples before its prompt is whole is thrown away.
+        return np.flatnonzero(self.asked[slots] & (num_tokens >= self.req_states.prefill_len.np[slots]))
+
+    def _guide_again(self, logits: torch.Tensor, ctx: LogitsContext, batch: GuidedBatch) -> None:
+        """Guide the last step's batch, which has advanced."""
+        batch.token_ids = ctx.input_ids[batch.layout.rows]
+        batch.output_ids = self._output_ids
+        batch.output_tokens = lambda: self._output_tokens(ctx, batch.layout)
+        self.guidance.apply(logits, batch)
 
     def _guide(self, logits: torch.Tensor, ctx: LogitsContext, asked: np.ndarray) -> None:
         """``asked``: places in ``ctx.idx_mapping_np`` of the requests that this step samples for."""
@@ -114,18 +136,18 @@ class V2Adapter(Adapter):
         if not len(guided):
             return
         layout = self._layout(ctx, guided)
-        if len(ctx.pos) == len(ctx.idx_mapping_np):
-            positions = ctx.pos[layout.rows]
-        else:
-            positions = ctx.pos[layout.rows].masked_fill(layout.row_slots == self.guidance.no_slot, 0)
-        local_positions = None
-        if self.guidance.max_rows_per_request > 1:
+        exact = self.guidance.max_rows_per_request == 1
+        positions = local_positions = None
+        if not exact:
             local_positions = ctx.expanded_local_pos[layout.rows].long()
+            positions = ctx.pos[layout.rows]
+            if len(ctx.pos) > len(ctx.idx_mapping_np):
+                positions = positions.masked_fill(layout.row_slots == self.guidance.no_slot, 0)
         prompt_len = self.req_states.prompt_len.np
         batch = GuidedBatch(
             layout=layout,
             num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
-            exact=self.guidance.max_rows_per_request == 1,
+            exact=exact,
             positions=positions,
             token_ids=ctx.input_ids[layout.rows],
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
@@ -133,6 +155,10 @@ class V2Adapter(Adapter):
             local_positions=local_positions,
         )
         self.guidance.apply(logits, batch)
+        # Not where one still reads its prompt, or is given up.
+        if exact and len(guided) == np.count_nonzero(self.asked[ctx.idx_mapping_np]):
+            num_tokens = ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
+            self.last_step = Step(ctx.idx_mapping_np, num_tokens, asked, batch)
 
     def draft(
         self, slots: np.ndarray, last_sampled: torch.Tensor, num_drafts: int, sample: Sample
@@ -219,6 +245,29 @@ class V2Adapter(Adapter):
         """A request's settled tokens after its prompt. Synchronizes with the device."""
         start, stop = int(self.req_states.prompt_len.np[slot]), int(self.req_states.total_len.gpu[slot])
         return self.req_states.all_token_ids.gpu[slot, start:stop].tolist()
+
+
+class Step:
+    """A step of a batch whose guided requests all read a prompt no more, each with one row: the next step is often the
+    same, a token further.
+
+    Args:
+        slots, num_tokens: [num_reqs] of all requests in the batch.
+        asked: places in it of the guided ones.
+        batch: of these.
+    """
+
+    def __init__(self, slots: np.ndarray, num_tokens: np.ndarray, asked: np.ndarray, batch: GuidedBatch) -> None:
+        self.slots, self.asked, self.batch = slots.tobytes(), asked, batch
+        self.one_more = [n + 1 for n in num_tokens.tolist()]
+
+    def advance(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
+        """Become the next step, if that is what this is."""
+        if slots.tobytes() != self.slots or num_tokens.tolist() != self.one_more:
+            return False
+        self.one_more = [n + 1 for n in self.one_more]
+        self.batch.num_ahead += 1
+        return True
 
 
 class HostCopy:
