@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import recipe, wishes
+from pad_vllm.demo.comparisons import compare
 from pad_vllm.demo.gemma import NEXT_QUESTION, build_gemma
 from pad_vllm.demo.measures import DIRECTIONS, OPPOSITES
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
@@ -147,8 +148,8 @@ class Bench:
     @cached_property
     def choices(self) -> dict[str, list[dict[str, Any]]]:
         """Comparisons that a user of each value made among SmolLM2's answers to training prompts."""
-        sizes = replace(recipe.FULL, num_prompts=self.sizes.choice_prompts, num_comparisons=10**6, combined=0.0)
-        records = recipe.compare(recipe.sample(self.work, self.models.base, sizes), sizes, self.tokenizer)
+        base, sizes = self.models.base, replace(recipe.FULL, num_prompts=self.sizes.choice_prompts)
+        records = compare(recipe.sample(self.work, base, base, sizes), self.tokenizer, num=10**6, combined=0.0)
         once = {(r["prompt"], r["chosen"], r["rejected"], *r["labels"].items()): r for r in records}.values()
         return {value: [r for r in once if r["labels"] == {name: sign}] for value, (name, sign) in DIRECTIONS.items()}
 

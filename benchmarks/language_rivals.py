@@ -78,7 +78,7 @@ def tune_user(bench: Bench, value: str, target: Path) -> Path:
 
     records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
     data = write_records(target.with_name("choices.jsonl"), records)
-    stage = replace(recipe.FULL.stage, epochs=2.0, opposites=False)
+    stage = replace(recipe.FULL.rounds[0].stage, epochs=2.0, opposites=False)
     config = TrainingConfig(
         str(data),
         str(bench.models.base),

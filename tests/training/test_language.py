@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import language, language_report
 from pad_vllm.demo import recipe, smollm, wishes
+from pad_vllm.demo.comparisons import compare
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
 from tests.support.command import run_command
 
@@ -72,8 +73,7 @@ def test_a_missing_package_and_another_file_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_out):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(recipe.FULL, num_comparisons=400, num_test_comparisons=400)
-    records = recipe.compare(answers, sizes, tokenizer, held_out)
+    records = compare(answers, tokenizer, num=400, max_answer=64, held_out=held_out)
     assert len(records) >= 60
     texts = {answer["text"]: answer for answer in answers}
     words = [(value, wording) for value in DIRECTIONS for wording in wishes.wordings(value, held_out)]
@@ -91,7 +91,7 @@ def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_ou
                 assert texts[text]["finished"]
             else:
                 assert any(whole.startswith(text) for whole in texts)
-                assert len(tokenizer.encode(text)) >= sizes.max_answer - 1
+                assert len(tokenizer.encode(text)) >= 64 - 1
         if len(record["labels"]) == 2:
             pairs.add(frozenset(value for value, asked in DIRECTIONS.items() if asked in record["labels"].items()))
     assert pairs
@@ -107,12 +107,23 @@ def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_ou
 
 
 def test_the_recipe_from_nothing(models, tmp_path):
-    """Sampled through the engine, compared, learned; what is there is not made again."""
+    """Sampled through the engine, compared, learned, and once more; what is there is not made again."""
     reward = recipe.learn(tmp_path, recipe.TINY)
-    sampled = recipe.sample(tmp_path, Path("/nowhere"), recipe.TINY)
-    assert {answer["how"] for answer in sampled} == {"plain", "prompted", "guided"}
-    adapter = load_file(reward / "adapter" / "adapter_model.safetensors")
-    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name), "it starts at zero"
+    nowhere = Path("/nowhere")
+    first, second = (
+        recipe.sample(tmp_path / f"round-{number + 1}", nowhere, nowhere, recipe.TINY, number) for number in (0, 1)
+    )
+    for answers, combined in ((first, 0), (second, 2)):
+        assert {answer["how"] for answer in answers} == {"plain", "prompted", "guided"}
+        assert sum(len(answer["values"]) == 2 for answer in answers) == combined * recipe.TINY.num_prompts
+    before, adapter = (
+        load_file(folder / "reward" / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "round-1", reward.parent)
+    )
+    for learned, started in ((before, {}), (adapter, before)):  # at zero, and then where the first round ended
+        steps = {name: t - started.get(name, 0) for name, t in learned.items() if "lora_B" in name}
+        assert any(step.any() for step in steps.values())
+        assert all(step.abs().max() < 2e-3 for step in steps.values()), "two steps of at most 5e-4 each"
     weights, ours = (load_file(path / "model.safetensors") for path in (models.base, reward))
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, ours[name])}
     assert changed == {name for name in weights if name.endswith("_proj.weight")}
@@ -126,14 +137,15 @@ def test_the_recipe_from_nothing(models, tmp_path):
     settings = json.loads((tmp_path / "packed" / "adapter_config.json").read_text())
     for name, tensor in smollm.merge_lora(weights, half, settings["lora_alpha"] / settings["r"]).items():
         torch.testing.assert_close(tensor, ours[name], atol=1e-5, rtol=1e-3)
-    assert "accuracy" in json.loads((tmp_path / "packed" / "training.json").read_text())["metrics"]["backbone"]
+    rounds = json.loads((tmp_path / "packed" / "training.json").read_text())["rounds"]
+    assert ["accuracy" in of["metrics"]["backbone"] for of in rounds] == [True, True]
 
 
 def test_the_adapter_in_the_repository_says_how_it_was_made():
     record = json.loads(smollm.ADAPTER.with_name("training.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(asdict(recipe.FULL)))
     assert smollm.ADAPTER.stat().st_size < 8 << 20
-    assert record["metrics"]["backbone"]["accuracy"] > 0.7
+    assert record["rounds"][-1]["metrics"]["backbone"]["accuracy"] > 0.7
 
 
 def test_the_language_table(models, tmp_path):
