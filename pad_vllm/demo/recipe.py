@@ -125,7 +125,7 @@ TINY = Recipe(
     max_answer=16,
     margin=0.5,
 )
-"""Two minutes, and a reward model that has learned next to nothing: for tests."""
+"""A minute, and a reward model that has learned next to nothing: for tests."""
 
 
 def sample(folder: Path, base: Path, reward: Path, recipe: Recipe, number: int = 0) -> list[dict[str, Any]]:
