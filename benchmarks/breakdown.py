@@ -30,7 +30,7 @@ PARTS = (
 
 
 def measure(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds per guided step, by part; ``other`` is what the engine spends outside guidance."""
+    """Milliseconds per guided step, by part; the last is what the engine spends outside guidance."""
     from pad_vllm.processor import PADLogitsProcessor
 
     (processor,) = PADLogitsProcessor.running()

@@ -33,27 +33,27 @@ class V1Batch:
     """The guided requests, as long as they stay in their rows: what is in it for a step is made once."""
 
     def __init__(self, rows: dict[int, V1RequestState], vocab_size: int, device: torch.device) -> None:
-        self.states = list(rows.values())
-        penalize = any(state.controls.penalizes for state in self.states)
+        states = list(rows.values())
+        penalize = any(state.controls.penalizes for state in states)
         self.penalties = Penalties(rows, vocab_size, device) if penalize else None
-        slots = np.array([state.slot for state in self.states], np.int64)
-        self.layout = Layout(
+        slots = np.array([state.slot for state in states], np.int64)
+        layout = Layout(
             slots=slots,
             rows=to_device(list(rows), device, torch.int64),
             row_slots=to_device(slots, device, torch.int64),
         )
-        by_slot = {state.slot: state for state in self.states}
-        self.output_ids = [state.output_ids for state in self.states]
-        self.prompt_lens = np.array([len(state.prompt_ids) for state in self.states])
-        self.last_prompt_ids = [state.prompt_ids[-1] for state in self.states]
+        by_slot = {state.slot: state for state in states}
+        self.output_ids = [state.output_ids for state in states]
+        self.prompt_lens = np.array([len(state.prompt_ids) for state in states])
+        self.last_prompt_ids = [state.prompt_ids[-1] for state in states]
         self.one_more: list[int] = []  # generated tokens of each, one more than in the last step
         self.device = device
         self.guided = GuidedBatch(
-            layout=self.layout,
+            layout=layout,
             num_tokens=self.prompt_lens,
             exact=True,
             positions=None,
-            token_ids=self.layout.rows,  # until there is a step
+            token_ids=layout.rows,  # until there is a step
             output_ids=lambda slot: by_slot[slot].output_ids,
             output_tokens=self.penalties and self.penalties.output_tokens,
         )
