@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.reference import select_candidates
 from tests import oracle
 from tests.support.engine import Worker, set_environment
 
@@ -381,9 +382,44 @@ def test_no_rows(run):
     assert torch.equal(run(logits, hidden[:0], lm_head, rows=[], top_k=5), logits)
 
 
+def sliced(case: str) -> torch.Tensor:
+    """[7, 1280] logits of whole slices, in rows enough to be looked at by slices."""
+    logits = problem(7, 1280)[0]
+    match case:
+        case "ties":
+            logits = logits.mul_(2).round_()
+        case "ties of slices":  # the largest of more slices than there are candidates
+            logits[2, torch.arange(5, 1280, 64)] = 20.0
+        case "nan":
+            logits[3, 70] = float("nan")
+        case "infinite":
+            logits[1, 1279] = float("inf")
+        case "masked":
+            logits[4, 3:] = NEG_INF
+        case "in one slice":
+            logits[:, 640:704] += 100.0
+    return logits
+
+
+@pytest.mark.parametrize("rows", [[6, 0, 1, 2, 3, 4, 5], [4, 3, 2, 1, 6]], ids=["all", "some"])
+@pytest.mark.parametrize("case", ["distinct", "ties", "ties of slices", "nan", "infinite", "masked", "in one slice"])
+def test_candidates_by_slices(case, rows):
+    logits = sliced(case)
+    top_k = torch.arange(5, 5 + len(rows))
+    rows = torch.tensor(rows)
+    ids, z = select_candidates(logits.clone(), rows, top_k, 11, 1280)
+    for row, k, found, values in zip(logits[rows], top_k.tolist(), ids.tolist(), z, strict=True):
+        finite = [i for i in range(1280) if row[i].isfinite()]
+        expected = sorted(finite, key=lambda i: (-float(row[i]), i))[:k]
+        assert found[: len(expected)] == expected
+        assert torch.equal(values[: len(expected)], row[expected])
+        assert (values[len(expected) :] == NEG_INF).all()
+
+
 @pytest.mark.parametrize(
     ("num_rows", "vocab_size", "hidden_size", "top_k", "dtype"),
     [
+        (6, 32_000, 24, 40, torch.float32),
         (1, 262_144, 32, 10, torch.bfloat16),
         (2, 33_003, 48, 64, torch.float32),
         (5, 9001, 100, 1, torch.bfloat16),
