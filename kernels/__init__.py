@@ -1,7 +1,8 @@
 """The guidance step: candidate selection, reward scoring, logit reweighting. Needs torch (and triton) only.
 
-Installed as ``pad_vllm.kernels``. :mod:`.reference` says what the step does, in PyTorch; :mod:`.fused` does it in
-Triton. :mod:`.groups` and :mod:`.fused_groups` do it for a reward model with another tokenizer.
+Installed as ``pad_vllm.kernels``. :mod:`.reference` says what the step does, in PyTorch, and :mod:`.selection` what its
+candidates are; :mod:`.fused` does it in Triton. :mod:`.groups` and :mod:`.fused_groups` do it for a reward model with
+another tokenizer.
 """
 
 import os

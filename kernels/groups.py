@@ -19,18 +19,17 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference as in_torch
+from . import selection
 from .reference import (
     MAX_LOGIT,
-    NEG_INF,
     Controls,
     Mixture,
     cap_and_scale,
     map_heads,
-    select_candidates,
     undo_controls,
     write_,
 )
+from .selection import NEG_INF, select_candidates
 
 CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
@@ -148,7 +147,7 @@ def score_groups(
         r = cap_and_scale(r, soft_cap, scale)
         return r.where(mine, NEG_INF) if sharded else r
 
-    if not in_torch.reads_are_free(keys):  # how many members there are is not known
+    if not selection.reads_are_free(keys):  # how many members there are is not known
         owner = torch.arange(num_contexts * k, device=keys.device)
         total = torch.full((num_contexts * k,), NEG_INF, device=keys.device)
         for m in range(groups.most):

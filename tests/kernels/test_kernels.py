@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.reference import select_candidates
+from pad_vllm.kernels.selection import select_candidates
 from tests import oracle
 from tests.support.engine import Worker, set_environment
 
