@@ -57,7 +57,8 @@ class Record:
         yield (
             f"On {self.of['hardware']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {settings['dtype']}"
             f"{', eager' if settings['enforce_eager'] else ''}, {models}. The entries of a section ran one after the "
-            f"other; a ratio is the median of {settings['repeats']} repeats' own, its extremes behind it."
+            "other, and back; a ratio is the median of its repeats' own; in brackets between which the middle half "
+            "of them lies, and how many there are."
         )
         for name, section in self.results.items():
             yield f"\n## {name}\n\n{self.sections[name]}\n"
@@ -92,9 +93,9 @@ def comparison(rows: list[Any]) -> Iterator[str]:
         yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     for row in table:
         cell = row["cell"]
-        extremes = "{} to {}".format(*row["ratios"]) if "ratios" in row else ""
+        spread = "({} to {}, {})".format(*row["middle_half"], row["repeats"]) if "repeats" in row else ""
         shape = f"{cell['batch']} | {cell['prompt_len']} | {cell['output_len']} | {cell['top_k']}"
-        yield f"| {row['label']} | {shape} | {row['tokens_per_s']} | {row['ratio']} | {extremes} |"
+        yield f"| {row['label']} | {shape} | {row['tokens_per_s']} | {row['ratio']} | {spread} |"
     for row in rows:
         if "tokens_per_s" not in row:
             figures = ", ".join(f"{key} {value}" for key, value in row.items() if key != "label")

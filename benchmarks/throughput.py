@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
@@ -60,12 +62,14 @@ class Bench:
         return self.method(method)("run", cell, self.seed)
 
     def compare(self, entries: Sequence[Entry], repeats: int | None = None) -> list[dict[str, Any]]:
-        """A row for each entry; ``ratio`` is of its tokens per second to the first one's."""
+        """A row for each entry; ``ratio`` is of its tokens per second to the first one's in the same repeat: the median,
+        and between which two the middle half of the repeats lies. Every other repeat goes backwards."""
         for _, method, cell in entries:
             self.run(method, cell)  # warms up: compilation, kernels, memory
-        speeds: list[list[float]] = []
-        for _ in range(repeats or self.repeats):
-            speeds.append([cell.batch * cell.output_len / self.run(method, cell) for _, method, cell in entries])
+        speeds: list[dict[int, float]] = []
+        for n in range(repeats or self.repeats):
+            order = list(enumerate(entries))[:: -1 if n % 2 else 1]
+            speeds.append({i: cell.batch * cell.output_len / self.run(method, cell) for i, (_, method, cell) in order})
         rows = []
         for i, (label, method, cell) in enumerate(entries):
             ratios = [repeat[i] / repeat[0] for repeat in speeds]
@@ -76,7 +80,8 @@ class Bench:
                     "cell": asdict(cell),
                     "tokens_per_s": round(statistics.median(repeat[i] for repeat in speeds), 1),
                     "ratio": round(statistics.median(ratios), 3),
-                    "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
+                    "middle_half": [round(float(ratio), 3) for ratio in np.percentile(ratios, (25, 75))],
+                    "repeats": len(ratios),
                 }
             )
             print(
@@ -102,7 +107,8 @@ def batches(bench: Bench, args: argparse.Namespace) -> list[Any]:
     found = []
     for batch in args.batch:
         cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
-        found += bench.compare([*versus(cell, 1.0, 0.5, 0.0), ("reward model alone", "reward model alone", cell)])
+        entries = [*versus(cell, 1.0, 0.5, 0.0), ("reward model alone", "reward model alone", cell)]
+        found += bench.compare(entries, repeats=3 * bench.repeats)
     return found
 
 
