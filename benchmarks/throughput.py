@@ -62,8 +62,8 @@ class Bench:
         return self.method(method)("run", cell, self.seed)
 
     def compare(self, entries: Sequence[Entry], repeats: int | None = None) -> list[dict[str, Any]]:
-        """A row for each entry; ``ratio`` is of its tokens per second to the first one's in the same repeat: the median,
-        and between which two the middle half of the repeats lies. Every other repeat goes backwards."""
+        """A row for each entry; ``ratio`` is of its tokens per second to the first one's in the same repeat: the
+        median, and between which two the middle half of the repeats lies. Every other repeat goes backwards."""
         for _, method, cell in entries:
             self.run(method, cell)  # warms up: compilation, kernels, memory
         speeds: list[dict[int, float]] = []
