@@ -4,8 +4,8 @@
 
 Models are given (``--base``, ``--reward``), or made: random weights of any size, because what is measured does not
 depend on what they say. Every repeat runs all entries of a comparison one after the other; the ratio is the median of
-the repeats' own ratios, since absolute numbers of a shared machine mean little. Greedy, ``ignore_eos``, prompts that no
-cache has seen.
+the repeats' own ratios, since absolute numbers of a shared machine mean little, and every other repeat goes backwards.
+Greedy, ``ignore_eos``, prompts that no cache has seen.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from .models import make_models, make_models_of_two_tokenizers
 from .record import Record
 
 NUM_PERSONAS = 16
+PRELUDE = 16
+"""Tokens that a method generates before it is measured"""
 LONG_PERSONA = 500
 """Words, and so tokens, of the one that many users share."""
 
@@ -61,6 +63,11 @@ class Bench:
         self.seed += 1
         return self.method(method)("run", cell, self.seed)
 
+    def run_warm(self, method: str, cell: Cell) -> float:
+        """The same, after a short one: a process that has waited for others is slow at first, by 4% of a batch."""
+        self.run(method, replace(cell, output_len=min(PRELUDE, cell.output_len)))
+        return self.run(method, cell)
+
     def compare(self, entries: Sequence[Entry], repeats: int | None = None) -> list[dict[str, Any]]:
         """A row for each entry; ``ratio`` is of its tokens per second to the first one's in the same repeat: the
         median, and between which two the middle half of the repeats lies. Every other repeat goes backwards."""
@@ -69,7 +76,9 @@ class Bench:
         speeds: list[dict[int, float]] = []
         for n in range(repeats or self.repeats):
             order = list(enumerate(entries))[:: -1 if n % 2 else 1]
-            speeds.append({i: cell.batch * cell.output_len / self.run(method, cell) for i, (_, method, cell) in order})
+            speeds.append(
+                {i: cell.batch * cell.output_len / self.run_warm(method, cell) for i, (_, method, cell) in order}
+            )
         rows = []
         for i, (label, method, cell) in enumerate(entries):
             ratios = [repeat[i] / repeat[0] for repeat in speeds]
@@ -90,6 +99,16 @@ class Bench:
             )
         return rows
 
+    def each(self, cells: Sequence[Cell], rows_of: Callable[[Cell], list[Any]]) -> list[Any]:
+        """The rows of all cells, the first of which is unguided. They are kept as each cell is done; what an
+        interrupted run has kept is not measured again."""
+        found = list(self.kept)
+        for cell in cells:
+            if all(row.get("cell") != asdict(cell) for row in found):
+                found += rows_of(cell)
+                self.keep(found)
+        return found
+
     def close(self) -> None:
         for method in self.methods.values():
             method.close()
@@ -102,29 +121,32 @@ def versus(cell: Cell, *shares: float) -> list[Entry]:
     return [("unguided", "unguided", cell), *shared]
 
 
+def of_batches(args: argparse.Namespace, **kind: Any) -> list[Cell]:
+    return [Cell(batch, args.prompt_len, args.output_len, args.top_k, **kind) for batch in args.batch]
+
+
 def batches(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """What guidance costs, by batch size; what it costs others; and the reward model by itself."""
-    found = []
-    for batch in args.batch:
-        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
-        entries = [*versus(cell, 1.0, 0.5, 0.0), ("reward model alone", "reward model alone", cell)]
-        found += bench.compare(entries, repeats=3 * bench.repeats)
-    return found
+
+    def rows_of(cell: Cell) -> list[Any]:
+        shares = (1.0, 0.5, 0.0) if cell.batch > 1 else (1.0, 0.0)
+        entries = [*versus(cell, *shares), ("reward model alone", "reward model alone", cell)]
+        return bench.compare(entries, repeats=3 * bench.repeats)
+
+    return bench.each(of_batches(args, personas=0), rows_of)
 
 
 def shapes(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Long prompts, long answers, many candidates, many personas."""
     cell = Cell(top_k=args.top_k, personas=0)
-    found = []
-    for other in (
+    others = [
         replace(cell, prompt_len=512),
         replace(cell, batch=4, output_len=1024),
         replace(cell, top_k=40),
         replace(cell, personas=1),
         replace(cell, personas=NUM_PERSONAS),
-    ):
-        found += bench.compare(versus(other, 1.0), repeats=min(bench.repeats, 3))
-    return found
+    ]
+    return bench.each(others, lambda other: bench.compare(versus(other, 1.0), repeats=min(bench.repeats, 3)))
 
 
 def baselines(bench: Bench, args: argparse.Namespace) -> list[Any]:
@@ -138,7 +160,7 @@ def baselines(bench: Bench, args: argparse.Namespace) -> list[Any]:
 def published(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """The authors' algorithm at 512 generated tokens, once: it reads every context again at every token."""
     cell = Cell(batch=1, output_len=512, top_k=args.top_k, personas=0)
-    speeds = {name: cell.output_len / bench.run(name, cell) for name in ("guided", "as published")}
+    speeds = {name: cell.output_len / bench.run_warm(name, cell) for name in ("guided", "as published")}
     rows = []
     for name, speed in speeds.items():
         ratio = speed / speeds["guided"]
@@ -179,16 +201,16 @@ def rows_and_personas(bench: Bench, args: argparse.Namespace) -> list[Any]:
 
 def contexts(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Two contexts a request, a preference's and the neutral reference's, over one: what each takes beyond unguided."""
-    found = []
-    for batch in args.batch:
-        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k)
+
+    def rows_of(cell: Cell) -> list[Any]:
         entries = [*versus(cell, 1.0), ("guided, two contexts", "guided", replace(cell, reference="neutral"))]
         rows = bench.compare(entries)
         unguided, one, two = (1 / row["ratio"] for row in rows)
         quotient = (two - unguided) / (one - unguided)
-        print(f"batch {batch}: the guidance of two contexts over that of one: {quotient:.3f}", flush=True)
-        found += [*rows, {"label": f"two contexts over one, batch {batch}", "value": round(quotient, 3)}]
-    return found
+        print(f"batch {cell.batch}: the guidance of two contexts over that of one: {quotient:.3f}", flush=True)
+        return [*rows, {"label": f"two contexts over one, batch {cell.batch}", "value": round(quotient, 3)}]
+
+    return bench.each(of_batches(args), rows_of)
 
 
 def tokenizers(bench: Bench, args: argparse.Namespace) -> list[Any]:
@@ -199,14 +221,14 @@ def tokenizers(bench: Bench, args: argparse.Namespace) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         base, reward = make_models_of_two_tokenizers(Path(folder), args)
         bench.methods[name] = Method("guided", replace(bench.setup, base=base, reward=reward, personas=None))
-        found = []
-        for batch in args.batch:
-            cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+
+        def rows_of(cell: Cell) -> list[Any]:
             rows = bench.compare([*versus(cell, 1.0), (name, name, cell)])
             quotient = rows[1]["ratio"] / rows[2]["ratio"]
-            print(f"batch {batch}: time with another tokenizer over that with one: {quotient:.3f}", flush=True)
-            found += [*rows, {"label": f"two tokenizers over one, batch {batch}", "value": round(quotient, 3)}]
-    return found
+            print(f"batch {cell.batch}: time with another tokenizer over that with one: {quotient:.3f}", flush=True)
+            return [*rows, {"label": f"two tokenizers over one, batch {cell.batch}", "value": round(quotient, 3)}]
+
+        return bench.each(of_batches(args, personas=0), rows_of)
 
 
 def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
@@ -232,21 +254,19 @@ def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
 def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Milliseconds of a guided step, by part."""
     found = []
-    for batch in args.batch:
-        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+    for cell in of_batches(args, personas=0):
         bench.run("guided", cell)
-        parts = bench.method("guided")("breakdown", cell, 10**6 + batch)
-        found.append(_parts_of(f"batch {batch}", parts))
+        parts = bench.method("guided")("breakdown", cell, 10**6 + cell.batch)
+        found.append(_parts_of(f"batch {cell.batch}", parts))
     return found
 
 
 def breakdown_v2(bench: Bench, args: argparse.Namespace) -> list[Any]:
     """Milliseconds of a guided step on Model Runner V2: what the host does."""
     found = []
-    for batch in args.batch:
-        cell = Cell(batch, args.prompt_len, args.output_len, args.top_k, personas=0)
+    for cell in of_batches(args, personas=0):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found.append(_parts_of(f"batch {batch}", pool.submit(host_on_v2, bench.setup, cell).result()))
+            found.append(_parts_of(f"batch {cell.batch}", pool.submit(host_on_v2, bench.setup, cell).result()))
     return found
 
 
