@@ -64,7 +64,7 @@ class Bench:
         return self.method(method)("run", cell, self.seed)
 
     def run_warm(self, method: str, cell: Cell) -> float:
-        """The same, after a short one: a process that has waited for others is slow at first, by 4% of a batch."""
+        """The same, after a short one: what a process does first after it has waited for others is not measured."""
         self.run(method, replace(cell, output_len=min(PRELUDE, cell.output_len)))
         return self.run(method, cell)
 
