@@ -56,7 +56,7 @@ def largest_without_ties(
     if len(some) > FEW_ROWS and vocab_size % SLICE == 0 and k < vocab_size // SLICE:
         # The first k + 1 are in the first k + 1 slices, or their like are.
         parts = some[:, :vocab_size].reshape(-1, SLICE)
-        slices = parts.amax(-1).view(len(some), -1).topk(k + 1, dim=-1, sorted=False).indices
+        slices = slice_maxima(some, vocab_size).topk(k + 1, dim=-1, sorted=False).indices
         first = torch.arange(0, len(parts), vocab_size // SLICE).unsqueeze(1)
         their = parts.index_select(0, (slices + first).flatten()).view(len(some), -1)
         values, places = their.topk(k + 1, dim=-1)
