@@ -23,7 +23,8 @@ from pad_vllm.params import (
     check_text,
     did_you_mean,
 )
-from pad_vllm.reward.folder import locate_defaults, read_defaults
+from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults, read_defaults
+from pad_vllm.reward.heads import locate_heads
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 
 MAX_TOP_K = 1024
@@ -43,7 +44,9 @@ class PADConfig:
         top_k: candidates of requests that name no number.
         max_top_k: most candidates that a request may ask for.
         reference: of requests that name none: ``base``, the implicit reward against the base model; ``neutral``,
-            against the reward model without the preference; or ``none``, the reward model's own log probability.
+            against the reward model without the preference; or ``none``, the reward model's own log probability. Where
+            ``additional_config`` says nothing it is ``base`` for a reward model that was made for guidance (it has a
+            ``pad.json`` or value heads beside it), and ``neutral`` for any other.
         personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out), or
             the path of a JSON or YAML file of them.
         default_persona: persona of requests that ask for nothing.
@@ -72,6 +75,8 @@ class PADConfig:
     quantization: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    why_reference: str = field(default="as configured", init=False, compare=False)
+    """Of the start's summary."""
 
     def __post_init__(self) -> None:
         for name in ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision"):
@@ -107,7 +112,7 @@ class PADConfig:
         pad = read_pad(additional_config)
         if pad is None:
             return None
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.init}
         for key in pad:
             if key not in known:
                 raise ValueError(f"pad.{key}: no such key; {did_you_mean(str(key), known)}")
@@ -117,11 +122,32 @@ class PADConfig:
         path = cls._locate_defaults(given)
         defaults = {key: value for key, value in read_defaults(path).items() if key not in pad} if path else {}
         try:
-            return cls(**defaults, **given)
+            config = cls(**defaults, **given)
         except ValueError as error:
             if any(str(error).startswith(f"pad.{key}") for key in defaults):
                 raise ValueError(f"{path}: {error}") from None
             raise
+        if "reference" not in given:
+            config._choose_reference(path, "reference" in defaults)
+        return config
+
+    def _choose_reference(self, defaults_file: Path | None, is_said: bool) -> None:
+        """What nobody configured: by what the reward model says of itself."""
+        why = f"{DEFAULTS_FILE} says so"
+        if not is_said:
+            heads = self.heads or self._has_heads_beside()
+            beside = [name for name, there in ((DEFAULTS_FILE, defaults_file), ("value heads", heads)) if there]
+            object.__setattr__(self, "reference", "base" if beside else "neutral")
+            why = f"beside it {'are' if heads else 'is'} {' and '.join(beside)}: it was made for guidance"
+            if not beside:
+                why = f"neither {DEFAULTS_FILE} nor value heads beside it say that it was made for guidance"
+        object.__setattr__(self, "why_reference", why)
+
+    def _has_heads_beside(self) -> bool:
+        try:
+            return locate_heads(None, self.reward_model, self.revision) is not None
+        except (OSError, ValueError):  # no such model: loading it says so better
+            return False
 
     @staticmethod
     def _locate_defaults(given: Mapping[str, Any]) -> Path | None:

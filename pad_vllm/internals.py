@@ -100,7 +100,7 @@ MEMBERS = {
         "_get_v2_model_runner_unsupported_features",
     ),
     "vllm.model_executor.model_loader:DefaultModelLoader": ("_prepare_weights", "_get_weights_iterator"),
-    "vllm.v1.engine.input_processor:InputProcessor": ("_validate_params", "vllm_config"),
+    "vllm.v1.engine.input_processor:InputProcessor": ("process_inputs", "_validate_params", "vllm_config"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": (
         *("to_sampling_params", "to_beam_search_params", "vllm_xargs"),
     ),

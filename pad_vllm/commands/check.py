@@ -137,7 +137,9 @@ def read_config(config: str) -> PADConfig:
 
 
 def describe_config(config: PADConfig) -> str:
-    given = {k: v for k, v in asdict(config).items() if v is not None and k not in ("personas", "prompt_template")}
+    apart = ("personas", "prompt_template", "reference", "why_reference")
+    given = {k: v for k, v in asdict(config).items() if v is not None and k not in apart}
+    given["reference"] = f"{config.reference} ({config.why_reference})"
     personas = "".join(
         f"\n          persona {name!r}: {', '.join(f'{k}={v!r}' for k, v in persona.extra_args().items())}"
         for name, persona in config.personas.items()
@@ -198,6 +200,7 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
         f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "
         f"{fits.max_preference_tokens:,}"
+        + (f"; a guided request has {fits.shortage:,} less, and its preference's" if fits.shortage else "")
         + (f"\n          the reward model reads: {example!r}" if example else "")
         + (f"\n          warning: {fits.warning}" if fits.warning else "")
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announced
@@ -26,6 +27,7 @@ from pad_vllm.params import (
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
@@ -35,6 +37,8 @@ NOT_LOADED = (
 )
 MAX_FRAMES = 8
 """Between vLLM's input processor and this module there are fewer."""
+LONG_TOKEN = 4
+"""Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
 
 
 def validate(sampling_params: SamplingParams) -> None:
@@ -44,9 +48,9 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
-    vllm_config = _engine_of_this_request()
+    vllm_config, prompt_ids = _engine_of_this_request(), _prompt_of_this_request()
     if asked is None:
-        _validate_unasked(sampling_params, vllm_config)
+        _validate_unasked(sampling_params, vllm_config, prompt_ids)
         return
     check_logit_bias(sampling_params.logit_bias)
     engines = list(announced().values())
@@ -60,14 +64,19 @@ def validate(sampling_params: SamplingParams) -> None:
     errors = []
     for engine in engines:
         try:
-            return check(engine, asked)
+            return check(engine, asked, prompt_ids)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _validate_unasked(sampling_params: SamplingParams, vllm_config: VllmConfig | None) -> None:
+def _validate_unasked(
+    sampling_params: SamplingParams, vllm_config: VllmConfig | None, prompt_ids: Sequence[int] | None
+) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
+    for engine in announced().values():
+        if engine.default_persona is not None and prompt_ids is not None:
+            check_prompt_len(engine, PAD(), prompt_ids)
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
     if (is_beam or len(bias) > MAX_LOGIT_BIAS) and any(engine.guides_all for engine in announced().values()):
         check_logit_bias(sampling_params.logit_bias)
@@ -102,8 +111,23 @@ def _engine_of_this_request() -> VllmConfig | None:
     return None
 
 
-def check(announcement: Announcement, asked: PAD) -> None:
-    """Raise ValueError if an engine cannot do what a request asks."""
+def _prompt_of_this_request() -> Sequence[int] | None:
+    """The ids of the prompt, from the frames of vLLM's servers and of its input processor; None where they show none,
+    and the worker decides."""
+    frame = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        for name in ("engine_input", "prompt"):
+            prompt = frame.f_locals.get(name)
+            if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_token_ids"), Sequence):
+                return prompt["prompt_token_ids"]
+    return None
+
+
+def check(announcement: Announcement, asked: PAD, prompt_ids: Sequence[int] | None = None) -> None:
+    """Raise ValueError if an engine cannot do what a request asks; of a prompt, where it is known."""
     if not announcement.configured:
         raise ValueError(
             f"{', '.join(asked.extra_args())}: this server runs without a reward model; start it with "
@@ -118,25 +142,62 @@ def check(announcement: Announcement, asked: PAD) -> None:
     if asked.preference is not None:
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
-        tokenizer = json.dumps(announcement.tokenizer, sort_keys=True)
-        template = _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens)
-        template.check_preferences(asked.preferences)
+        _template_of(announcement).check_preferences(asked.preferences)
     elif asked.preference_weights is not None:
         personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
         name = announcement.default_persona if asked.persona is None else asked.persona
         check_preference_weights(asked.preference_weights, personas.get(name, 0))
+    if prompt_ids is not None:
+        check_prompt_len(announcement, asked, prompt_ids)
+
+
+def check_prompt_len(announcement: Announcement, asked: PAD, prompt_ids: Sequence[int]) -> None:
+    """Raise ValueError for a prompt whose longest context the reward model has too few positions for.
+
+    With another tokenizer a translated prompt is as long as the reward model's tokenizer makes its text; the worker
+    counts exactly, and ends what does not fit.
+    """
+    most, num_prompt = announcement.max_context_len, len(prompt_ids)
+    name = announcement.default_persona if asked.persona is None else asked.persona
+    of_personas = dict(zip(announcement.personas, announcement.num_preference_tokens, strict=False))
+    added = of_personas.get(name, 0)
+    if asked.preferences and announcement.tokenizer is not None:
+        template = _template_of(announcement)
+        added = max(map(template.num_added_tokens, asked.preferences))
+    if announcement.base_tokenizer is not None:
+        if (num_prompt * LONG_TOKEN) + added <= most:
+            return
+        arguments = (announcement.base_tokenizer, announcement.tokenizer)
+        base, reward = (_tokenizer(json.dumps(of, sort_keys=True)) for of in arguments)
+        num_prompt = len(reward.encode(base.decode(prompt_ids), add_special_tokens=False))
+    if (missing := num_prompt + added - most) > 0:
+        raise ValueError(
+            f"the prompt and its preference are {num_prompt} and {added} of the reward model's tokens, {missing} more "
+            f"than the {most} that it has positions for; shorten either"
+        )
+
+
+def _template_of(announcement: Announcement) -> PromptTemplate:
+    tokenizer = json.dumps(announcement.tokenizer, sort_keys=True)
+    return _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens)
 
 
 @functools.lru_cache(maxsize=8)
 def _template(tokenizer: str, prompt_template: str, max_preference_tokens: int) -> PromptTemplate:
+    template = PromptTemplate(_tokenizer(tokenizer), prompt_template)
+    template.max_preference_tokens = max_preference_tokens
+    return template
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(arguments: str) -> PreTrainedTokenizerBase:
+    """``arguments``: of ``AutoTokenizer.from_pretrained``, as JSON."""
     from transformers import AutoTokenizer
 
     try:
-        template = PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
+        return AutoTokenizer.from_pretrained(**json.loads(arguments))
     except OSError as error:
         raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({error})") from error
-    template.max_preference_tokens = max_preference_tokens
-    return template
 
 
 def is_beam_search(params: SamplingParams) -> bool:

@@ -44,6 +44,23 @@ class ContextRows:
     """How many steps they have been made a token further"""
     num_ahead: int = 0
     """Of these, the last that ``num_tokens`` and ``lengths`` do not have yet"""
+    is_full: torch.Tensor | None = None
+    """[R] bool, on the device: rows behind the last position of their contexts, which are left alone; None: none is"""
+
+    def within(self, max_len: int, no_slot: int) -> ContextRows:
+        """These rows, those behind a context's last position left alone."""
+        if self.lengths is None:
+            is_full = self.positions >= max_len
+        else:
+            is_full = to_device(self.lengths > max_len, self.row_slots.device, torch.bool)
+        return replace(
+            self,
+            num_tokens=self.num_tokens.clip(max=max_len),
+            lengths=None if self.lengths is None else np.where(self.lengths > max_len, 1, self.lengths),
+            row_slots=self.row_slots.where(~is_full, no_slot),
+            positions=None if self.positions is None else self.positions.where(~is_full, 0),
+            is_full=is_full,
+        )
 
     def advance(self, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
         """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
@@ -204,7 +221,9 @@ class RewardEngine:
         context.was_computed = True
         if generated:
             token_ids = [*token_ids, *generated[max(num_computed - len(prompt_ids), 0) : -1]]
-        self.stats.num_recomputed_tokens += len(token_ids) - num_new
+        # What a full context's request generates, with ignore_eos, has no place there.
+        token_ids = token_ids[: max(self.model.max_model_len - num_computed, 0)]
+        self.stats.num_recomputed_tokens += max(len(token_ids) - num_new, 0)
         return Piece(context.slot, num_computed, token_ids)
 
     def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:

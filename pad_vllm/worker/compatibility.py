@@ -42,6 +42,8 @@ class Fit:
     template: PromptTemplate | None
     """None where the engine runs without a tokenizer: then there are no text preferences."""
     max_preference_tokens: int
+    shortage: int
+    """Tokens, those of its preference apart, that a guided request has less than the engine's ``max_model_len``."""
     heads: ValueHeads | None
     """On the host."""
     not_backbone: frozenset[str]
@@ -102,7 +104,7 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
     if tokens.tokenizer is not None:
         template = PromptTemplate(tokens.tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
     stretch = 1.0 if tokens.pair is None else tokens.pair.stretch
-    max_preference_tokens = fit_context(config, model_config, base.max_model_len, template, stretch)
+    max_preference_tokens, shortage = fit_context(config, model_config, base.max_model_len, template, stretch)
     if template is not None:
         template.max_preference_tokens = max_preference_tokens
     heads = read_heads(config, model_config)
@@ -115,6 +117,7 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         vocab_size,
         template,
         max_preference_tokens,
+        shortage,
         heads,
         tensor_names_beside(config.reward_model, config.revision),
         beta_warning(config, model_config, base, is_trained),
@@ -212,28 +215,37 @@ def fit_context(
     base_max_model_len: int,
     template: PromptTemplate | None,
     stretch: float = 1.0,
-) -> int:
-    """Size the reward model's context, and return how many tokens a preference may take of it.
+) -> tuple[int, int]:
+    """Size the reward model's context.
 
-    ``stretch``: how much longer a text may be in its tokens than in the base's. It gets room for that where it has
-    positions; a request whose context is full ends.
+    Where it has too few positions for the engine's longest request and its preference, a guided request whose context
+    is full ends, as it would at ``max_model_len``.
+
+    Args:
+        stretch: how much longer a text may be in its tokens than in the base's.
+
+    Returns:
+        How many tokens a preference may take of it; and how many of the reward model's tokens a guided request has
+        less than the engine's ``max_model_len``, those of its preference apart.
 
     Raises:
-        ValueError: it has too few positions; with the numbers.
+        ValueError: no prompt with a preference fits; with the numbers.
     """
+    positions = model_config.max_model_len
     added = template.num_added_tokens("") + template.num_seam_tokens if template else 0
-    room = model_config.max_model_len - base_max_model_len - added
-    if room < (MIN_PREFERENCE_TOKENS if template else 0):
+    least = MIN_PREFERENCE_TOKENS if template else 0
+    if positions <= added + least:
         raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: its {model_config.max_model_len} positions do not "
-            f"hold the engine's max_model_len of {base_max_model_len}, {added} tokens of prompt_template and "
-            f"{MIN_PREFERENCE_TOKENS} or more of a preference; lower --max-model-len to "
-            f"{max(model_config.max_model_len - added - MIN_PREFERENCE_TOKENS, 0)} or less"
+            f"pad.reward_model={config.reward_model!r}: its {positions} positions hold no prompt beside {added} tokens "
+            f"of prompt_template and {least} of a preference; shorten pad.prompt_template, or take a reward model with "
+            "more positions"
         )
-    preference = min(room, MAX_PREFERENCE_TOKENS) if template else 0
-    longest = math.ceil(stretch * base_max_model_len) + added + preference
-    model_config.max_model_len = min(longest, model_config.max_model_len)
-    return preference
+    # What is left beside the longest request, or half of the context: most prompts are far shorter.
+    room = max(positions - base_max_model_len - added, (positions - added) // 2, least)
+    preference = min(room, MAX_PREFERENCE_TOKENS, positions - added - 1) if template else 0
+    longest = math.ceil(stretch * base_max_model_len) + added
+    model_config.max_model_len = min(longest + preference, positions)
+    return preference, max(longest - positions, 0)
 
 
 def beta_warning(config: PADConfig, reward: ModelConfig, base: ModelConfig, is_trained: bool) -> str | None:

@@ -169,6 +169,7 @@ class Drafter:
             positions = (positions + 1).clamp(max=self.max_position)  # behind it, nothing is verified
             if self.whole is None:
                 at = (positions if of_rows is None else positions[of_rows]) + params.contexts.ints.offset
+                at = at.clamp(max=self.model.max_model_len - 1)  # behind it, verification ends the request
             else:
                 at = (rows.positions + 1).clamp(max=self.model.max_model_len - 1)
                 token_ids = self.whole.reward_ids[token_ids]

@@ -51,7 +51,8 @@ class Guidance:
 
     def __init__(self, config: PADConfig, vllm_config: VllmConfig, device: torch.device, num_drafts: int = 0) -> None:
         self.config, self.device = config, device
-        base, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        self.base, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        base = self.base
         self.instance_id = vllm_config.instance_id
         self.labels = (str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index))
         self.fit = fit(config, vllm_config)
@@ -101,15 +102,21 @@ class Guidance:
 
     def announcement(self) -> Announcement:
         """What the frontend may let through."""
+        personas, added = self.config.personas, self.template.num_added_tokens if self.template else len
+        base = self.base
+        base_tokenizer = {"pretrained_model_name_or_path": base.tokenizer, "revision": base.tokenizer_revision}
         return Announcement(
             configured=True,
-            personas=tuple(self.config.personas),
+            personas=tuple(personas),
             head_names=self.fit.head_names,
             max_top_k=self.config.max_top_k,
             max_preference_tokens=self.fit.max_preference_tokens,
             tokenizer=self.fit.tokenizer_args if self.template else None,
+            base_tokenizer=base_tokenizer if self.pair else None,
+            max_context_len=self.model.max_model_len,
             prompt_template=self.config.prompt_template,
-            num_preferences=tuple(len(persona.preferences) for persona in self.config.personas.values()),
+            num_preferences=tuple(len(persona.preferences) for persona in personas.values()),
+            num_preference_tokens=tuple(max(map(added, p.preferences), default=0) for p in personas.values()),
             default_persona=self.config.default_persona,
             instance_id=self.instance_id,
             labels=self.labels,
@@ -151,7 +158,7 @@ class Guidance:
         composed = Composed(prompt_ids, ())
         if preference is not None:
             composed = self.template.compose_shared(prompt_ids, preference)
-        if len(composed.ids) >= self.model.max_model_len and self.growth is not None:
+        if len(composed.ids) > self.model.max_model_len:
             raise ValueError(
                 f"its prompt is {len(composed.ids)} of the reward model's tokens, and a context holds "
                 f"{self.model.max_model_len}"
@@ -177,15 +184,7 @@ class Guidance:
         """
         began = time.perf_counter()
         layout, params = batch.layout, self._params_of(batch.layout)
-        if self.growth is not None:
-            hidden_states = self.growth.hidden_states(batch, params)
-        elif self.drafter is None:
-            hidden_states = self.engine.step(self.context_rows(batch, params))
-        else:
-            rows = self.context_rows(batch, params)
-            of_rows = params.contexts.rows
-            local_positions = batch.local_positions if of_rows is None else batch.local_positions[of_rows]
-            hidden_states = self.drafter.hidden_states(rows, layout.slots, local_positions)
+        hidden_states = self._hidden_states(batch, params)
         if params.max_top_k:
             controls = None
             if params.control:
@@ -193,6 +192,21 @@ class Guidance:
             self.guide(logits, hidden_states, layout.rows, params, controls)
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
+
+    def _hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
+        """[context rows, hidden_size]; NaN where a context is full: the request then gets its end token."""
+        if self.growth is not None:
+            return self.growth.hidden_states(batch, params)
+        rows = self.context_rows(batch, params)
+        if self.drafter is None:
+            hidden_states = self.engine.step(rows)
+        else:
+            of_rows = params.contexts.rows
+            local_positions = batch.local_positions if of_rows is None else batch.local_positions[of_rows]
+            hidden_states = self.drafter.hidden_states(rows, batch.layout.slots, local_positions)
+        if rows.is_full is not None:
+            hidden_states = hidden_states.masked_fill(rows.is_full.unsqueeze(1), float("nan"))
+        return hidden_states
 
     def context_rows(self, batch: GuidedBatch, params: RowParams) -> ContextRows:
         """The rows of a batch in the reward model's contexts: as many as its rows, or, of requests that have several,
@@ -203,12 +217,14 @@ class Guidance:
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
-        if params.rows is not None and batch.num_ahead:
+        if params.rows is not None and batch.num_ahead and params.room:
+            params.room -= 1
             params.rows.advance(token_ids, self._history(batch))
             return params.rows
         batch.settle()
         num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
         num_tokens = num_tokens + contexts.host_offset
+        room = self.model.max_model_len - int(num_tokens.max())
         params.past_prompts |= batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
         positions = None
         if not params.past_prompts:
@@ -228,7 +244,9 @@ class Guidance:
             token_ids=token_ids,
             history=self._history(batch),
         )
-        params.rows = rows if params.past_prompts else None
+        if room < 0:
+            rows = rows.within(self.model.max_model_len, self.engine.no_slot)
+        params.rows, params.room = rows if params.past_prompts else None, max(room, 0)
         return rows
 
     @staticmethod

@@ -166,6 +166,8 @@ class RowParams:
         """Whether every row has seen a generated token: it stays so as long as the layout does."""
         self.rows: ContextRows | None = None
         """The context rows of the last step, where those of the next may be these, a token further."""
+        self.room = 0
+        """Tokens that the longest of these contexts may still get, as of its rows."""
 
 
 class ContextRowParams:

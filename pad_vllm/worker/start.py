@@ -92,10 +92,11 @@ def log_summary(guidance: Guidance) -> None:
     model, config = guidance.model, guidance.config
     num_tokens = (model.num_blocks - 1) * model.block_size
     logger.info(
-        "PAD guidance by %s: reference %s, beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
+        "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
         "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
         config.reward_model,
         config.reference,
+        config.why_reference,
         config.beta,
         config.top_k,
         config.max_top_k,
@@ -108,6 +109,14 @@ def log_summary(guidance: Guidance) -> None:
         num_tokens / model.max_model_len,
         model.max_model_len,
     )
+    if guidance.fit.shortage:
+        logger.info(
+            "PAD: the reward model has %d positions, so a guided request has %d of its tokens less than the engine's "
+            "max_model_len of %d, and its preference's; it ends where its longest context is full.",
+            model.max_model_len,
+            guidance.fit.shortage,
+            guidance.max_model_len,
+        )
     if guidance.pair is not None:
         logger.info("PAD: the reward model has %s.", guidance.pair)
     if guidance.template is not None:

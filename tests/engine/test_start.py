@@ -55,7 +55,7 @@ def broken(tmp_path_factory, models) -> dict[str, Path]:
     return {
         "tokens": other_tokens,
         "vocabulary": make_model(root / "vocabulary", seed=3, vocab_size=256),
-        "short": make_model(root / "short", seed=4, max_position_embeddings=280),
+        "short": make_model(root / "short", seed=4, max_position_embeddings=32),
         "nan": make_nan(root / "nan"),
         "big_head": big_head,
         "empty": empty,
@@ -82,7 +82,10 @@ def test_bad_configuration_stops_the_start(models, broken):
             ["its tokenizer is not that of the base model", "no tokens for single bytes"],
         ),
         "vocabulary": ({"reward_model": str(broken["vocabulary"])}, ["a vocabulary of 256"]),
-        "positions": ({"reward_model": str(broken["short"])}, ["280 positions", "max_model_len of 256", "or less"]),
+        "positions": (
+            {"reward_model": str(broken["short"])},
+            ["its 32 positions hold no prompt beside 2", "of a preference; shorten"],
+        ),
         "nan": (
             {"reward_model": str(broken["nan"])},
             ["hidden states are not finite numbers in float32; set pad.dtype"],

@@ -169,7 +169,7 @@ class Engine(Worker):
 
 
 def pad_config(reward_model, **pad) -> dict:
-    return {"additional_config": {"pad": {"reward_model": str(reward_model), **pad}}}
+    return {"additional_config": {"pad": {"reward_model": str(reward_model), "reference": "base", **pad}}}
 
 
 def running_guidance(llm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,16 +60,17 @@ def test_a_bad_configuration_is_named(models, capsys, change, words):
     assert words in capsys.readouterr().out
 
 
-def test_a_base_model_that_does_not_fit_is_named(models, config, capsys):
-    assert check(str(config), str(models.base), 1024) == 1
-    assert "its 1024 positions do not hold the engine's max_model_len of 1024" in capsys.readouterr().out
+def test_fewer_positions_than_requests_may_have_are_said(models, config, capsys):
+    assert check(str(config), str(models.base), 1024) == 0
+    words = r"1,024 tokens of context, and preferences of up to 4\d\d; a guided request has \d\d less"
+    assert re.search(words, capsys.readouterr().out)
 
 
 @pytest.mark.one_release
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"personas": {"a": {"preference": "word " * 100}}}, "pad.personas['a']: pad_preference: "),
+        ({"personas": {"a": {"preference": "word " * 600}}}, "pad.personas['a']: pad_preference: "),
         ({"kv_cache_memory_bytes": 1}, "pad.kv_cache_memory_bytes=1: one context of 1024 tokens takes"),
         ({"quantization": "gptq"}, "cannot be loaded"),
     ],

@@ -30,10 +30,24 @@ def configure(folder, **pad) -> PADConfig:
 def test_the_servers_configuration_overrides_the_reward_models(folder):
     config = configure(folder)
     assert {key: getattr(config, key) for key in OWN} == OWN
-    assert config.reference == "base"
+    assert (config.reference, config.why_reference) == ("base", "beside it is pad.json: it was made for guidance")
     given = configure(folder, beta=1.5, insert_after=None, prompt_template=None, reference="none")
     assert (given.beta, given.top_k, given.reference) == (1.5, 20, "none")
     assert (given.insert_after, given.prompt_template) == (None, DEFAULT_PROMPT_TEMPLATE)
+
+
+def test_the_reference_follows_from_what_the_reward_model_says_of_itself(models, folder, tmp_path):
+    """Nobody said it: a model that was never made for guidance says only what the preference changes."""
+    plain, headed = configure(models.reward), configure(models.named)
+    assert (plain.reference, headed.reference) == ("neutral", "base")
+    assert plain.why_reference == "neither pad.json nor value heads beside it say that it was made for guidance"
+    assert headed.why_reference == "beside it are value heads: it was made for guidance"
+    assert configure(models.reward, heads="heads.safetensors").reference == "base"
+    assert configure(models.reward, reference=None).reference == "neutral"
+    assert configure(models.reward, reference="base").why_reference == "as configured"
+    write_defaults(tmp_path, {"reference": "none"})
+    said = configure(tmp_path)
+    assert (said.reference, said.why_reference) == ("none", "pad.json says so")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,7 @@ def test_what_the_server_got_wrong_is_not_the_files_fault(folder):
 
 
 def test_check_shows_where_the_preference_stands(models, capsys):
-    pad = {"reward_model": str(models.reward), "personas": {"terse": {"preference": "be concise"}}}
+    pad = {"reward_model": str(models.reward), "personas": {"terse": {"preference": "be concise"}}, "reference": "base"}
     assert check(json.dumps(pad), str(models.base), 256) == 0
     out = capsys.readouterr().out
     assert "reads: '<s><|user|>[Guidelines] Your task" in out

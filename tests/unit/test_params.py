@@ -93,7 +93,8 @@ def test_not_configured(additional_config):
 
 
 def test_defaults_are_the_published_settings():
-    assert config().resolve(PAD(preference="x")) == GuidanceParams(
+    """The reference, for a reward model that says that it was made for this (test_folder.py)."""
+    assert config(reference="base").resolve(PAD(preference="x")) == GuidanceParams(
         ("x",), (1.0,), None, beta=1.0, top_k=10, reference="base"
     )
 
