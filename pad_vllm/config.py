@@ -23,7 +23,7 @@ from pad_vllm.params import (
     check_text,
     did_you_mean,
 )
-from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults, read_defaults
+from pad_vllm.reward.folder import DEFAULTS_FILE, files_beside, locate_defaults, read_defaults
 from pad_vllm.reward.heads import locate_heads
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
 
@@ -127,27 +127,32 @@ class PADConfig:
             if any(str(error).startswith(f"pad.{key}") for key in defaults):
                 raise ValueError(f"{path}: {error}") from None
             raise
-        if "reference" not in given:
-            config._choose_reference(path, "reference" in defaults)
+        if "reference" in defaults:
+            object.__setattr__(config, "why_reference", f"{DEFAULTS_FILE} says so")
+        elif "reference" not in given:
+            config._choose_reference(path)
         return config
 
-    def _choose_reference(self, defaults_file: Path | None, is_said: bool) -> None:
-        """What nobody configured: by what the reward model says of itself."""
-        why = f"{DEFAULTS_FILE} says so"
-        if not is_said:
-            heads = self.heads or self._has_heads_beside()
-            beside = [name for name, there in ((DEFAULTS_FILE, defaults_file), ("value heads", heads)) if there]
-            object.__setattr__(self, "reference", "base" if beside else "neutral")
-            why = f"beside it {'are' if heads else 'is'} {' and '.join(beside)}: it was made for guidance"
-            if not beside:
-                why = f"neither {DEFAULTS_FILE} nor value heads beside it say that it was made for guidance"
-        object.__setattr__(self, "why_reference", why)
-
-    def _has_heads_beside(self) -> bool:
+    def _choose_reference(self, defaults_file: Path | None) -> None:
+        """What nobody said: by what the reward model says of itself."""
         try:
-            return locate_heads(None, self.reward_model, self.revision) is not None
-        except (OSError, ValueError):  # no such model: loading it says so better
-            return False
+            heads = self.heads or locate_heads(None, self.reward_model, self.revision)
+            is_there = defaults_file or files_beside(self.reward_model, self.revision, ("config.json",))
+        except (OSError, ValueError):
+            heads = is_there = None
+        if not is_there:
+            return  # loading it says so better
+        beside = [name for name, file in ((DEFAULTS_FILE, defaults_file), ("value heads", heads)) if file]
+        if beside:
+            reference, why = (
+                "base",
+                f"beside it {'are' if heads else 'is'} {' and '.join(beside)}: it was made for guidance",
+            )
+        else:
+            reference = "neutral"
+            why = f"neither {DEFAULTS_FILE} nor value heads beside it say that it was made for guidance"
+        object.__setattr__(self, "reference", reference)
+        object.__setattr__(self, "why_reference", why)
 
     @staticmethod
     def _locate_defaults(given: Mapping[str, Any]) -> Path | None:
