@@ -5,8 +5,8 @@ and the rows' block tables, as long as the rows are the same and no context got 
 token further, and the host knows it, a step only counts up.
 
 Where the platform has CUDA graphs, rows are padded to one of a few sizes, and a graph of each is captured at the start,
-by the pattern of vLLM's ``v1/worker/gpu/cudagraph_utils.py``. The capture has not been run on a GPU yet; padding is run
-by the tests. On a CPU nothing is padded: it would compute rows for nothing.
+by the pattern of vLLM's ``v1/worker/gpu/cudagraph_utils.py``. Tests run the padding, and a GPU the capture. On a CPU
+nothing is padded: it would compute rows for nothing.
 """
 
 from __future__ import annotations
