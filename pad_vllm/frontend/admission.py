@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
+import logging
 from typing import TYPE_CHECKING
 
-from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announced
+from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.config import read_pad
+from pad_vllm.errors import one_line
+from pad_vllm.frontend import engines
 from pad_vllm.params import (
     MAX_LOGIT_BIAS,
     PAD,
     check_int,
     check_logit_bias,
+    check_num_chars,
     check_persona,
     check_preference_weights,
     check_weights,
+    shown,
 )
 from pad_vllm.reward.template import PromptTemplate
 
@@ -33,8 +37,8 @@ NOT_LOADED = (
     "Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must include 'pad' where it is set; "
     f"{ANNOUNCE_DIR} must name a shared folder where the engine runs on another machine"
 )
-MAX_FRAMES = 8
-"""Between vLLM's input processor and this module there are fewer."""
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def validate(sampling_params: SamplingParams) -> None:
@@ -44,23 +48,22 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
-    vllm_config = _engine_of_this_request()
+    vllm_config = engines.of_this_request()
     if asked is None:
         _validate_unasked(sampling_params, vllm_config)
         return
+    check_num_chars(asked.preferences)
     check_logit_bias(sampling_params.logit_bias)
-    engines = list(announced().values())
-    if vllm_config is not None:  # of several in this process; on another machine, it has an id of its own
-        engines = [engine for engine in engines if engine.instance_id == vllm_config.instance_id] or engines
-    if not engines or (vllm_config is not None and drops_processors(vllm_config)):
+    own = list(engines.own(vllm_config).values())
+    if not own or (vllm_config is not None and drops_processors(vllm_config)):
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
             f"would go unguided. {NOT_LOADED}"
         )
     errors = []
-    for engine in engines:
+    for engine in own:
         try:
-            return check(engine, asked)
+            return check(engine, asked, vllm_config)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
@@ -69,7 +72,7 @@ def validate(sampling_params: SamplingParams) -> None:
 def _validate_unasked(sampling_params: SamplingParams, vllm_config: VllmConfig | None) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
-    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and any(engine.guides_all for engine in announced().values()):
+    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guides_all(vllm_config):
         check_logit_bias(sampling_params.logit_bias)
         raise ValueError(
             "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
@@ -89,20 +92,12 @@ def drops_processors(vllm_config: VllmConfig) -> bool:
     return vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
 
 
-def _engine_of_this_request() -> VllmConfig | None:
-    """The configuration of the engine that a request is being admitted to, from the frames of vLLM's input processor:
-    it hands ``validate_params`` none."""
-    frame = sys._getframe(1)
-    for _ in range(MAX_FRAMES):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "_validate_params":
-            return getattr(frame.f_locals.get("self"), "vllm_config", None)
-    return None
+def guides_all(vllm_config: VllmConfig | None) -> bool:
+    """Whether an engine of this frontend guides requests that ask for nothing."""
+    return any(engine.guides_all for engine in engines.own(vllm_config).values())
 
 
-def check(announcement: Announcement, asked: PAD) -> None:
+def check(announcement: Announcement, asked: PAD, vllm_config: VllmConfig | None = None) -> None:
     """Raise ValueError if an engine cannot do what a request asks."""
     if not announcement.configured:
         raise ValueError(
@@ -118,13 +113,30 @@ def check(announcement: Announcement, asked: PAD) -> None:
     if asked.preference is not None:
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
-        tokenizer = json.dumps(announcement.tokenizer, sort_keys=True)
-        template = _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens)
-        template.check_preferences(asked.preferences)
+        _template_of(announcement, vllm_config).check_preferences(asked.preferences)
     elif asked.preference_weights is not None:
         personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
         name = announcement.default_persona if asked.persona is None else asked.persona
         check_preference_weights(asked.preference_weights, personas.get(name, 0))
+
+
+def prepare(vllm_config: VllmConfig) -> None:
+    """At the start: read the reward model's tokenizer, or all requests would wait with the first that needs it."""
+    for engine in engines.own(vllm_config).values():
+        if engine.tokenizer is not None:
+            try:
+                _template_of(engine, vllm_config)
+            except Exception as error:  # each request with a preference will say so
+                logger.warning("The frontend cannot read the reward model's tokenizer: %r", error)
+
+
+def _template_of(announcement: Announcement, vllm_config: VllmConfig | None) -> PromptTemplate:
+    # An announcement cannot say that code may run: it is a file.
+    tokenizer = dict(
+        announcement.tokenizer, trust_remote_code=engines.may_run_code(announcement.tokenizer, vllm_config)
+    )
+    arguments = json.dumps(tokenizer, sort_keys=True)
+    return _template(arguments, announcement.prompt_template, announcement.max_preference_tokens)
 
 
 @functools.lru_cache(maxsize=8)
@@ -133,8 +145,9 @@ def _template(tokenizer: str, prompt_template: str, max_preference_tokens: int) 
 
     try:
         template = PromptTemplate(AutoTokenizer.from_pretrained(**json.loads(tokenizer)), prompt_template)
-    except OSError as error:
-        raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({error})") from error
+    except (OSError, ValueError) as error:
+        words = shown(one_line(error))
+        raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({words})") from error
     template.max_preference_tokens = max_preference_tokens
     return template
 
