@@ -3,6 +3,11 @@
 vLLM hands a frontend nothing of a logits processor in an engine's worker. So an engine that starts announces what it
 accepts in a file of a folder whose name every process finds in its environment: the ``vllm.general_plugins`` hook puts
 it there before vLLM starts the others. Beside the announcement lie the numbers of :class:`~pad_vllm.stats.Stats`.
+
+Other users may share the machine, and its temporary directory. So a folder counts, and a file in it, only where it is
+one's own and nobody else may write it; a file is opened without following links and without waiting, and what it says
+never decides which code runs (:mod:`pad_vllm.frontend.engines`). Every process that knows a folder which the hook made
+holds a shared lock in it, and who gets the exclusive one may remove it: nobody is there any more.
 """
 
 from __future__ import annotations
@@ -15,21 +20,34 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
+import time
 import uuid
 import weakref
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
 """Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
-machines."""
+machines; such a folder is never removed."""
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 FOLDER_PREFIX = "pad-vllm-"
 OWNER = "owner.lock"
+"""What those who know a folder that the hook made hold a lock on."""
+NO_HOOK = (
+    "pad: vLLM has not run pad-vllm's plugin hook, and requests could go unguided in silence; install the package, and "
+    "where VLLM_PLUGINS is set, add 'pad' to it"
+)
+JOIN_TRIES = 200
+"""To join a folder that others are removing; with pauses, a second or two."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,8 @@ class Announcement:
     """That of requests which ask for nothing."""
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
+    data_parallel_address: str = ""
+    """Where the server's machines meet, if it has several; which its frontends know on all of them."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
 
@@ -65,63 +85,179 @@ class Announcement:
         return self.default_persona is not None
 
 
+def data_parallel_address(vllm_config: VllmConfig) -> str:
+    """Where the machines of a data-parallel server meet; "" where it has one."""
+    parallel = vllm_config.parallel_config
+    address = parallel.data_parallel_master_ip
+    if parallel.data_parallel_size == 1 or address in ("localhost", "::1", "0.0.0.0") or address.startswith("127."):
+        return ""
+    return f"{address}:{parallel.data_parallel_rpc_port}"
+
+
+_locks: dict[Path, int] = {}
+"""Folders of which this process, or one that it was forked from, holds the lock."""
+_failure = ""
+"""Why this process has no folder."""
+
+
 def make_folder() -> None:
-    """Make the folder of announcements, once for a frontend and its engines."""
-    if ANNOUNCE_DIR in os.environ:
-        return
+    """Make the folder of announcements, once for a frontend and its engines, or join the one that there is."""
+    global _failure
     try:
-        _sweep(Path(tempfile.gettempdir()))
-        folder, owner = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX)), os.getpid()
-        lock = _locked(folder / OWNER)
+        if named := os.environ.get(ANNOUNCE_DIR):
+            folder = Path(named)
+            ours = (folder / OWNER).exists() or not folder.exists()
+            if not (ours and folder.name.startswith(FOLDER_PREFIX)):
+                return  # named by hand: not ours to make, to lock or to remove
+        else:
+            _sweep(Path(tempfile.gettempdir()))
+            folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        if folder not in _locks:
+            _locks[folder] = _join(folder)
+            atexit.register(_leave, folder)
     except OSError as error:
+        _failure = str(error)
         logger.warning("No folder for announcements of PAD engines: %s", error)
         return
-    os.environ[ANNOUNCE_DIR] = str(folder)
-    also = os.environ.get(RAY_COPIES)  # or Ray's workers would not know the folder
-    os.environ[RAY_COPIES] = f"{also},{ANNOUNCE_DIR}" if also else ANNOUNCE_DIR
+    if not named:
+        os.environ[ANNOUNCE_DIR] = str(folder)
+        also = os.environ.get(RAY_COPIES)  # or Ray's workers would not know the folder
+        os.environ[RAY_COPIES] = f"{also},{ANNOUNCE_DIR}" if also else ANNOUNCE_DIR
 
-    def remove() -> None:
-        lock.close()
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)
+def why_no_folder() -> str:
+    """What to change where this process knows no folder."""
+    return f"pad: no folder for announcements could be made. {_what_to_change(_failure)}" if _failure else NO_HOOK
+
+
+def _what_to_change(failure: object) -> str:
+    return (
+        f"{failure}; TMPDIR, or {ANNOUNCE_DIR}, must name a folder of your own that nobody else may write, on a disk "
+        "with room"
+    )
+
+
+def _join(folder: Path) -> int:
+    """The file descriptor of the lock of a folder, which is made where it is missing."""
+    for _ in range(JOIN_TRIES):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _opened_folder(folder) as opened:
+            lock = _open_file(OWNER, opened, os.O_RDWR | os.O_CREAT)
+            try:
+                with _without_locks():
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), os.stat(folder / OWNER, follow_symlinks=False)):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+        time.sleep(0.01)  # another process is removing it
+    raise OSError(f"{folder} cannot be joined")
+
+
+def _leave(folder: Path) -> None:
+    os.close(_locks.pop(folder))
+    _remove_if_left(folder)
 
 
 def _sweep(root: Path) -> None:
     """Remove the folders of processes that were killed before they could."""
     for folder in root.glob(f"{FOLDER_PREFIX}*"):
-        locks = [folder / OWNER, *folder.glob("*.json")]
-        with contextlib.suppress(OSError):  # another user's, or without an owner's lock: let it be
-            if all(_is_abandoned(path) for path in locks):
-                shutil.rmtree(folder, ignore_errors=True)
+        _remove_if_left(folder)
 
 
-def _locked(path: Path, text: str = "") -> TextIO:
-    """A new file with a lock that is held until it is closed, or its process and all forked from it have ended."""
-    part = path.with_suffix(".part")
-    file = part.open("w")
-    with contextlib.suppress(OSError):  # some file systems have no locks
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    file.write(text)
-    file.flush()
-    part.rename(path)
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder of our making, unless somebody holds a lock in it: a process that knows it, or an engine."""
+    try:
+        with _opened_folder(folder, os.O_NOFOLLOW) as opened, contextlib.ExitStack() as files:
+            for name in (OWNER, *(name for name in os.listdir(opened) if name.endswith(".json"))):
+                file = _open_file(name, opened)
+                files.callback(os.close, file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held, or where there are no locks
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        return  # in use, or another user's, or not of our making
+
+
+@contextlib.contextmanager
+def _without_locks() -> Iterator[None]:
+    """Some file systems have no locks: what is there then stays."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+@contextlib.contextmanager
+def _opened_folder(folder: Path, flags: int = 0) -> Iterator[int]:
+    """Its file descriptor; OSError unless it is one's own, and nobody else may write it."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
+    try:
+        _check_own(os.fstat(opened), f"{folder}")
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _open_file(name: str, folder: int, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a file in an opened folder; OSError unless it is regular, one's own, and nobody else may write
+    it. Never waits, as opening another's FIFO would."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(name, flags, 0o600, dir_fd=folder)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{name} is no regular file")
+        _check_own(status, name)
+    except OSError:
+        os.close(file)
+        raise
     return file
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds a file's lock: its process is gone, in whatever namespace it ran. OSError if it is not
-    there."""
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # held, or a file system without locks
-            return False
+def _check_own(status: os.stat_result, name: str) -> None:
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{name} is user {status.st_uid}'s, and this process is user {os.geteuid()}'s")
+    if status.st_mode & 0o022:
+        raise PermissionError(f"others may write {name} (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w")
+
+
+def _write(name: str, folder: int, content: bytes) -> int:
+    """The descriptor of a new file with a lock that is held until it is closed, or its process and all forked from it
+    have ended. The file is there as a whole, or not at all."""
+    part = f"{name}.part"
+    file = _open_file(part, folder, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        with _without_locks():
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while content:
+            content = content[os.write(file, content) :]
+        os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.close(file)
+        os.unlink(part, dir_fd=folder)
+        raise
+    return file
+
+
+def _is_abandoned(file: int) -> bool:
+    """Whether nobody holds a file's lock: its process is gone, in whatever namespace it ran."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
     return True
 
 
 def announce(announcement: Announcement, engine: object) -> Path | None:
     """Tell the frontends what ``engine`` accepts, for as long as the object and its process live.
+
+    Args:
+        announcement: filled in with what ``engine.vllm_config`` says of whose engine it is.
+        engine: the processor.
 
     Returns:
         The announcement's file; None where an engine that does not guide found no place for one.
@@ -129,22 +265,26 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
     Raises:
         ValueError: an engine that guides cannot write where its frontends would look.
     """
+    if (vllm_config := getattr(engine, "vllm_config", None)) is not None:
+        address = data_parallel_address(vllm_config)
+        announcement = replace(announcement, instance_id=vllm_config.instance_id, data_parallel_address=address)
     try:
         make_folder()
-        folder = Path(os.environ.get(ANNOUNCE_DIR, os.devnull))
-        folder.mkdir(parents=True, exist_ok=True)
+        if ANNOUNCE_DIR not in os.environ:
+            raise OSError(_failure)
+        folder = Path(os.environ[ANNOUNCE_DIR])
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.json"
-        file = _locked(path, json.dumps(asdict(announcement)))
+        with _opened_folder(folder) as opened:
+            file = _write(path.name, opened, json.dumps(asdict(announcement)).encode())
     except OSError as error:
         if not announcement.configured:
             return None  # without it, the frontend refuses guidance all the same
-        raise ValueError(
-            f"pad cannot tell the frontend what it accepts ({error}); set {ANNOUNCE_DIR} to a writable folder"
-        ) from error
+        raise ValueError(f"pad cannot tell the frontend what it accepts. {_what_to_change(error)}") from error
     owner = os.getpid()  # a forked child inherits the finalizer, and is not the engine
 
     def withdraw() -> None:
-        file.close()
+        os.close(file)
         if os.getpid() == owner:
             path.unlink(missing_ok=True)
             stats_path(path).unlink(missing_ok=True)
@@ -158,29 +298,69 @@ def stats_path(announcement: Path) -> Path:
     return announcement.with_suffix(".stats")
 
 
-def announced() -> dict[Path, Announcement]:
-    """What the living engines of this frontend accept, by their files."""
-    folder = Path(os.environ.get(ANNOUNCE_DIR, "/nonexistent"))
+def make_stats(announcement: Path, num_bytes: int) -> Path:
+    """The file of an engine's numbers, of zeros: all of it on the disk, or writing to its map could end the process.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    path = stats_path(announcement)
     try:
-        paths = sorted(folder.glob("*.json"))
-    except OSError:
+        with _opened_folder(path.parent) as folder:
+            os.close(_write(path.name, folder, bytes(num_bytes)))
+    except OSError as error:
+        raise ValueError(f"pad cannot show its numbers. {_what_to_change(error)}") from error
+    return path
+
+
+def read_stats(announcement: Path) -> bytes:
+    """What an engine's first rank shows. OSError where there is no such file: of another rank, or just withdrawn."""
+    path = stats_path(announcement)
+    with _opened_folder(path.parent) as folder, open(_open_file(path.name, folder), "rb") as file:
+        return file.read()
+
+
+def announced() -> dict[Path, Announcement]:
+    """What the living engines that share this process's folder accept, by their files."""
+    if ANNOUNCE_DIR not in os.environ:
         return {}
-    return {path: announcement for path in paths if (announcement := _read(path)) is not None}
+    folder = Path(os.environ[ANNOUNCE_DIR])
+    try:
+        with _opened_folder(folder) as opened:
+            names = sorted(name for name in os.listdir(opened) if name.endswith(".json"))
+            found = {folder / name: _read(name, opened, folder) for name in names}
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            _warn_once(f"{ANNOUNCE_DIR}: {error}")
+        return {}
+    return {path: announcement for path, announcement in found.items() if announcement is not None}
+
+
+def _read(name: str, opened: int, folder: Path) -> Announcement | None:
+    """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
+    try:
+        file = _open_file(name, opened)
+        try:
+            status = os.fstat(file)
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            return None if _is_abandoned(file) else _parse(folder / name, stamp)
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _warn_once(f"Cannot read the announcement {folder / name} of a PAD engine: {error!r}")
+        return None
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(path: Path) -> Announcement:
-    record: dict[str, Any] = json.loads(path.read_text())
+def _parse(path: Path, _stamp: tuple[int, int, int]) -> Announcement:
+    with _opened_folder(path.parent) as folder, open(_open_file(path.name, folder), "rb") as file:
+        record: dict[str, Any] = json.load(file)
     record = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     return Announcement(**record)
 
 
-def _read(path: Path) -> Announcement | None:
-    """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
-    try:
-        return None if _is_abandoned(path) else _parse(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("Cannot read the announcement %s of a PAD engine: %r", path, error)
-        return None
+@functools.lru_cache(maxsize=64)
+def _warn_once(words: str) -> None:
+    logger.warning(words)

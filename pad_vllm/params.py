@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
+import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,12 @@ MAX_PREFERENCES = 8
 """Of one request."""
 MAX_CONTEXTS = MAX_PREFERENCES + 1
 """That the reward model reads for one request: one for each preference, and one without."""
-MAX_PREFERENCE_CHARS = 32_768
-"""A first bound, before anything is tokenized; an engine's own bound is in tokens."""
+MAX_TEXT_CHARS = 32_768
+"""Of any text; a persona's preference may be so long, if an engine holds its tokens."""
+MAX_PREFERENCE_CHARS = 4096
+"""Of a request's preferences together: a first bound, since all other requests wait while they are tokenized."""
+MAX_NUMBERS = 1024
+"""In a list of weights."""
 MAX_PREFERENCE_TOKENS = 1024
 """Of a request's preferences together, whatever the reward model could hold: they are texts, not documents."""
 REFERENCES = ("base", "neutral", "none")
@@ -30,34 +36,49 @@ MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
 
+MAX_COMPARED = 50
+"""Names to which an unknown one is compared: those beside it in the alphabet, where there are more."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest known one, and what there is."""
     name, known = name[:MAX_SHOWN], sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    at = bisect.bisect(known, name)
+    near = known[max(at - MAX_COMPARED // 2, 0) : at + MAX_COMPARED // 2] if len(known) > MAX_COMPARED else known
+    close = difflib.get_close_matches(name, near, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    shown = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"{hint}known: {shown or 'none'}"
+    names = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"{hint}known: {names or 'none'}"
 
 
 def shown(value: Any) -> str:
     """``repr(value)``, for an error message: no longer than a line."""
-    text = _REPR.repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = MAX_SHOWN
 _REPR.maxlist = _REPR.maxtuple = 12
+_REPR.maxlevel = 2
 
 
-def check_text(key: str, value: Any, max_chars: int = MAX_PREFERENCE_CHARS) -> str:
+def shown_name(name: Any) -> str:
+    """A name as it stands, for an error message: no longer than a line."""
+    return shown(str(name)[: MAX_SHOWN + 1])[1:-1]
+
+
+def check_text(key: str, value: Any, max_chars: int = MAX_TEXT_CHARS) -> str:
     """``value`` if it is a non-empty text that can be encoded; else ValueError naming ``key``."""
     if not isinstance(value, str):
         raise ValueError(f"{key}={shown(value)}: must be a string, not {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{key}={shown(value)}: must not be empty; leave it out instead")
     if len(value) > max_chars:
         raise ValueError(f"{key}: {len(value)} characters, at most {max_chars} are allowed")
+    if not value.strip():
+        raise ValueError(f"{key}={shown(value)}: must not be empty; leave it out instead")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -89,6 +110,8 @@ def check_numbers(key: str, value: Any, each: str) -> tuple[float, ...]:
     """``value`` as floats if it is a list of numbers, one for ``each`` of something; else ValueError naming ``key``."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{key}={shown(value)}: must be a list of numbers, one for each {each}")
+    if len(value) > MAX_NUMBERS:
+        raise ValueError(f"{key}: a list of {len(value)} numbers; at most {MAX_NUMBERS} are allowed")
     return tuple(check_number(f"{key}[{i}]", x, -MAX_WEIGHT, MAX_WEIGHT) for i, x in enumerate(value))
 
 
@@ -103,6 +126,15 @@ def check_preference(key: str, value: Any) -> str | tuple[str, ...]:
     return tuple(check_text(f"{key}[{i}]", text) for i, text in enumerate(value))
 
 
+def check_num_chars(preferences: Sequence[str]) -> None:
+    """Raise ValueError for more text than a request may bring along."""
+    if (num_chars := sum(map(len, preferences))) > MAX_PREFERENCE_CHARS:
+        raise ValueError(
+            f"pad_preference: {num_chars} characters, at most {MAX_PREFERENCE_CHARS} are allowed in a request; longer "
+            "texts are for personas (pad.personas)"
+        )
+
+
 def check_preference_weights(weights: tuple[float, ...], num_preferences: int) -> None:
     """Raise ValueError unless there is one weight for each preference."""
     if num_preferences == 0:
@@ -115,7 +147,7 @@ def check_preference_weights(weights: tuple[float, ...], num_preferences: int) -
 
 def check_reference(key: str, value: Any) -> str:
     """``value`` if it is one of :data:`REFERENCES`; else ValueError naming ``key``."""
-    if value not in REFERENCES:
+    if not isinstance(value, str) or value not in REFERENCES:
         raise ValueError(f"{key}={shown(value)}: must be one of {', '.join(REFERENCES)}")
     return value
 
@@ -146,13 +178,22 @@ def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> 
 
 def is_ours(key: Any) -> bool:
     """Whether a request's argument was meant for PAD: with the prefix, in whatever case and with whatever dash."""
-    name = str(key).strip().lower().replace("-", "_")
+    key = str(key)
+    if not LIKE_OURS.match(key):
+        return False
+    name = key.strip().lower().replace("-", "_")
     return name.startswith(PREFIX) or name == "pad" or is_known(key)
 
 
 def is_known(key: Any) -> bool:
     """Whether a request's argument is one of PAD's, in whatever case and with whatever between its words."""
-    return "".join(filter(str.isalnum, str(key))).lower() in _KNOWN
+    key = str(key)
+    return bool(LIKE_OURS.match(key)) and _BETWEEN_WORDS.sub("", key).lower() in _KNOWN
+
+
+LIKE_OURS = re.compile(r"[\W_]*p[\W_]*a[\W_]*d", re.IGNORECASE)
+"""How all such names begin; most do not, and are told apart by it at once."""
+_BETWEEN_WORDS = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -225,7 +266,7 @@ class PAD:
         known = {PREFIX + field.name for field in fields(cls)}
         for key, value in given.items():
             if key not in known:
-                raise ValueError(f"{shown(str(key))[1:-1]}: no such argument; {did_you_mean(str(key).lower(), known)}")
+                raise ValueError(f"{shown_name(key)}: no such argument; {did_you_mean(str(key).lower(), known)}")
             if value is None:
                 raise ValueError(f"{key}=None: leave it out instead")
         return cls(**{key.removeprefix(PREFIX): value for key, value in given.items()}) if given else None
@@ -305,7 +346,9 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
     if processors:
         extra_args = dict(kwargs.get("extra_args") or {})
         if clash := [key for key in extra_args if is_ours(key)]:
-            raise ValueError(f"extra_args has {clash}, and logits_processors a PAD(...): give guidance in one place")
+            raise ValueError(
+                f"extra_args has {shown(clash)}, and logits_processors a PAD(...): give guidance in one place"
+            )
         asked = processors[0].extra_args()
         if not asked:
             raise ValueError("PAD() asks for nothing: give a preference, persona, weights, beta or top_k")

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from pad_vllm import internals
-from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announce
+from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announce, why_no_folder
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
@@ -74,10 +74,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if config is not None:
             internals.check_version()
             if ANNOUNCE_DIR not in os.environ:
-                raise ValueError(
-                    "pad: vLLM has not run pad-vllm's plugin hook, and requests could go unguided in silence; install "
-                    "the package, and where VLLM_PLUGINS is set, add 'pad' to it"
-                )
+                raise ValueError(why_no_folder())
         try:
             self._start(config, device_or_req_states)
         except ImportError as error:

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announced
+from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.config import read_pad
+from pad_vllm.errors import one_line
+from pad_vllm.frontend import engines
 from pad_vllm.params import (
     MAX_LOGIT_BIAS,
     PAD,
     check_int,
     check_logit_bias,
+    check_num_chars,
     check_persona,
     check_preference_weights,
     check_weights,
+    shown,
 )
 from pad_vllm.reward.template import PromptTemplate
 
@@ -35,10 +39,10 @@ NOT_LOADED = (
     "Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must include 'pad' where it is set; "
     f"{ANNOUNCE_DIR} must name a shared folder where the engine runs on another machine"
 )
-MAX_FRAMES = 8
-"""Between vLLM's input processor and this module there are fewer."""
 LONG_TOKEN = 4
 """Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def validate(sampling_params: SamplingParams) -> None:
@@ -48,23 +52,22 @@ def validate(sampling_params: SamplingParams) -> None:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
-    vllm_config, prompt_ids = _engine_of_this_request(), _prompt_of_this_request()
+    vllm_config, prompt_ids = engines.of_this_request(), engines.prompt_of_this_request()
     if asked is None:
         _validate_unasked(sampling_params, vllm_config, prompt_ids)
         return
+    check_num_chars(asked.preferences)
     check_logit_bias(sampling_params.logit_bias)
-    engines = list(announced().values())
-    if vllm_config is not None:  # of several in this process; on another machine, it has an id of its own
-        engines = [engine for engine in engines if engine.instance_id == vllm_config.instance_id] or engines
-    if not engines or (vllm_config is not None and drops_processors(vllm_config)):
+    own = list(engines.own(vllm_config).values())
+    if not own or (vllm_config is not None and drops_processors(vllm_config)):
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
             f"would go unguided. {NOT_LOADED}"
         )
     errors = []
-    for engine in engines:
+    for engine in own:
         try:
-            return check(engine, asked, prompt_ids)
+            return check(engine, asked, vllm_config, prompt_ids)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
@@ -74,11 +77,11 @@ def _validate_unasked(
     sampling_params: SamplingParams, vllm_config: VllmConfig | None, prompt_ids: Sequence[int] | None
 ) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
-    for engine in announced().values():
-        if engine.default_persona is not None and prompt_ids is not None:
-            check_prompt_len(engine, PAD(), prompt_ids)
+    for engine in engines.own(vllm_config).values():
+        if engine.guides_all and prompt_ids is not None:
+            check_prompt_len(engine, PAD(), vllm_config, prompt_ids)
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
-    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and any(engine.guides_all for engine in announced().values()):
+    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guides_all(vllm_config):
         check_logit_bias(sampling_params.logit_bias)
         raise ValueError(
             "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
@@ -98,35 +101,17 @@ def drops_processors(vllm_config: VllmConfig) -> bool:
     return vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
 
 
-def _engine_of_this_request() -> VllmConfig | None:
-    """The configuration of the engine that a request is being admitted to, from the frames of vLLM's input processor:
-    it hands ``validate_params`` none."""
-    frame = sys._getframe(1)
-    for _ in range(MAX_FRAMES):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "_validate_params":
-            return getattr(frame.f_locals.get("self"), "vllm_config", None)
-    return None
+def guides_all(vllm_config: VllmConfig | None) -> bool:
+    """Whether an engine of this frontend guides requests that ask for nothing."""
+    return any(engine.guides_all for engine in engines.own(vllm_config).values())
 
 
-def _prompt_of_this_request() -> Sequence[int] | None:
-    """The ids of the prompt, from the frames of vLLM's servers and of its input processor; None where they show none,
-    and the worker decides."""
-    frame = sys._getframe(1)
-    for _ in range(MAX_FRAMES):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        for name in ("engine_input", "prompt"):
-            prompt = frame.f_locals.get(name)
-            if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_token_ids"), Sequence):
-                return prompt["prompt_token_ids"]
-    return None
-
-
-def check(announcement: Announcement, asked: PAD, prompt_ids: Sequence[int] | None = None) -> None:
+def check(
+    announcement: Announcement,
+    asked: PAD,
+    vllm_config: VllmConfig | None = None,
+    prompt_ids: Sequence[int] | None = None,
+) -> None:
     """Raise ValueError if an engine cannot do what a request asks; of a prompt, where it is known."""
     if not announcement.configured:
         raise ValueError(
@@ -142,16 +127,18 @@ def check(announcement: Announcement, asked: PAD, prompt_ids: Sequence[int] | No
     if asked.preference is not None:
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
-        _template_of(announcement).check_preferences(asked.preferences)
+        _template_of(announcement, vllm_config).check_preferences(asked.preferences)
     elif asked.preference_weights is not None:
         personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
         name = announcement.default_persona if asked.persona is None else asked.persona
         check_preference_weights(asked.preference_weights, personas.get(name, 0))
     if prompt_ids is not None:
-        check_prompt_len(announcement, asked, prompt_ids)
+        check_prompt_len(announcement, asked, vllm_config, prompt_ids)
 
 
-def check_prompt_len(announcement: Announcement, asked: PAD, prompt_ids: Sequence[int]) -> None:
+def check_prompt_len(
+    announcement: Announcement, asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int]
+) -> None:
     """Raise ValueError for a prompt whose longest context the reward model has too few positions for.
 
     With another tokenizer a translated prompt is as long as the reward model's tokenizer makes its text; the worker
@@ -162,13 +149,13 @@ def check_prompt_len(announcement: Announcement, asked: PAD, prompt_ids: Sequenc
     of_personas = dict(zip(announcement.personas, announcement.num_preference_tokens, strict=False))
     added = of_personas.get(name, 0)
     if asked.preferences and announcement.tokenizer is not None:
-        template = _template_of(announcement)
+        template = _template_of(announcement, vllm_config)
         added = max(map(template.num_added_tokens, asked.preferences))
     if announcement.base_tokenizer is not None:
         if (num_prompt * LONG_TOKEN) + added <= most:
             return
-        arguments = (announcement.base_tokenizer, announcement.tokenizer)
-        base, reward = (_tokenizer(json.dumps(of, sort_keys=True)) for of in arguments)
+        both = (announcement.base_tokenizer, announcement.tokenizer)
+        base, reward = (_tokenizer(_arguments(tokenizer, vllm_config)) for tokenizer in both)
         num_prompt = len(reward.encode(base.decode(prompt_ids), add_special_tokens=False))
     if (missing := num_prompt + added - most) > 0:
         raise ValueError(
@@ -177,9 +164,24 @@ def check_prompt_len(announcement: Announcement, asked: PAD, prompt_ids: Sequenc
         )
 
 
-def _template_of(announcement: Announcement) -> PromptTemplate:
-    tokenizer = json.dumps(announcement.tokenizer, sort_keys=True)
-    return _template(tokenizer, announcement.prompt_template, announcement.max_preference_tokens)
+def prepare(vllm_config: VllmConfig) -> None:
+    """At the start: read the reward model's tokenizer, or all requests would wait with the first that needs it."""
+    for engine in engines.own(vllm_config).values():
+        if engine.tokenizer is not None:
+            try:
+                _template_of(engine, vllm_config)
+            except Exception as error:  # each request with a preference will say so
+                logger.warning("The frontend cannot read the reward model's tokenizer: %r", error)
+
+
+def _template_of(announcement: Announcement, vllm_config: VllmConfig | None) -> PromptTemplate:
+    arguments = _arguments(announcement.tokenizer, vllm_config)
+    return _template(arguments, announcement.prompt_template, announcement.max_preference_tokens)
+
+
+def _arguments(tokenizer: dict[str, Any], vllm_config: VllmConfig | None) -> str:
+    """Of an announced tokenizer. An announcement cannot say that code may run: it is a file."""
+    return json.dumps(dict(tokenizer, trust_remote_code=engines.may_run_code(tokenizer, vllm_config)), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -196,8 +198,9 @@ def _tokenizer(arguments: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(**json.loads(arguments))
-    except OSError as error:
-        raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({error})") from error
+    except (OSError, ValueError) as error:
+        words = shown(one_line(error))
+        raise ValueError(f"pad_preference: the frontend cannot read the reward model's tokenizer ({words})") from error
 
 
 def is_beam_search(params: SamplingParams) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pad_vllm.channel import announced, stats_path
+from pad_vllm.channel import read_stats
+from pad_vllm.frontend import engines
 from pad_vllm.stats import GAUGES, HELP, LABELS, Stats
 
 
@@ -22,10 +23,10 @@ class Collector:
 
     def collect(self) -> Iterator[Metric]:
         shown: dict[tuple[str, str], np.ndarray] = {}
-        for path, announcement in announced().items():
+        for path, announcement in engines.own().items():
             try:
-                values = np.fromfile(stats_path(path), np.float64)
-            except OSError:
+                values = np.frombuffer(read_stats(path), np.float64)
+            except (OSError, ValueError):
                 continue  # not the first rank, or just withdrawn
             if len(values) == len(fields(Stats)):
                 shown[announcement.labels] = shown.get(announcement.labels, 0) + values

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pad_vllm.channel import announced
-from pad_vllm.params import is_known, is_ours
+from pad_vllm.frontend import admission, engines
+from pad_vllm.params import LIKE_OURS, is_known, is_ours, shown_name
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from vllm.config import VllmConfig
 
 SCORING_ENDPOINTS = ("/generative_scoring", "/v1/systemone", "/v1/decisions")
 """Heads of paths that answer by log-probabilities of the base model, which leave guidance out."""
@@ -28,23 +29,50 @@ NOT_ARGUMENTS = frozenset(
 """Fields of a request that hold its text or its schemas: what is called pad there is none of our business."""
 
 
+MAX_LIKE = 100
+"""Names in a body that begin as PAD's do; more are no accident, and all would have to be looked at."""
+LOST = "(given twice)"
+"""Where what a later field of the same name replaces stands for :func:`misplaced`."""
+FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+"""Bodies that vLLM reads as forms, where it reads any: of audio."""
+
+
+class Place(NamedTuple):
+    """A field of a body, and the one that it stands in."""
+
+    key: str
+    outer: Place | None
+
+    def keys(self) -> list[str]:
+        keys, place = [], self
+        while place is not None:
+            keys.append(place.key)
+            place = place.outer
+        return keys[::-1]
+
+    def shown(self) -> str:
+        """The keys with dots between them, no longer than a line."""
+        return shown_name(".".join(self.keys()))
+
+
 def misplaced(body: Any, path: str = "") -> str | None:
     """What is wrong with the place of guidance in a request's body, as a sentence; None where nothing is."""
     if not isinstance(body, Mapping):
         return None
     if path.startswith(UNGUIDED_ENDPOINTS):
-        found = next(_asked(body, ("", "vllm_xargs")), None)
-        return found and f"{found}: this endpoint cannot be guided; vLLM takes no such arguments here"
-    allowed, shown = ("vllm_xargs",), '{"vllm_xargs": {"pad_...": ...}}'
-    if path.endswith("/inference/v1/generate"):
-        allowed, shown = ("sampling_params", "extra_args"), '{"sampling_params": {"extra_args": {"pad_...": ...}}}'
-    found = next((where for where in _asked(body) if tuple(where.split(".")[:-1]) != allowed), None)
-    return found and f"{found}: guidance goes into {'.'.join(allowed)}, as in {shown}; elsewhere it would be ignored"
+        found = next(_asked(body, ("vllm_xargs",)), None)
+        return found and f"{found.shown()}: this endpoint cannot be guided; vLLM takes no such arguments here"
+    allowed, shown = ["vllm_xargs"], '{"vllm_xargs": {"pad_...": ...}}'
+    if path == "/inference/v1/generate":
+        allowed, shown = ["sampling_params", "extra_args"], '{"sampling_params": {"extra_args": {"pad_...": ...}}}'
+    found = next((place for place in _asked(body) if place.keys()[:-1] != allowed), None)
+    where = ".".join(allowed)
+    return found and f"{found.shown()}: guidance goes into {where}, as in {shown}; elsewhere it would be ignored"
 
 
-def unguided(path: str) -> str | None:
+def unguided(path: str, vllm_config: VllmConfig | None = None) -> str | None:
     """What is wrong with a request to ``path`` that asks for nothing, where everybody was to be guided."""
-    if path.startswith(SCORING_ENDPOINTS) and any(engine.guides_all for engine in announced().values()):
+    if path.startswith(SCORING_ENDPOINTS) and admission.guides_all(vllm_config):
         return (
             "pad.default_persona: this server guides every request, and this endpoint answers by log-probabilities of "
             "the base model"
@@ -52,22 +80,33 @@ def unguided(path: str) -> str | None:
     return None
 
 
-def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ("",)) -> Iterator[str]:
-    """Where a body says something that was meant for PAD, with dots between the keys. On top, and in the fields named
-    ``loosely``, that is whatever looks like it; deeper, only what PAD knows."""
-    waiting: list[tuple[str, Any]] = [("", body)]
+def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ()) -> Iterator[Place]:
+    """Where a body says something that was meant for PAD. On top, and in the fields named ``loosely``, that is whatever
+    looks like it; deeper, only what PAD knows."""
+    waiting: list[tuple[Place | None, Any]] = [(None, body)]
+    num_like = 0
     while waiting:
-        where, value = waiting.pop()
+        outer, value = waiting.pop()
+        if isinstance(value, list):
+            waiting += ((outer, inner) for inner in value if isinstance(inner, (Mapping, list)))
+            continue
+        is_loose = outer is None or (outer.outer is None and outer.key in loosely)
+        is_meant = is_ours if is_loose else is_known
         for key, inner in value.items():
-            if (is_ours(key) and where in loosely) or is_known(key) or _is_object(key, inner):
-                yield f"{where}.{key}".removeprefix(".")
-            elif isinstance(inner, Mapping) and key not in NOT_ARGUMENTS:
-                waiting.append((f"{where}.{key}".removeprefix("."), inner))
+            if LIKE_OURS.match(key):
+                num_like += 1
+                if num_like > MAX_LIKE:
+                    yield Place(f"(over {MAX_LIKE} names like it)", Place(key, outer))
+                    return
+            if is_meant(key) or (key == "pad" and _is_guidance(inner)):
+                yield Place(key, outer)
+            elif isinstance(inner, (Mapping, list)) and key not in NOT_ARGUMENTS:
+                waiting.append((Place(key, outer), inner))
 
 
-def _is_object(key: str, value: Any) -> bool:
+def _is_guidance(value: Any) -> bool:
     """Whether this is guidance as one object, as the server's configuration has it: ``"pad": {"preference": ...}``."""
-    return key == "pad" and isinstance(value, Mapping) and any(is_known(k) or is_known(f"pad_{k}") for k in value)
+    return isinstance(value, Mapping) and any(is_known(key) or is_known(f"pad_{key}") for key in value)
 
 
 class RefuseMisplaced:
@@ -77,14 +116,16 @@ class RefuseMisplaced:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        content_type = dict(scope.get("headers", ())).get(b"content-type", b"")
-        if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in content_type:
+        vllm_config = engines.enter(scope)
+        if scope["type"] == "lifespan" and vllm_config is not None:
+            admission.prepare(vllm_config)
+        if scope["type"] != "http" or scope["method"] != "POST" or _content_type(scope) in FORMS:
             return await self.app(scope, receive, send)
         received: list[Message] = []
         while not received or (received[-1]["type"] == "http.request" and received[-1].get("more_body")):
             received.append(await receive())
-        words = _read(b"".join(message.get("body", b"") for message in received), scope["path"])
-        words = words or unguided(scope["path"])
+        path = route_path(scope)
+        words = _read(b"".join(message.get("body", b"") for message in received), path) or unguided(path, vllm_config)
         if words:
             from starlette.responses import JSONResponse
 
@@ -97,10 +138,34 @@ class RefuseMisplaced:
         return await self.app(scope, again, send)
 
 
+def _content_type(scope: Scope) -> bytes:
+    """The media type that vLLM goes by: the first of several, whatever its case."""
+    values = (value for name, value in scope.get("headers", ()) if name == b"content-type")
+    return next(values, b"").split(b";")[0].strip().lower()
+
+
+def route_path(scope: Scope) -> str:
+    """The path by which a request is routed: without ``--root-path``, where it begins with that."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
 def _read(body: bytes, path: str) -> str | None:
-    if b"pad" not in body.lower() and b"\\u" not in body:
+    # UTF-16 and UTF-32, which JSON may come in too, have zeros; and a name may be escaped.
+    if b"pad" not in body.lower() and b"\\u" not in body and b"\0" not in body:
         return None
     try:
-        return misplaced(json.loads(body), path)
-    except (ValueError, RecursionError):
+        return misplaced(json.loads(body, object_pairs_hook=_all_pairs), path)
+    except ValueError:
         return None  # vLLM will say so
+    except RecursionError:
+        return "the body: nests too deep to be read"
+
+
+def _all_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As ``dict``, which keeps the last field of a name, with what it loses."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        kept: set[str] = set()
+        read[LOST] = [{key: value} for key, value in reversed(pairs) if key in kept or kept.add(key)]
+    return read

@@ -1,7 +1,7 @@
 """Every patch of vLLM's API server: what it would drop, guidance among it, before it asks any plugin.
 
-That is: arguments that stand elsewhere than in ``vllm_xargs`` (:mod:`.http`), and all arguments on the way to beam
-search.
+That is: arguments that stand elsewhere than in ``vllm_xargs`` (:mod:`.http`), all arguments on the way to beam search,
+and all requests that would be answered by log-probabilities where everybody was to be guided.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pad_vllm.channel import announced
-from pad_vllm.frontend import admission
-from pad_vllm.frontend.http import RefuseMisplaced, misplaced
-from pad_vllm.params import is_ours
+from pad_vllm.frontend import admission, engines
+from pad_vllm.frontend.http import RefuseMisplaced, misplaced, unguided
+from pad_vllm.params import is_ours, shown_name
 
 REQUESTS = (
     ("chat_completion", "ChatCompletionRequest"),
@@ -23,19 +22,36 @@ REQUESTS = (
 )
 
 
+ENDPOINTS = (
+    ("anthropic", "AnthropicServingMessages", "create_messages", "/v1/messages"),
+    ("cohere", "CohereServingChatV2", "create_chat_v2", "/cohere/v2/chat"),
+    ("scale_out.token_in_token_out", "ServingTokens", "serve_tokens", "/inference/v1/generate"),
+    ("generate.generative_scoring", "ServingGenerativeScoring", "create_generative_scoring", "/generative_scoring"),
+    ("generate.structured_decisions", "ServingStructuredDecisions", "create_decision", "/v1/systemone"),
+    ("openai.decisions", "OpenAIServingDecisions", "create_decisions", "/v1/decisions"),
+)
+"""What answers requests whose class drops arguments as it reads them, or never becomes sampling parameters: package,
+class, method, and the path that it is offered under. The last is of 0.33."""
+
+
 def install() -> None:
     """Put the checks into vLLM's API server, where this process has imported it; as often as one likes."""
     for module, name in REQUESTS:
         request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
         _wrap(request_class, "to_sampling_params", _refuse_early)
         _wrap(request_class, "to_beam_search_params", _refuse_beams)
+    for package, name, method, path in ENDPOINTS:
+        serving_class = getattr(sys.modules.get(f"vllm.entrypoints.{package}.serving"), name, None)
+        _wrap(serving_class, method, functools.partial(_refuse_at, path))
     _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_middleware)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     function = getattr(owner, name, None)
-    if function is not None and not hasattr(function, "__wrapped__"):
-        setattr(owner, name, functools.wraps(function)(wrapper(function)))
+    if function is not None and not hasattr(function, "_pad_wraps"):
+        wrapped = functools.wraps(function)(wrapper(function))
+        wrapped._pad_wraps = function  # type: ignore[attr-defined]
+        setattr(owner, name, wrapped)
 
 
 def _refuse_early(make_params: Callable) -> Callable:
@@ -44,7 +60,8 @@ def _refuse_early(make_params: Callable) -> Callable:
     def make(request, *args, **kwargs):
         _refuse_beside(request)
         params = make_params(request, *args, **kwargs)
-        if any(is_ours(key) for key in params.extra_args or {}) and announced():  # none: it only renders
+        # Without an engine it only renders, or it is no API server, and the engine's own check is early enough.
+        if any(is_ours(key) for key in params.extra_args or {}) and engines.of_this_request() is not None:
             admission.validate(params)
         return params
 
@@ -55,7 +72,7 @@ def _refuse_beams(make_params: Callable) -> Callable:
     def make(request, *args, **kwargs):
         _refuse_beside(request)
         if asked := [key for key in request.vllm_xargs or {} if is_ours(key)]:
-            raise ValueError(f"{', '.join(asked)}: beam search cannot be guided; leave out use_beam_search")
+            raise ValueError(f"{shown_name(', '.join(asked))}: beam search cannot be guided; leave out use_beam_search")
         return make_params(request, *args, **kwargs)
 
     return make
@@ -65,6 +82,18 @@ def _refuse_beside(request: Any) -> None:
     """For requests that come in no HTTP body of their own, as those of vLLM's batch runner."""
     if words := misplaced(request.model_extra):
         raise ValueError(words)
+
+
+def _refuse_at(path: str, answer: Callable) -> Callable:
+    """By the body as vLLM itself has read it."""
+
+    async def checked(self, request, raw_request=None, *args, **kwargs):
+        body = getattr(raw_request, "_json", None) or request.model_extra
+        if words := misplaced(body, path) or unguided(path, engines.of_this_request()):
+            raise ValueError(words)
+        return await answer(self, request, raw_request, *args, **kwargs)
+
+    return checked
 
 
 def _add_middleware(init: Callable) -> Callable:

@@ -9,14 +9,15 @@ in a chat that is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS
 from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
 from pad_vllm.reward.markers import marker_tokens
+from pad_vllm.reward.memo import Memo, size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,12 @@ def check_prompt_template(template: str) -> None:
 SEAM_TOKENS = 8
 """How many tokens more a preference may take in a chat than in a plain prompt: a blank line, words cut in two."""
 EXAMPLE = "How do I keep tomatoes fresh?"
+CHUNK = 512
+"""Characters of a preference that are read before it is known not to be too long."""
+MAX_SPELLED = 16
+"""Special tokens that a preference may spell: each makes it a text more to encode."""
+CACHE_BYTES = 2**24
+"""Of encoded preferences that are kept; as many again, of those in chats."""
 
 
 class Composed(NamedTuple):
@@ -83,7 +90,7 @@ class PromptTemplate:
             theirs, vocabulary = marker_tokens(chat_tokenizer), tokenizer.get_vocab()
             markers |= {token: i for token, i in theirs.items() if vocabulary.get(token) == i}
         self.special_tokens, self.special_ids = frozenset(markers), frozenset(markers.values())
-        self._special_lengths = sorted({len(token) for token in markers}, reverse=True)
+        self._special_pattern = _any_of(self.special_tokens)
         self.insert_after = self._encode(insert_after) if insert_after else []
         self._chat_tokenizer = chat_tokenizer or tokenizer
         self.chat = None if insert_after else chat_format(self._chat_tokenizer)
@@ -92,8 +99,8 @@ class PromptTemplate:
         self._warned = False
         self._num_own = sum(map(len, self._encode_preference("")))
         # A server's users share a few preferences: encode each once. One too long raises, and is not kept.
-        self.encode_preference = lru_cache(maxsize=4096)(self._encode_preference)
-        self._join = lru_cache(maxsize=4096)(self._encode_seam)
+        self.encode_preference = Memo(self._encode_preference, CACHE_BYTES, size_of)
+        self._join = Memo(self._encode_seam, CACHE_BYTES, size_of)
 
     def compose(self, prompt_ids: Sequence[int], preference: str) -> list[int]:
         """The reward model's prompt for a base prompt under a preference.
@@ -205,6 +212,8 @@ class PromptTemplate:
         Raises:
             ValueError: the preference is longer than ``max_preference_tokens``.
         """
+        if self.max_preference_tokens is not None:
+            self._check_roughly(preference, self.max_preference_tokens)
         before, after = self._fill(self.before, preference), self._fill(self.after, preference)
         if self.max_preference_tokens is not None:
             num_tokens = len(before) + len(after) - self._num_own
@@ -213,6 +222,21 @@ class PromptTemplate:
                     f"pad_preference: {num_tokens} tokens, at most {self.max_preference_tokens} are allowed"
                 )
         return before, after
+
+    def _check_roughly(self, preference: str, max_tokens: int) -> None:
+        """Raise ValueError for a preference that is far too long before all of it is read: others are waiting."""
+        num_tokens = num_special = 0
+        for start in range(0, len(preference), CHUNK):
+            ids = self._encode(preference[start : start + CHUNK])
+            num_tokens += len(ids) - SEAM_TOKENS  # a word that is cut in two, or begins a text
+            num_special += self._num_special(ids)
+            if num_tokens > max_tokens:
+                raise ValueError(f"pad_preference: over {max_tokens} tokens, at most {max_tokens} are allowed")
+            if num_special > MAX_SPELLED:
+                raise ValueError(
+                    f"pad_preference: spells over {MAX_SPELLED} of the reward model's special tokens, at most "
+                    f"{MAX_SPELLED} are allowed"
+                )
 
     def _encode_seam(self, preference: str, seam: Seam) -> tuple[tuple[int, ...], int] | None:
         """Ids of the text before the prompt with its seam, and how many of them do not hang on the text after it; None
@@ -268,15 +292,34 @@ class PromptTemplate:
 
     def _split_special(self, text: str) -> list[str]:
         """``text`` cut at the special tokens it spells, longest match first."""
-        pieces, start, i = [], 0, 0
-        while i < len(text):
-            # By lengths: a vocabulary may have thousands of them, as Gemma's unused ones.
-            found = (text[i : i + length] for length in self._special_lengths)
-            token = next((part for part in found if part in self.special_tokens), None)
-            if token is None:
-                i += 1
-                continue
-            pieces += [text[start:i], token]
-            i += len(token)
-            start = i
+        pieces, start = [], 0
+        for found in self._special_pattern.finditer(text):
+            pieces += [text[start : found.start()], found[0]]
+            start = found.end()
         return [*pieces, text[start:]]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    """A pattern of whichever text there is, the longest first. It branches only where texts differ: of thousands, a
+    character is compared to a few."""
+    tree: dict[str, dict] = {}
+    for text in texts:
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = {}  # a text may end here
+    try:
+        return re.compile(_pattern(tree) if tree else r"(?!)")
+    except RecursionError:  # one text begins another, which begins another, hundreds of times
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def _pattern(tree: dict[str, dict]) -> str:
+    head = ""
+    while len(tree) == 1 and "" not in tree:
+        ((character, tree),) = tree.items()
+        head += re.escape(character)
+    branches = [re.escape(character) + _pattern(inner) for character, inner in tree.items() if character]
+    if not branches:
+        return head
+    return f"{head}(?:{'|'.join(branches)}){'?' if '' in tree else ''}"

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from vllm import envs
 from vllm.logger import init_logger
 
-from pad_vllm.channel import stats_path
+from pad_vllm.channel import make_stats
 from pad_vllm.stats import GAUGES, HELP, LABELS, NAMES, Stats
 
 logger = init_logger(f"vllm.{__name__}")
@@ -45,8 +45,7 @@ class Board:
     """
 
     def __init__(self, announcement: Path, labels: tuple[str, str]) -> None:
-        path = stats_path(announcement)
-        np.zeros(len(fields(Stats))).tofile(path)  # a mapped file without room on the disk would end the process
+        path = make_stats(announcement, np.zeros(len(fields(Stats))).nbytes)
         self.values = np.asarray(np.memmap(path, np.float64, "r+"))
         interval = float(envs.VLLM_LOG_STATS_INTERVAL)
         closed = threading.Event()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm import envs
+
 from pad_vllm.worker.patches import reward_model_drafts
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
     """Raise ValueError for an engine configuration with which guidance could not work."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     refused = {
+        "VLLM_USE_RUST_FRONTEND=1: that frontend runs no Python plugins, so nothing would refuse a request that cannot "
+        "be guided; unset it": envs.VLLM_USE_RUST_FRONTEND,
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model stands beside the whole base "
         "model; use tensor parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism splits sequences over ranks, and the reward model's would not be": (

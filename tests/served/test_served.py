@@ -16,6 +16,7 @@ import pytest
 from pad_vllm.channel import ANNOUNCE_DIR
 from tests import oracle
 from tests.conftest import HEADS, MIX
+from tests.served import attack
 from tests.support.engine import PLUGIN
 from tests.support.malformed import malformed
 from tests.support.server import Server
@@ -58,7 +59,7 @@ def server(models, tmp_path_factory, runner):
     server = Server(
         models.base,
         root / "log",
-        *("--max-model-len", "512", "--logits-processors", *PLUGIN),
+        *("--max-model-len", "512", "--root-path", "/api", "--logits-processors", *PLUGIN),
         *("--additional-config", json.dumps({"pad": str(root / "pad.json")})),
         # A random model may write white space for ever.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
@@ -202,7 +203,8 @@ def test_a_cancelled_stream_leaves_nothing(encode, expect, server, client):
         ({"pad_beta": "1"}, "pad_beta='1': must be a number, not str"),
         ({"pad_top_k": 21}, "pad_top_k=21: must be between 1 and 20"),
         ({"pad_weights": [1, 2]}, f"pad_weights: 2 weights for 3 value heads ({', '.join(HEADS)})"),
-        ({"pad_preference": "word " * 4000}, "tokens, at most"),
+        ({"pad_preference": "word " * 400}, "tokens, at most"),
+        ({"pad_preference": "word " * 4000}, "characters, at most 2048 are allowed"),
         ({"pad_preference": " "}, "must not be empty"),
     ],
 )
@@ -298,6 +300,38 @@ def test_a_fuzzed_server_answers_400_and_lives(encode, expect, server, client, r
     assert [(case, answer) for case, answer in zip(cases, answers, strict=True) if answer[0] != 400] == []
     assert [a for _, a in answers if "pad" not in a["error"]["message"].lower()] == []
     good_request(client, encode, expect)
+
+
+def test_no_guided_request_is_answered_unguided(encode, expect, server, client, runner):
+    """Over all routes, headers, encodings and paths, beside clients that go away."""
+    failed = metrics(server)["pad_failed_requests_total"]
+    guided, silent = {}, {}
+    for route in attack.ROUTES:
+        if route.answer is not None:
+            for answers, asked in ((guided, attack.ASKED), (silent, None)):
+                one = attack.Attack(route, attack.text_of(route, asked).encode(), route.path)
+                status, text = attack.send(server.port, one)
+                assert status == 200, (route.path, text)
+                answers[route.path] = route.answer(json.loads(text))
+            assert guided[route.path] != silent[route.path], route.path
+    sent = attack.attacks(random.Random(11), 500 if runner == "v1" else 60, len(HEADS), MAX_TOP_K)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: attack.send(server.port, one), sent))
+    wrong = []
+    for one, (status, text) in zip(sent, answers, strict=True):
+        if status == 200 and one.kind in ("guided", "silent") and one.route.answer is not None:
+            expected = (guided if one.kind == "guided" else silent)[one.route.path]
+            if one.route.answer(json.loads(text)) == expected:
+                continue
+        elif status == 0 or 300 <= status < 500:
+            continue
+        wrong.append((one, status, text[:200]))
+    assert wrong == []
+    ok = {(one.kind, one.route.path) for one, (status, _) in zip(sent, answers, strict=True) if status == 200}
+    assert {kind for kind, _ in ok} == {"guided", "silent"}
+    assert len(ok) > (12 if runner == "v1" else 4)
+    good_request(client, encode, expect)
+    assert metrics(server)["pad_failed_requests_total"] == failed
 
 
 def test_structured_output_is_valid_json(client, runner):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import vllm
 
 from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
-from pad_vllm.frontend import admission
+from pad_vllm.frontend import collector, engines
 from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.stats import NAMES
 from tests.support.malformed import GOOD, malformed
 
 pytestmark = pytest.mark.every_release
@@ -147,7 +149,7 @@ def test_preferences_are_bounded_together(models):
     tokenizer, template = {"pretrained_model_name_or_path": str(models.reward)}, "a {preference} b {prompt}"
     announcement = Announcement(True, max_preference_tokens=900, tokenizer=tokenizer, prompt_template=template)
     channel.announce(announcement, owner)
-    text = "concise " * 140
+    text = "12345678 " * 25
     validate(pad_preference=[text] * 2)
     with pytest.raises(ValueError, match=r"pad_preference: \d+ tokens in 8 preferences, at most 1024 are allowed"):
         validate(pad_preference=[text] * 8)
@@ -185,39 +187,113 @@ def test_preferences_that_were_refused_are_not_kept(models):
         with pytest.raises(ValueError, match="at most 8 are allowed"):
             template.encode_preference("one two three four five " * (9 + i))
     template.encode_preference("be brief")
-    assert template.encode_preference.cache_info().currsize == 1
+    assert len(template.encode_preference) == 1
 
 
-def test_an_engine_is_asked_by_its_own_frontend(monkeypatch):
-    first, second = Owner(), Owner()
-    channel.announce(GUIDED, first)
-    channel.announce(Announcement(True, personas=("bob",), instance_id="second"), second)
-    config = SimpleNamespace(instance_id="second", speculative_config=None, use_v2_model_runner=False)
-    monkeypatch.setattr(admission, "_engine_of_this_request", lambda: config)
+def engine_config(instance_id: str, address: str = "127.0.0.1", data_parallel_size: int = 1, **more) -> SimpleNamespace:
+    """What the frontend reads of its VllmConfig."""
+    parallel = {"data_parallel_master_ip": address, "data_parallel_rpc_port": 1, "local_engines_only": False}
+    model = {"trust_remote_code": False, "model": "b", "revision": None, "tokenizer": "b", "tokenizer_revision": None}
+    return SimpleNamespace(
+        instance_id=instance_id,
+        parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size, **parallel),
+        model_config=SimpleNamespace(**model),
+        **{"speculative_config": None, "use_v2_model_runner": False, "additional_config": {}, **more},
+    )
+
+
+def announce(announcement: Announcement, config: SimpleNamespace) -> Owner:
+    owner = Owner()
+    owner.vllm_config = config
+    channel.announce(announcement, owner)
+    return owner
+
+
+@pytest.fixture
+def serves(monkeypatch):
+    """Makes this process the frontend of an engine, as a request or the start of an API server does."""
+    monkeypatch.setattr(engines, "_servers", set())
+
+    def serve(config: SimpleNamespace) -> None:
+        client = SimpleNamespace(vllm_config=config)
+        engines.enter({"app": SimpleNamespace(state=SimpleNamespace(engine_client=client))})
+
+    yield serve
+    engines.enter({})
+
+
+def test_servers_that_share_a_folder_are_kept_apart(serves):
+    """What they accept, and their numbers."""
+    mine, other = engine_config("mine"), engine_config("other")
+    bob = Announcement(True, personas=("bob",), labels=("model", "0"))
+    owners = announce(GUIDED, other), announce(bob, engine_config("mine_dp1"))
+    for path, engine in channel.announced().items():
+        channel.make_stats(path, 0).write_bytes(
+            np.full(len(NAMES), 1.0 if engine.personas == ("bob",) else 5.0).tobytes()
+        )
+    serves(mine)
     validate(pad_persona="bob")
     with pytest.raises(ValueError, match="no such persona"):
         validate(pad_persona="alice")
-    config.speculative_config = object()
+    samples = {s.labels["model_name"]: s.value for m in collector.Collector().collect() for s in m.samples}
+    assert samples == {"model": 1.0}
+    mine.speculative_config = object()
     with pytest.raises(ValueError, match="Speculative decoding on the V1 runner drops logits processors"):
         validate(pad_persona="bob")
+    del owners
 
 
-def test_folders_of_killed_processes_are_swept(monkeypatch, tmp_path):
-    monkeypatch.delenv(ANNOUNCE_DIR)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = """if True:
-        import os, time
-        from pad_vllm.channel import ANNOUNCE_DIR, make_folder
-        make_folder()
-        print(os.environ[ANNOUNCE_DIR], flush=True)
-        time.sleep(60)
-    """
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    folder = Path(process.stdout.readline().strip())
-    channel._sweep(tmp_path)
-    assert folder.is_dir()
-    process.kill()
-    process.wait()
-    channel._sweep(tmp_path)
-    assert not folder.exists()
+def test_engines_on_other_machines_are_known_by_where_the_server_meets(serves):
+    """A frontend of another machine than its engines' does not know their ids."""
+    owners = (
+        announce(Announcement(True, personas=("bob",)), engine_config("there", "10.0.0.1", 2)),
+        announce(GUIDED, engine_config("elsewhere", "10.0.0.2", 2)),
+    )
+    serves(engine_config("here", "10.0.0.1", 2))
+    validate(pad_persona="bob")
+    with pytest.raises(ValueError, match="no such persona"):
+        validate(pad_persona="alice")
+    serves(engine_config("alone", "10.0.0.3", 2))
+    with pytest.raises(ValueError, match="no engine has announced"):
+        validate(pad_persona="bob")
+    del owners
+
+
+@pytest.fixture
+def foreign_code(models, tmp_path):
+    """A tokenizer that brings code, and the file that the code would write."""
+    folder, ran = tmp_path / "foreign", tmp_path / "ran"
+    shutil.copytree(models.reward, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "code.Foreign"]}, "tokenizer_class": "Foreign"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(ran)!r}).touch()\n\n\nclass Foreign(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    return folder, ran
+
+
+def test_an_announcement_does_not_say_whose_code_runs(foreign_code, serves, monkeypatch, tmp_path):
+    """What does is the frontend's own configuration."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = foreign_code
+    tokenizer = {"pretrained_model_name_or_path": str(folder), "revision": None, "trust_remote_code": True}
+    announcement = Announcement(
+        True, max_preference_tokens=8, tokenizer=tokenizer, prompt_template="{preference} {prompt}"
+    )
+    pad = {"reward_model": str(folder)}
+    for i, own in enumerate(({}, {"pad": pad}, {"pad": {"reward_model": "another", "trust_remote_code": True}})):
+        config = engine_config(f"engine{i}", additional_config=own)
+        owner = announce(announcement, config)
+        serves(config)
+        with pytest.raises(ValueError, match="the frontend cannot read the reward model's tokenizer"):
+            validate(pad_preference="brief")
+        assert not ran.exists()
+        del owner
+    config = engine_config("trusting", additional_config={"pad": pad | {"trust_remote_code": True}})
+    owner = announce(announcement, config)
+    serves(config)
+    validate(pad_preference="brief")
+    assert ran.exists()
+    del owner

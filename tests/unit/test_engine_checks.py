@@ -61,3 +61,9 @@ def test_refused_by_configuration(changes, on_v2, fragment):
 )
 def test_not_refused_by_configuration(changes):
     check_engine(engine_config(**changes), on_v2=True)
+
+
+def test_a_frontend_without_plugins_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match=r"VLLM_USE_RUST_FRONTEND=1: that frontend runs no Python plugins.*; unset it"):
+        check_engine(engine_config(), False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 
 import pytest
 
 from pad_vllm import channel
-from pad_vllm.frontend.http import UNGUIDED_ENDPOINTS, RefuseMisplaced, misplaced, unguided
+from pad_vllm.frontend import patches
+from pad_vllm.frontend.http import SCORING_ENDPOINTS, UNGUIDED_ENDPOINTS, RefuseMisplaced, misplaced, unguided
 
 pytestmark = pytest.mark.every_release
 
@@ -52,9 +54,14 @@ def test_generate_has_a_place_of_its_own():
     assert misplaced({"sampling_params": {"extra_args": {"pad_beta": 1}}}, "/inference/v1/generate") is None
 
 
-def post(body: bytes, pieces: int, content_type: bytes = b"application/json") -> tuple[bytes, int]:
+JSON = ((b"content-type", b"application/json"),)
+
+
+def post(
+    body: bytes, pieces: int = 1, headers=JSON, path: str = "/v1/completions", root: str = ""
+) -> tuple[bytes, int]:
     """What the application behind the middleware reads, and the status that the client sees."""
-    size = -(-len(body) // pieces)
+    size = max(-(-len(body) // pieces), 1)
     parts = [body[i : i + size] for i in range(0, len(body), size)]
     waiting = [{"type": "http.request", "body": p, "more_body": i + 1 < len(parts)} for i, p in enumerate(parts)]
     read, sent = [], []
@@ -72,18 +79,156 @@ def post(body: bytes, pieces: int, content_type: bytes = b"application/json") ->
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"content-type", content_type)]}
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "headers": headers}
     asyncio.run(RefuseMisplaced(app)(scope, receive, send))
     return b"".join(read), sent[0]["status"]
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_middleware_passes_bodies_on_as_they_came(pieces):
-    for body in (b'{"prompt": "pad_beta \\u00e9"}', b'{"pad_beta": ', b"[" * 100_000, "[1, é".encode("latin-1")):
+    for body in (b'{"prompt": "pad_beta \\u00e9"}', b'{"pad_beta": ', "[1, é".encode("latin-1")):
         assert post(body, pieces) == (body, 200)
     assert post(json.dumps({"pad_beta": 1}).encode(), pieces) == (b"", 400)
     assert post(b'{"\\u0070ad_beta": 1}', pieces) == (b"", 400)
-    assert post(b'{"pad_beta": 1}', pieces, b"multipart/form-data") == (b'{"pad_beta": 1}', 200)
+    form = ((b"content-type", b"Multipart/Form-Data; boundary=x"), *JSON)
+    assert post(b'{"pad_beta": 1}', pieces, form) == (b'{"pad_beta": 1}', 200)
+
+
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_body_is_read_as_vllm_reads_it(encoding):
+    for text in ('{"pad_beta": 1}', '{"metadata": [{"\\u0070ad-Beta": 1}]}', '{"a": 1, "pad": {"beta": 1}}'):
+        assert post(text.encode(encoding)) == (b"", 400), text
+    harmless = '{"prompt": "pad_beta"}'.encode(encoding)
+    assert post(harmless) == (harmless, 200)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ((b"content-type", b"Application/JSON"),),
+        ((b"content-type", b"APPLICATION/JSON; charset=utf-16"),),
+        (*JSON, (b"content-type", b"text/plain")),
+        (*JSON, (b"content-type", b"multipart/form-data")),
+        ((b"content-type", b"application/vnd.api+json"),),
+        ((b"content-type", b"text/plain"),),
+        (),
+    ],
+)
+def test_a_header_does_not_hide_a_body(headers):
+    assert post(b'{"pad_beta": 1}', headers=headers) == (b"", 400)
+
+
+def test_a_name_that_is_given_twice_hides_nothing():
+    """JSON's readers keep the last."""
+    for body in (
+        b'{"vllm_xargs": {"pad_beta": 1}, "vllm_xargs": {}}',
+        b'{"vllm_xargs": {"pad_beta": 1, "pad_beta": 0}}',
+        b'{"vllm_xargs": {"pad_beta": 1}, "vllm_xargs": null, "prompt": "a"}',
+    ):
+        assert post(body) == (b"", 400)
+    twice = b'{"prompt": "pad", "prompt": "b", "vllm_xargs": {"pad_beta": 1}}'
+    assert post(twice) == (twice, 200)
+
+
+def test_a_path_is_compared_without_the_servers_root(tmp_path, monkeypatch):
+    body = b'{"vllm_xargs": {"pad_beta": 1}}'
+    generate = b'{"sampling_params": {"extra_args": {"pad_beta": 1}}}'
+    for root in ("", "/api", "/a/b/"):
+        at = root.rstrip("/")
+        for path in ("/generative_scoring", "/v1/systemone", "/v1/decisions", "/cohere/v2/chat"):
+            assert post(body, path=at + path, root=root) == (b"", 400)
+            assert post(body, path=path, root=root) == (b"", 400)
+        assert post(body, path=f"{at}/v1/completions", root=root) == (body, 200)
+        assert post(generate, path=f"{at}/inference/v1/generate", root=root) == (generate, 200)
+        assert post(body, path=f"{at}/inference/v1/generate", root=root) == (b"", 400)
+    monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
+    engine = type("Engine", (), {})()
+    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
+    assert post(b"{}", path="/api/v1/systemone", root="/api") == (b"", 400)
+    assert post(b"{}", path="/api/v1/completions", root="/api") == (b"{}", 200)
+
+
+def test_a_body_that_cannot_be_read_is_refused_or_left_to_vllm():
+    deep = b'{"pad": ' * 100_000
+    assert post(deep) == (b"", 400)
+    number = b'{"pad": ' + b"9" * 5000 + b"}"
+    assert post(number) == (number, 200)
+
+
+@pytest.mark.parametrize("where", ["key", "path", "xargs", "twice"])
+def test_a_refusal_repeats_no_more_than_a_line(where):
+    long = "x" * 10_000
+    body = {
+        "key": {f"pad_{long}": 1},
+        "path": {long: {long: {"pad_beta": 1}}},
+        "xargs": {"metadata": {"pad_beta": long}},
+        "twice": {long: [[{"pad": {"beta": long}}]]},
+    }[where]
+    assert 0 < len(misplaced(body, "/v1/completions")) < 300
+    assert 0 < len(misplaced({"vllm_xargs": body}, "/v1/systemone")) < 300
+
+
+def test_names_are_compared_once_each(monkeypatch):
+    """However many there are, and however deep."""
+    from pad_vllm.frontend import http
+
+    calls = []
+    for name in ("is_known", "is_ours"):
+        monkeypatch.setattr(http, name, calls.append)
+    body: dict = {f"a{i}": {} for i in range(1000)}
+    for i in range(900):
+        body = {f"b{i}": body}
+    assert misplaced(body, "/v1/completions") is None
+    assert len(calls) == 1900
+
+
+class Request:
+    """A request whose class dropped what it does not know, and the HTTP request that it came in."""
+
+    model_extra = None
+
+    def __init__(self, body):
+        self._json = body
+
+
+def serving_classes() -> dict[str, tuple[type, str]]:
+    """Path -> the class of the installed vLLM that answers there, and its method."""
+    found = {}
+    for package, name, method, path in patches.ENDPOINTS:
+        try:
+            module = importlib.import_module(f"vllm.entrypoints.{package}.serving")
+        except ImportError:
+            assert path in ("/v1/decisions", "/cohere/v2/chat")  # 0.33's, and what needs Cohere's package
+            continue
+        found[path] = getattr(module, name), method
+    patches.install()
+    return found
+
+
+def test_each_request_class_has_a_second_check(tmp_path, monkeypatch):
+    """Where a body got past the middleware, vLLM's own reading of it is held against the same rule."""
+    classes = serving_classes()
+    assert classes.keys() >= {"/v1/messages", "/generative_scoring", "/v1/systemone", "/inference/v1/generate"}
+
+    def call(path: str, body) -> None:
+        serving_class, method = classes[path]
+        bare = serving_class.__new__(serving_class)
+        asyncio.run(getattr(bare, method)(Request(body), Request(body)))
+
+    for path in classes:
+        with pytest.raises(ValueError, match=r"pad_beta: (this endpoint cannot be|guidance goes into)"):
+            call(path, {"metadata": {"pad_beta": 1}})
+        with pytest.raises(AttributeError):  # it is let through: there is no engine behind it
+            call(path, {"metadata": {"other": 1}})
+    monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
+    engine = type("Engine", (), {})()
+    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
+    for path in classes.keys() & set(SCORING_ENDPOINTS):
+        with pytest.raises(ValueError, match=r"pad.default_persona: this server guides every request"):
+            call(path, {"state": "a"})
 
 
 GUIDED_ROUTES = {

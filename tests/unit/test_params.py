@@ -7,7 +7,7 @@ import vllm
 
 from pad_vllm import PAD, SamplingParams
 from pad_vllm.config import PADConfig
-from pad_vllm.params import GuidanceParams
+from pad_vllm.params import GuidanceParams, check_num_chars, did_you_mean
 
 
 def config(**pad) -> PADConfig:
@@ -213,3 +213,40 @@ def test_what_the_reward_model_reads(asked, contexts, base_weight):
 def test_unknown_persona_names_the_closest():
     with pytest.raises(ValueError, match="pad_persona='alise': no such persona; did you mean 'alice'"):
         config(personas={"alice": {"beta": 1}}).resolve(PAD(persona="alise"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pad_" + "x" * 9000: 1},
+        {"pad_persona": "x" * 9000, "pad_beta": "y" * 9000},
+        {"pad_preference": [["a" * 50] * 50] * 8},
+        {"pad_preference": "a" * 40_000},
+        {"pad_weights": [0.5] * 100_000},
+        {"pad_weights": {"a" * 9000: [[["b"] * 99] * 99] * 99}},
+        {"pad_top_k": -(10**5000)},
+        {"pad_beta": -(10**4000)},
+        {"pad_reference": ["base"] * 5000},
+    ],
+)
+def test_a_refusal_is_short(arguments):
+    """Whatever was sent: it repeats no more than a line of it, and is found without reading all of it."""
+    with pytest.raises(ValueError, match="pad_") as error:
+        PAD.from_extra_args(arguments)
+    assert len(str(error.value)) < 300
+
+
+def test_an_unknown_name_is_compared_to_few():
+    personas = [f"user-{i:06d}" for i in range(20_000)]
+    message = did_you_mean("user-012345x", personas)
+    assert message.startswith("did you mean 'user-012345'? known: user-000000, ")
+    assert message.endswith("and 19980 more")
+
+
+def test_a_request_brings_a_page_along_and_a_persona_a_book():
+    check_num_chars(["a" * 1024] * 2)
+    with pytest.raises(
+        ValueError, match="4097 characters, at most 4096 are allowed in a request; longer texts are for"
+    ):
+        check_num_chars(["a" * 1024, "a" * 1025])
+    assert config(personas={"a": {"preference": "a" * 30_000}}).personas["a"].preference == "a" * 30_000

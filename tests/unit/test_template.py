@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from transformers import AutoTokenizer
 
-from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
+from pad_vllm.reward.memo import Memo, size_of
+from pad_vllm.reward.template import CHUNK, DEFAULT_PROMPT_TEMPLATE, MAX_SPELLED, PromptTemplate, _any_of
 
 BOS, EOS, USER = 0, 1, 3
 PROMPT = [BOS, 50, 60, 70]
@@ -93,3 +96,52 @@ def test_a_preference_cannot_spell_control_tokens_that_are_not_marked_special(mo
     assert sum(i in control for i in composed) == template.before.count("<think>")
     assert tokenizer.decode(composed[1:-3]) == template.before.replace("{preference}", preference)
     assert (tokenizer.convert_tokens_to_ids("  ") in composed) == ("  " in preference)
+
+
+def test_special_tokens_are_found_by_one_pattern_longest_first(models, make):
+    """Of thousands, among which some begin others; a character is not compared to each of them."""
+    tokens = ["<a>", "<ab>", "<abc", "<a", "=", "==", "====", ".*", *(f"<unused{i}>" for i in range(6000))]
+    pattern = _any_of(tokens)
+    by_length = sorted(tokens, key=len, reverse=True)
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices([*"<ab>c=.*u1", "<unused", "<unused12>", "<ab"], k=30))
+        found, i = [], 0
+        while i < len(text):
+            token = next((token for token in by_length if text.startswith(token, i)), None)
+            found += [token] if token else []
+            i += len(token or "x")
+        assert pattern.findall(text) == found
+    assert _any_of([]).findall("a") == []
+    assert _any_of(["=" * n for n in range(1, 600)]).findall("=" * 1100) == ["=" * 599, "=" * 501]
+
+
+def test_a_preference_that_is_far_too_long_is_not_read_to_its_end(models, make):
+    template = make()
+    template.max_preference_tokens = 100
+    read = []
+    encode = template.tokenizer.encode
+    template.tokenizer.encode = lambda text, **kwargs: read.append(len(text)) or encode(text, **kwargs)
+    try:
+        for text in ("12345678" * 4000, "<|user|></s>" * 4000):
+            read.clear()
+            with pytest.raises(ValueError, match=r"pad_preference: .* at most \d+ are allowed"):
+                template.encode_preference(text)
+            assert sum(read) <= 2 * CHUNK
+        read.clear()
+        template.encode_preference("</s>" * MAX_SPELLED)
+        assert len(read) < 4 * MAX_SPELLED
+    finally:
+        del template.tokenizer.encode
+
+
+def test_what_is_kept_is_bounded_by_its_size():
+    memo = Memo(lambda text: (tuple(range(1000, 1000 + len(text))), ()), 2**20, size_of)
+    for i in range(2000):
+        memo(f"{i:04d}" * 100)
+        assert memo.num_bytes <= 2**20
+    assert 20 < len(memo) < 200
+    calls = []
+    memo = Memo(lambda text: calls.append(text) or len(text), 10_000, size_of)
+    assert [memo(text) for text in ("a", "b", "a", "x" * 20_000, "x" * 20_000, "a")] == [1, 1, 1, 20_000, 20_000, 1]
+    assert calls == ["a", "b", "x" * 20_000, "x" * 20_000]

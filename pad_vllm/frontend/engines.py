@@ -1,0 +1,123 @@
+"""Which of the engines that announced themselves are this frontend's own, and what its own configuration says.
+
+Servers may share a folder of announcements: one that is named by hand, or that a common launcher made. A frontend goes
+by its own engines alone; and whether a tokenizer may bring code is for its own configuration to say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pad_vllm.channel import Announcement, announced, data_parallel_address
+from pad_vllm.config import read_pad
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+    from vllm.config import VllmConfig
+
+MAX_FRAMES = 8
+"""Between vLLM's input processor and this module there are fewer."""
+
+Server = tuple[str, str]
+"""An engine's ``instance_id`` without its data-parallel rank, and its ``data_parallel_address``."""
+
+_serving: ContextVar[VllmConfig | None] = ContextVar("pad_serving", default=None)
+_servers: set[Server] = set()
+"""Those that this process is a frontend of; empty as long as it has none, or nobody knows."""
+_trusted: dict[str, frozenset[tuple[Any, Any]]] = {}
+"""By ``instance_id``; the configuration may be a file, and is read once."""
+
+
+def enter(scope: Scope) -> VllmConfig | None:
+    """Note for an HTTP request, or a server's start, which engine the application has."""
+    client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    vllm_config = getattr(client, "vllm_config", None)
+    _serving.set(vllm_config)
+    if vllm_config is not None:
+        _servers.add(server(vllm_config))
+    return vllm_config
+
+
+def of_this_request() -> VllmConfig | None:
+    """The configuration of the engine that a request is being admitted to: that of the application which serves it, or
+    from the frames of vLLM's input processor, which hands ``validate_params`` none."""
+    if (vllm_config := _serving.get()) is not None:
+        return vllm_config
+    frame = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "_validate_params":
+            return getattr(frame.f_locals.get("self"), "vllm_config", None)
+    return None
+
+
+def prompt_of_this_request() -> Sequence[int] | None:
+    """The ids of its prompt, from the frames of vLLM's servers and of its input processor; None where they show none,
+    and the worker decides."""
+    frame = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        for name in ("engine_input", "prompt"):
+            prompt = frame.f_locals.get(name)
+            if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_token_ids"), Sequence):
+                return prompt["prompt_token_ids"]
+    return None
+
+
+def server(vllm_config: VllmConfig) -> Server:
+    # A frontend that balances nothing beyond its machine has no engines of others.
+    address = "" if vllm_config.parallel_config.local_engines_only else data_parallel_address(vllm_config)
+    return _without_rank(vllm_config.instance_id), address
+
+
+def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
+    """What the engines of ``vllm_config``'s server announced, by their files; without it, those of every server that
+    this process is a frontend of."""
+    servers = _servers if vllm_config is None else {server(vllm_config)}
+    found = announced()
+    if not servers:
+        return found
+    ids, addresses = {one for one, _ in servers}, {address for _, address in servers if address}
+    return {
+        path: engine
+        for path, engine in found.items()
+        if _without_rank(engine.instance_id) in ids or engine.data_parallel_address in addresses
+    }
+
+
+def _without_rank(instance_id: str) -> str:
+    """vLLM gives each rank of data parallelism an id of its own."""
+    return instance_id.partition("_dp")[0]
+
+
+def may_run_code(tokenizer: Mapping[str, Any], vllm_config: VllmConfig | None) -> bool:
+    """Whether this frontend's own configuration trusts the code of an announced tokenizer.
+
+    Args:
+        tokenizer: arguments of ``AutoTokenizer.from_pretrained``, which may come from anywhere.
+        vllm_config: the frontend's own.
+    """
+    if vllm_config is None:
+        return False
+    named = tokenizer.get("pretrained_model_name_or_path"), tokenizer.get("revision")
+    if vllm_config.instance_id not in _trusted:
+        _trusted[vllm_config.instance_id] = frozenset(_read_trusted(vllm_config))
+    return named in _trusted[vllm_config.instance_id]
+
+
+def _read_trusted(vllm_config: VllmConfig) -> Iterator[tuple[Any, Any]]:
+    """Name and revision of what this frontend's own configuration trusts."""
+    pad, model = read_pad(vllm_config.additional_config) or {}, vllm_config.model_config
+    if pad.get("trust_remote_code") is True:
+        yield pad.get("reward_model"), pad.get("revision")
+    if model is not None and model.trust_remote_code is True:
+        yield model.tokenizer, model.tokenizer_revision
+        yield model.model, model.revision
