@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS
-from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
+from pad_vllm.reward.chat import Place, Seam, chat_format
+from pad_vllm.reward.marked_text import num_common
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
