@@ -10,10 +10,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pad_vllm.reward.chat_parser import Message
-from pad_vllm.reward.chat_structure import CONTENTS, ChatStructure
+from pad_vllm.reward.chat_parser import UNKNOWN, Message
+from pad_vllm.reward.chat_structure import ChatStructure
 from pad_vllm.reward.marked_text import NO_TOKEN, MarkedText, is_marker
-from pad_vllm.reward.renderings import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +21,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 SEPARATOR = "\n\n"
 """Between the content of a system message and the preference."""
-KIND_TOKENS, KIND_MARKERS = 64, 4
-"""Prompts are of one kind if their first so many tokens begin with the same so many markers."""
+MAX_KINDS = 64
+"""Of prompts that are not understood, of each of which a log tells once."""
 
 
 class Seam(NamedTuple):
@@ -51,6 +50,28 @@ class Place(NamedTuple):
     """The prompt begins as a chat, and is none that the chat template writes."""
 
 
+class MisreadPromptError(Exception):
+    """A prompt begins as a chat, and with no message that the chat template writes. ``kind``: what such prompts have in
+    common."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("A prompt begins with no message that the chat template writes")
+        self.kind = kind
+
+
+class Kinds:
+    """Which kinds of prompts were told of already: at most :data:`MAX_KINDS`."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def is_new(self, kind: str) -> bool:
+        if kind in self._known or len(self._known) >= MAX_KINDS:
+            return False
+        self._known.add(kind)
+        return True
+
+
 class ChatFormat:
     """Finds where a preference goes in prompts that a chat template wrote.
 
@@ -67,35 +88,29 @@ class ChatFormat:
         self.structure = ChatStructure(self.marked)
         self.adds_prefix = self.marked.adds_prefix
         self.bos_once = self.structure.grammar.bos_once
-        self._strips_left = {role: self._strips(role, "left") for role in ("user", "assistant", "developer")}
-        self._strips_system = self._strips("system", "right")
 
     def find(self, prompt_ids: Sequence[int]) -> Place | None:
         """Where a preference goes in a prompt that opens with a message, or None: at the end of the user's own system
         message at its head, or of the one that the template wrote where there is no other; else at the start of the
-        first message."""
+        first message.
+
+        Raises:
+            MisreadPromptError: it begins as a chat, and is none that the template writes.
+        """
         pieces = self.marked.pieces(prompt_ids)
         text = "".join(pieces)
         leading, first = self.structure.leading(self.structure.grammar.messages(text))
         system = self.structure.own_system(text, leading)
         if system is not None:
             return self._end_of_system(pieces, text, system)
-        if first is None:
+        if first is None or first.role == UNKNOWN:
+            if self.structure.looks_like_chat(text):
+                raise MisreadPromptError(self.structure.kind(text))
             return None
-        return cut(pieces, first.start, self.marked, strip_left=self._strips_left.get(first.role, False))
-
-    def looks_like_chat(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt begins with a token that marks more than its beginning."""
-        start = int(bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id and self.bos_once)
-        return len(prompt_ids) > start and prompt_ids[start] in self.marked.atoms
-
-    def kind(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """What prompts that are not understood have in common where they are written by one template."""
-        markers = [i for i in prompt_ids[:KIND_TOKENS] if i in self.marked.atoms]
-        return tuple(markers[:KIND_MARKERS])
+        return cut(pieces, first.start, self.marked, strip_left=self.structure.strips_left.get(first.role, False))
 
     def _end_of_system(self, pieces: list[str], text: str, message: Message) -> Place:
-        strips = self._strips_system
+        strips = self.structure.strips_system
         if message.end is None:  # one that does not end takes the preference where it begins
             return cut(pieces, message.start, self.marked, strip_left=strips)
         body = text[message.begin : message.end]
@@ -110,13 +125,6 @@ class ChatFormat:
             strip_right=strips,
         )
         return place._replace(ends_system=True)
-
-    def _strips(self, role: str, side: str) -> bool:
-        word = CONTENTS[0]
-        content = f" \n {word}" if side == "left" else f"{word} \n "
-        rest = [{"role": "user", "content": CONTENTS[1]}] if role == "system" else []
-        rendered = [render(self.tokenizer, [{"role": role, "content": text}, *rest]) for text in (content, word)]
-        return rendered[0] is not None and rendered[0] == rendered[1]
 
 
 def cut(pieces: list[str], at: int, marked: MarkedText, **seam: Any) -> Place:

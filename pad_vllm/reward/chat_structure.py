@@ -1,8 +1,8 @@
 """The structure of a tokenizer's chats, learned from renderings of conversations whose contents are known.
 
 What never changes between renderings, whatever the day and the request say, is structure; all else is text.
-:mod:`~pad_vllm.reward.chat` finds by it where a preference stands, :mod:`~pad_vllm.reward.translation` the messages of a
-prompt that is to be written in another template.
+:mod:`~pad_vllm.reward.chat` finds by it where a preference stands, :mod:`~pad_vllm.reward.translation` the messages of
+a prompt that is to be written in another template.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ VARIED = (("user",), ("system", "user"), ("user", "assistant", "user"), ("system
 """Conversations that are rendered under all variables."""
 MIN_LITERAL = 4
 """Characters by which a message that the template writes can be told from one of the user's."""
+
+
+KIND_CHARACTERS, KIND_MARKERS = 512, 4
+"""Prompts are of one kind if in their first so many characters they have the same first markers, so many of them."""
 
 
 class Rendering(NamedTuple):
@@ -72,7 +76,7 @@ class ChatStructure:
         self._heads: dict[str, str] = {}
         self._gaps: dict[tuple[str, str], str] = {}
         self._tails: dict[str, list[str]] = {}
-        for roles, generate, parts, *_ in self._plain:
+        for roles, _, parts, *_ in self._plain:
             self._heads.setdefault(roles[0], parts[0])
             for pair, part in zip(itertools.pairwise(roles), parts[1:-1], strict=True):
                 self._gaps.setdefault(pair, part)
@@ -91,6 +95,17 @@ class ChatStructure:
         """How messages begin that the template writes where the user's own system messages have their opener, too."""
         self.defaults = self._constant_messages()
         """Contents of messages that it writes by itself, and always the same."""
+        self.strips_left = {role: self._strips(role, "left") for role in ("user", "assistant", "developer")}
+        self.strips_system = self._strips("system", "right")
+        """Whether the template takes the white space around contents away."""
+
+    def looks_like_chat(self, text: str) -> bool:
+        """Whether a prompt begins with a token that marks more than its beginning."""
+        return is_marker(self._without_bos(text)[:1])
+
+    def kind(self, text: str) -> str:
+        """What prompts have in common that one template wrote: their first markers."""
+        return "".join(filter(is_marker, text[:KIND_CHARACTERS]))[:KIND_MARKERS]
 
     @staticmethod
     def leading(messages: Iterable[Message]) -> tuple[list[Message], Message | None]:
@@ -136,7 +151,7 @@ class ChatStructure:
     def _learn_turns(self) -> None:
         """Closers, and the openers of messages that may follow others."""
         grammar, gaps, tails = self.grammar, self._gaps, self._tails
-        for role in {role for pair in gaps for role in pair}:
+        for role in dict.fromkeys(role for pair in gaps for role in pair):
             follows = [gap for (of, _), gap in gaps.items() if of == role] + tails.get(role, [])
             closer = follows[0][: num_common(*follows)]
             at = next((i for i, c in enumerate(closer) if c in self._starts), len(closer))
@@ -148,7 +163,9 @@ class ChatStructure:
         if "user" not in openers:
             openers["user"] = self._last_message(self._without_bos(self._heads["user"]))
         if "developer" in self._heads:
-            openers["developer"] = self._last_message(self._without_bos(self._heads["developer"]))
+            opener = self._last_message(self._without_bos(self._heads["developer"]))
+            if first_marker(opener):  # else it is what the template writes for any role that it does not know
+                openers["developer"] = opener
         for (role, following), gap in gaps.items():
             opener = openers.get(following)
             if opener and gap.endswith(opener):
@@ -172,16 +189,12 @@ class ChatStructure:
         opener = None
         if "system" in heads and ("system", "user") in self._gaps and heads["system"] != heads["user"]:
             plain = self._last_message(self._without_bos(heads["system"]))
-            others = [
-                self._last_message(self._without_bos(r.head)) for r in self.renderings if r.roles[0] == "system"
-            ]
+            others = [self._last_message(self._without_bos(r.head)) for r in self.renderings if r.roles[0] == "system"]
             others = [other for other in others if other[:1] == plain[:1] or not is_marker(plain[:1])]
             common = plain[: num_common(plain, *others)]
             opener = plain if common == plain else self._begin_of(common, last=True)
-        if opener is not None:
-            for same in [literal for literal, role in grammar.openers.items() if literal == opener]:
-                if grammar.openers[same] == "user":
-                    opener = None  # merged into the user's
+        if opener is not None and grammar.openers.get(opener) in ("user", "assistant"):
+            opener = None  # merged into the user's, or taken for another role
         if opener is not None:
             grammar.openers[opener] = "system"
         elif "system" in heads:
@@ -225,6 +238,8 @@ class ChatStructure:
         for rendering in sorted(self.renderings, key=lambda rendering: not rendering.is_plain):
             text, role = rendering.text, rendering.roles[0]
             where = len(rendering.head)
+            if role == "system" and role not in self.grammar.openers.values():
+                role = "user"  # of which it is a part
             for _ in range(4):
                 messages = list(self.grammar.messages(text))
                 unknown = next((m.begin for m in messages if m.role == UNKNOWN and m.begin < where), None)
@@ -234,11 +249,18 @@ class ChatStructure:
                 opener = self._begin_of(text[at:where])
                 if is_marker(opener[:1]) and opener not in self.grammar.openers:
                     self.grammar.openers[opener] = WRITTEN if rendering.is_plain else INSERTED
-                elif rendering.is_plain and role != "system" and text[at:where] and unknown is None:
+                elif rendering.is_plain and rendering.roles[0] == "user" and unknown is None and at < where:
                     self.grammar.head_openers[text[at:where]] = role
                 else:
                     break
                 self.grammar.compile()
+
+    def _strips(self, role: str, side: str) -> bool:
+        word = CONTENTS[0]
+        content = f" \n {word}" if side == "left" else f"{word} \n "
+        rest = [{"role": "user", "content": CONTENTS[1]}] if role == "system" else []
+        rendered = [render(self.marked.tokenizer, [{"role": role, "content": c}, *rest]) for c in (content, word)]
+        return rendered[0] is not None and rendered[0] == rendered[1]
 
     def _begin_of(self, text: str, last: bool = False) -> str:
         """Of a message's beginning what opens it: up to behind the role's name where it has the form that others have,

@@ -21,8 +21,8 @@ NO_TOKEN = "\ufdd0"
 
 class MarkedText:
     """A tokenizer's ids as strings: a private character for each token that only marks, and for others a character for
-    each of their bytes, of the same number. Joined, they say the same however the tokenizer cut a text, as it does where
-    a content begins with a space or a newline.
+    each of their bytes, of the same number. Joined, they say the same however the tokenizer cut a text, as it does
+    where a content begins with a space or a newline.
 
     Args:
         tokenizer: any; where it is not one of bytes, its tokens' own text is taken for what they say.
@@ -62,9 +62,6 @@ class MarkedText:
             self.spelled.get(part, "") if i % 2 else part.encode("latin-1").decode(errors="surrogateescape")
             for i, part in enumerate(parts)
         )
-
-    def ids_of(self, atoms: Iterable[str]) -> set[int]:
-        return {token_id for token_id, atom in self.atoms.items() if atom in atoms}
 
     def _piece(self, token_id: int) -> str:
         try:
