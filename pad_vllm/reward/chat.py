@@ -113,7 +113,7 @@ class ChatFormat:
         strips = self.structure.strips_system
         if message.end is None:  # one that does not end takes the preference where it begins
             return cut(pieces, message.start, self.marked, strip_left=strips)
-        body = text[message.begin : message.end]
+        body = text[message.start : message.end]
         # Stripped, an empty content leaves what the template itself writes before it.
         empty = not body or (strips and body[-1].isspace())
         place = cut(

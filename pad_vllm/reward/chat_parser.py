@@ -66,6 +66,9 @@ class Grammar:
         # White space is an opener only where one must stand.
         self._anywhere = alternatives(opener for opener in every if first_marker(opener) or has_text(opener))
         self._ends = {role: self._end_of(role) for role in {*every.values(), *self.closers, *self.direct}}
+        closers = {first_marker(self.closers.get(role, "")) for role in ("system", "user")} - {""}
+        behind = f"\\s*(?={ATOMS}|\\Z)"
+        self._closing = re.compile(f"\\s*[{''.join(closers)}]{behind}" if closers else r"(?!)")
         self._roles = every
 
     def _end_of(self, role: str) -> re.Pattern[str]:
@@ -118,13 +121,15 @@ class Grammar:
     def _end(self, role: str, text: str, start: int) -> tuple[int | None, int, str | None]:
         """Where a content ends, where what closes it ends, and the next message's role where that is known by it."""
         if role in (WRITTEN, INSERTED):
-            match = self._anywhere.search(text, start)
-            if match is None:
+            match, following = self._closing.search(text, start), self._anywhere.search(text, start)
+            if match is not None and (following is None or match.start() < following.start()):
+                return match.start(), match.end(), None
+            if following is None:
                 return None, len(text), None
-            end = match.start()
+            end = following.start()
             while end > start and (is_marker(text[end - 1]) or text[end - 1].isspace()):
                 end -= 1
-            return end, match.start(), None
+            return end, following.start(), None
         match = self._ends[role].search(text, start)
         if match is None:
             return None, len(text), None

@@ -164,7 +164,8 @@ class ChatStructure:
             openers["user"] = self._last_message(self._without_bos(self._heads["user"]))
         if "developer" in self._heads:
             opener = self._last_message(self._without_bos(self._heads["developer"]))
-            if first_marker(opener):  # else it is what the template writes for any role that it does not know
+            closing = set(map(first_marker, grammar.closers.values())) - {""}
+            if first_marker(opener) and not closing & set(opener):  # else it is no role that the template knows
                 openers["developer"] = opener
         for (role, following), gap in gaps.items():
             opener = openers.get(following)
