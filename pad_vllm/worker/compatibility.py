@@ -103,6 +103,8 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
     template = None
     if tokens.tokenizer is not None:
         template = PromptTemplate(tokens.tokenizer, config.prompt_template, config.insert_after, tokens.chat_tokenizer)
+        if config.chat == "strict":
+            check_chat(config, template, tokens)
     stretch = 1.0 if tokens.pair is None else tokens.pair.stretch
     max_preference_tokens, shortage = fit_context(config, model_config, base.max_model_len, template, stretch)
     if template is not None:
@@ -129,6 +131,18 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         except ValueError as error:
             raise ValueError(f"pad.personas[{name!r}]: {error}") from None
     return fits
+
+
+def check_chat(config: PADConfig, template: PromptTemplate, tokens: SharedTokens) -> None:
+    """Raise ValueError for a chat template whose messages cannot be found, where prompts must be understood."""
+    tokenizers = [tokens.chat_tokenizer] if tokens.pair is None else [tokens.pair.translator.base.tokenizer]
+    has_template = any(getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers)
+    is_lost = template.chat is None if tokens.pair is None else tokens.pair.translator.structure is None
+    if has_template and is_lost and not config.insert_after:
+        raise ValueError(
+            "pad.chat='strict': where the base model's chat template puts messages cannot be found; set "
+            "or pad.chat to 'auto'"
+        )
 
 
 def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:

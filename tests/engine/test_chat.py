@@ -6,7 +6,7 @@ import pytest
 
 from pad_vllm.reward.template import PromptTemplate
 from tests.support.chats import tokenizer_of
-from tests.support.engine import Engine, engine_stats, greedy, pad_config
+from tests.support.engine import Engine, engine_stats, greedy, pad_config, running_guidance
 from tests.support.models import make_model
 
 
@@ -39,5 +39,25 @@ def test_a_system_prompt_is_computed_once_for_users_of_different_preferences(cha
         own = sum(len(c.ids) - 500 for c in composed)
         assert stats["tokens"] == 500 + own
         assert stats["prefix_hits"] == 15 * 500
+    finally:
+        engine.close()
+
+
+def plain_and_failed(llm) -> tuple[float, float]:
+    stats = running_guidance(llm).stats
+    return stats.plain_prompts, stats.failed_requests
+
+
+def test_a_prompt_that_is_none_of_the_template_is_refused_where_that_is_asked_for(chat_model):
+    """It is ended at once, alone, and counted; a plain text is no such prompt."""
+    tokenizer = tokenizer_of("chatml")
+    heads = ("<|im_start|>critic\n", "<|im_start|>user\n", "say why ")
+    prompts = [tokenizer.encode(f"{head}say why", add_special_tokens=False) for head in heads]
+    engine = Engine("v1", chat_model, max_model_len=128, max_num_seqs=4, **pad_config(chat_model, chat="strict"))
+    try:
+        refused, *answered = engine.generate(prompts, [greedy(8, preference="formal")] * 3)
+        assert refused == [tokenizer.eos_token_id]
+        assert all(len(answer) == 8 for answer in answered)
+        assert engine.call(plain_and_failed) == (1, 1)
     finally:
         engine.close()

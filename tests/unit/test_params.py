@@ -118,6 +118,7 @@ def test_personas_defaults_and_overrides():
         ({"reward_model": 7}, "pad.reward_model=7: must be a string"),
         ({"beta": "1"}, "pad.beta='1': must be a number"),
         ({"top_k": 65}, "pad.top_k=65: must be between 1 and 64"),
+        ({"chat": "loose"}, "pad.chat='loose': must be one of 'auto', 'strict'"),
         ({"max_top_k": 4096}, "pad.max_top_k=4096: must be between 1 and 1024"),
         ({"reference": "natural"}, "pad.reference='natural': must be one of base, neutral, none"),
         ({"personas": {"a": {"preference_weights": [1]}}}, r"pad.personas\['a'\]: pad_preference_weights: there is no"),
