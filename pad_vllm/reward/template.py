@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS
 from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
+from pad_vllm.reward.rendering import bounded_render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +128,8 @@ class PromptTemplate:
         if getattr(tokenizer, "chat_template", None):
             message = {"role": "user", "content": EXAMPLE}
             try:
-                ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+                text = bounded_render(tokenizer, [message], add_generation_prompt=True)
+                ids = tokenizer.encode(text, add_special_tokens=False)
             except Exception as error:  # a template raises what it likes
                 return f"the chat template refuses a question ({one_line(error)})"
         else:
