@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 2.0
-"""Of one rendering, which takes a millisecond as a rule. A template that once took longer is not rendered again."""
+"""Of a processor's time for one rendering, which takes a millisecond as a rule. A template that once took longer is not
+rendered again."""
 _LENGTH = struct.Struct("<Q")
 _SCRIPT = Path(__file__).with_name("rendering_process.py")
 
@@ -32,7 +33,7 @@ _SCRIPT = Path(__file__).with_name("rendering_process.py")
 def bounded_render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
-    seconds: float = RENDER_SECONDS,
+    seconds: float | None = None,
     **variables: Any,
 ) -> str:
     """``tokenizer.apply_chat_template(messages, tokenize=False, **variables)``, in a bounded time and memory. May be
@@ -40,6 +41,7 @@ def bounded_render(
 
     Args:
         messages: of one conversation; what JSON can hold.
+        seconds: at most; :data:`RENDER_SECONDS` when None.
         variables: for the template, such as ``tools`` and ``add_generation_prompt``; what JSON can hold. A function,
             such as ``strftime_now``, is asked once, for "%d %b %Y", and always gives the template that answer.
 
@@ -55,7 +57,7 @@ def bounded_render(
     given = {**tokenizer.special_tokens_map, **variables, "messages": list(messages)}
     given = {"tools": None, "documents": None, "add_generation_prompt": False, **given}
     values = {name: value for name, value in given.items() if name not in answers}
-    return _renderer.render(template, {"values": values, "answers": answers}, seconds)
+    return _renderer.render(template, {"values": values, "answers": answers}, seconds or RENDER_SECONDS)
 
 
 class _Renderer:
@@ -78,9 +80,11 @@ class _Renderer:
             status, answer = self._ask(request)
             if status == 0:  # it had been idle for long, and ended as it was asked
                 status, answer = self._ask(request)
-            if status == -signal.SIGALRM:
-                self._refused[template] = f"the chat template did not end within {seconds:g} seconds"
-                raise ValueError(self._refused[template])
+            if status in (-signal.SIGPROF, -signal.SIGALRM):
+                words = f"the chat template did not end within {seconds:g} seconds"
+                if status == -signal.SIGPROF:  # and not for all else that the machine had to do
+                    self._refused[template] = words
+                raise ValueError(words)
         if status is not None:
             raise ValueError(f"the process that renders chat templates ended with status {status}")
         read = json.loads(answer)

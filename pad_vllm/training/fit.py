@@ -83,9 +83,9 @@ def load(
     reward_model: str, prompt_template: str | None, insert_after: str | None
 ) -> tuple[PreTrainedModel, PromptTemplate]:
     """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
-    tokenizer = load_tokenizer("reward_model", reward_model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model("reward_model", reward_model).eval().to(device)
+    tokenizer = load_tokenizer("reward_model", reward_model)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
     pad = PADConfig.from_additional_config({"pad": {key: value for key, value in given.items() if value is not None}})
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)

@@ -51,9 +51,9 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output)
     check_settings(config)
-    tokenizer = load_tokenizer("model", config.model)
     model = load_model("model", config.model)
     reference = load_model("reference", config.reference or config.model).requires_grad_(False)
+    tokenizer = load_tokenizer("model", config.model)
     other_tokenizer = another_tokenizer(config.reference, tokenizer) if config.reference else None
     if other_tokenizer is not None and config.max_answer is not None:
         raise ValueError("max_answer: another tokenizer of the reference would cut its answers elsewhere")
