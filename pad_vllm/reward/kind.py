@@ -23,7 +23,7 @@ from pad_vllm.reward.heads import HEAD_FILES, RELEASED_HEAD
 ADAPTER_CONFIG = "adapter_config.json"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors")
-_OUTPUT_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|head)\.(\w*weight\w*|linear\.weight)$")
+_OUTPUT_HEADS = re.compile(r"(^|\.)(\w*head|embed_out|output|output_layer)\.(\w*weight\w*|linear\.weight)$")
 """What architectures call the matrix from a hidden state to the vocabulary. Quantized ones have a ``qweight``."""
 _SCORES = re.compile(r"(^|\.)(scores?|classifier|classification_head|regression_\w+|(value|reward|v)_head)\.")
 
@@ -71,8 +71,8 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
         )
     classifies = any(re.search(r"Classification|RewardModel|Regression", name) for name in architectures)
     is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    has_head = names is None or any(map(_OUTPUT_HEADS.search, names))
     scores = sorted(filter(_SCORES.search, names or ()))
+    has_head = names is None or any(_OUTPUT_HEADS.search(name) for name in names.difference(scores))
     if classifies or (scores and not (has_head or is_causal)):
         seen = f", and its weights hold {scores[0]!r}" if scores else ""
         return (

@@ -246,7 +246,7 @@ def test_one_comparison_is_too_few(base, pairs, tmp_path, capsys):
     assert "error: --trainer: optim='adamw' is not JSON: Expecting value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("when", ["the settings", "a checkpoint", "the reward model"])
+@pytest.mark.parametrize("when", ["a checkpoint", "the reward model"])
 def test_a_full_disk_is_a_line_and_loses_nothing(when, base, pairs, undisturbed, tmp_path):
     """A limit on the size of files stands for the disk: writing beyond it fails as it does there, in the middle."""
     command = ["train", str(pairs), "--model", str(base), "--output", str(tmp_path / "reward"), "--save-steps", "2"]
@@ -256,12 +256,11 @@ def test_a_full_disk_is_a_line_and_loses_nothing(when, base, pairs, undisturbed,
         "import resource, sys\n"
         "from pad_vllm import cli\n"
         "from pad_vllm.training import train\n"
-        "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        f"def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, ({3 * size // 4}, -1))\n"
         "export = train.export\n"
-        "def full(*args): limit(3 * size // 4); export(*args)\n"
-        f"size = {size}\n"
+        "def full(*args): limit(); export(*args)\n"
         f"if {when!r} == 'the reward model': train.export = full\n"
-        f"else: limit(100 if {when!r} == 'the settings' else 3 * size // 4)\n"
+        "else: limit()\n"
         "cli.main(sys.argv[1:])\n"
     )
     found = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
