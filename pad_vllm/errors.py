@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _IN_WORDS = re.compile(r"\(os error (\d+)\)|inline_container")
 """How safetensors, and torch, say that a file could not be written."""
 
@@ -26,6 +26,8 @@ def writing(folder: Path, kept: str) -> Iterator[None]:
     library that wrote raised."""
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:
         causes: list[BaseException] = []
         cause: BaseException | None = error

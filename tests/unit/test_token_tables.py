@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pad_vllm.cache import cached
 from pad_vllm.reward import token_tables
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.token_tables import NO_KEY, load_tables, make_tables
@@ -139,6 +143,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(tokens, tmp_path):
     (tmp_path / "file").write_text("")
     tables = load_tables(tokens["byte-level"], [1], tokens["metaspace"], [1], cache_dir=tmp_path / "file")
     assert len(tables.key) == tokens["byte-level"].size
+
+
+def test_a_full_disk_is_done_without(tokens, tmp_path):
+    """A limit on the size of files stands for the disk, where nothing is left of what did not fit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        tables = load_tables(tokens["byte-level"], [1], tokens["metaspace"], [1], cache_dir=tmp_path)
+        with pytest.raises(OSError, match=r"/model cannot be written: .*\. Nothing is left of it$") as error:
+            cached(tmp_path, "model", lambda folder: folder.mkdir() or save_file({"a": torch.zeros(999)}, folder / "a"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(tables.key) == tokens["byte-level"].size
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def refused(model, pre_tokenizer=None) -> PreTrainedTokenizerFast:
