@@ -204,7 +204,7 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"backbone": Stage(lr=float("nan"))}, "backbone: lr=nan: must be between 0 and 1000"),
         ({"heads": Stage(lr=1e-3, epochs=float("inf"))}, "heads: epochs=inf: must be between"),
         ({"trainer": {"gradient_accumulation_steps": 0}}, "trainer: gradient_accumulation_steps=0: must be at least 1"),
-        ({"trainer": {"optim": "none"}}, "trainer: 'none' is not a valid OptimizerNames"),
+        ({"trainer": {"optim": "none"}}, "trainer: none is not a valid OptimizerNames"),
         ({"adapter": "/nowhere"}, "adapter: /nowhere has no adapter_config.json"),
         ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has a rank already"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
@@ -237,7 +237,7 @@ def test_one_comparison_is_too_few(base, pairs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
-    words = "one comparison of at most 256 tokens, and one is kept to measure accuracy on; give more, or others"
+    words = "one comparison of at most 512 tokens, and one is kept to measure accuracy on; give more, or others"
     assert capsys.readouterr().err == f"error: {data}: {words} to measure on (--eval-data)\n"
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
     with pytest.raises(SystemExit) as ended:
