@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pad_vllm.errors import writing
+
 
 def cached(cache_dir: str | os.PathLike | None, name: str, make: Callable[[Path], object]) -> Path:
     """The folder ``name`` of the cache, made now unless it is there.
@@ -29,6 +31,7 @@ def cached(cache_dir: str | os.PathLike | None, name: str, make: Callable[[Path]
         if not folder.exists():
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root, ignore_cleanup_errors=True) as unfinished:
                 made = Path(unfinished, name)
-                make(made)
+                with writing(folder, "Nothing is left of it"):
+                    make(made)
                 made.rename(folder)
     return folder

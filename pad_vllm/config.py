@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pad_vllm.errors import one_line
 from pad_vllm.params import (
@@ -23,6 +20,7 @@ from pad_vllm.params import (
     check_text,
     did_you_mean,
 )
+from pad_vllm.reading import read_json, read_yaml
 from pad_vllm.reward.folder import DEFAULTS_FILE, files_beside, locate_defaults, read_defaults
 from pad_vllm.reward.heads import locate_heads
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
@@ -250,28 +248,8 @@ def read_file(key: str, path: str) -> Any:
     """
     try:
         text = Path(path).read_text("utf-8")
-        return json.loads(text, object_pairs_hook=_unique) if path.endswith(".json") else yaml.load(text, _Loader)
+        return read_json(text) if path.endswith(".json") else read_yaml(text)
     except OSError as error:
         raise ValueError(f"{key}={path!r}: cannot be read ({error.strerror})") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{key}={path!r}: {one_line(error)}") from None
-
-
-def _unique(pairs: list[tuple[Hashable, Any]]) -> dict:
-    """A dict of ``pairs``; ValueError if one would be lost."""
-    read = dict(pairs)
-    if len(read) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return read
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        return super().construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)

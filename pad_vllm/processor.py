@@ -92,6 +92,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.engine_checks import check_engine
         from pad_vllm.worker.guidance import Guidance
         from pad_vllm.worker.patches import reward_model_drafts
+        from pad_vllm.worker.sleep import make_kept
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
         guidance, resolve, speculator = None, refuse_unless_silent, None
@@ -104,7 +105,9 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                     "PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost"
                 )
             num_drafts = 0 if speculator is None else speculator.num_speculative_steps
-            guidance = Guidance(config, self.vllm_config, device, num_drafts)
+            guidance = make_kept(
+                lambda: Guidance(config, self.vllm_config, device, num_drafts), self.vllm_config, on_v2
+            )
             resolve = guidance.fit.resolve
         self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
         if speculator is not None:

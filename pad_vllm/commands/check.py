@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pad_vllm import internals, releases
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
+from pad_vllm.params import shown
+from pad_vllm.reading import read_json
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="a configuration: the path of a JSON or YAML file, or JSON")
     parser.add_argument("--model", help="a base model to hold the configured reward model against")
     parser.add_argument("--max-model-len", type=int, help="that the engine would have")
-    parser.add_argument("--engine-args", type=json.loads, metavar="JSON", help="other arguments of the engine")
+    parser.add_argument("--engine-args", type=read_json, metavar="JSON", help="other arguments of the engine")
 
 
 def run(**settings) -> int:
@@ -127,9 +128,9 @@ def read_config(config: str) -> PADConfig:
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
-            pad = json.loads(config)
+            pad = read_json(config)
         except ValueError as error:
-            raise ValueError(f"{config!r} is not JSON: {error}") from None
+            raise ValueError(f"{shown(config)} is not JSON: {error}") from None
     read = PADConfig.from_additional_config({"pad": pad})
     if read is None:
         raise ValueError("empty: pad would not be active")
@@ -151,8 +152,10 @@ def check_files(config: PADConfig) -> str:
     """The reward model as it would stand beside a base model of its own kind; no weights are loaded."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from pad_vllm.reward.kind import check_causal_lm
     from pad_vllm.worker.compatibility import fit
 
+    check_causal_lm(config.reward_model, config.revision)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(config.reward_model, **where).get_text_config()

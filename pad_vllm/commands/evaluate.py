@@ -18,11 +18,11 @@ def run(config: str, output: str) -> int:
     from pad_vllm.evaluation.report import plot, table
 
     sys.path.insert(0, str(Path(config).resolve().parent))  # the checker's module may stand beside its name
-    result = evaluate(read_config(config))
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings, folder = read_config(config), Path(output)
+    folder.mkdir(parents=True, exist_ok=True)  # before the hours that it takes, not after them
+    result = evaluate(settings)
+    print(table(result["rows"]))  # seen, should the disk be full
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "evaluation.md").write_text(table(result["rows"]))
     plot({"base": result["rows"]}, folder)
-    print(table(result["rows"]))
     return 0

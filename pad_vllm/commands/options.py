@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from pad_vllm.params import shown
+from pad_vllm.reading import read_json
 
 
 def assignments(option: str, values: Sequence[str]) -> dict[str, str]:
     if strange := [value for value in values if "=" not in value]:
         raise ValueError(f"{option}: {strange[0]!r}: expected NAME=VALUE")
     return dict(value.split("=", 1) for value in values)
+
+
+def json_assignments(option: str, values: Sequence[str]) -> dict[str, Any]:
+    read = {}
+    for name, value in assignments(option, values).items():
+        try:
+            read[name] = read_json(value)
+        except ValueError as error:
+            raise ValueError(f"{option}: {name}={shown(value)} is not JSON: {error}") from None
+    return read
 
 
 def given(**settings) -> dict:

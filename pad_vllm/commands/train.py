@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
-from pad_vllm.commands.options import assignments, given
+from pad_vllm.commands.options import assignments, given, json_assignments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +72,7 @@ def run(
         **settings,
         **given(prompt_template=prompt_template),
         columns=assignments("--columns", columns),
-        trainer={name: json.loads(value) for name, value in assignments("--trainer", trainer).items()},
+        trainer=json_assignments("--trainer", trainer),
         stages=tuple(stages) if stages else None,
         backbone=Stage(lr=backbone_lr, epochs=backbone_epochs, opposites=opposites, **common),
         heads=Stage(lr=heads_lr, epochs=heads_epochs, **common),

@@ -33,7 +33,7 @@ from pad_vllm.demo.comparisons import compare
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
 from pad_vllm.demo.smollm import ADAPTER, ADAPTER_SETTINGS, PROMPT_TEMPLATE, build_base
 from pad_vllm.evaluation.engine import Request, generate
-from pad_vllm.training.data import write_records
+from pad_vllm.training.records import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
 if TYPE_CHECKING:

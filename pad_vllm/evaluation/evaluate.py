@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -34,6 +33,7 @@ from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.records import json_lines
 from pad_vllm.training.train import another_tokenizer
 from pad_vllm.training.trainer import score_answers
 
@@ -370,8 +370,8 @@ def read_config(path: str | Path) -> EvaluationConfig:
     if isinstance(settings.get("prompts"), str):
         file = path.parent / settings["prompts"]
         try:
-            settings["prompts"] = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
+            settings["prompts"] = [record for _, record in json_lines(file)]
+        except OSError as error:
             raise ValueError(f"prompts: {file}: {error}") from None
     if isinstance(settings.get("users"), str):
         settings["users"] = read_file("users", str(path.parent / settings["users"]))

@@ -9,13 +9,17 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from pad_vllm.reading import read_json
+
 DEFAULTS_FILE = "pad.json"
 DEFAULTS = ("prompt_template", "insert_after", "reference", "beta", "top_k")
 """Keys of the server's configuration for which a reward model may bring its own defaults."""
 
 
-def files_beside(reward_model: str, revision: str | None, names: Sequence[str]) -> list[Path]:
-    """Those of ``names`` that are files in a model's folder or repository."""
+def files_beside(
+    reward_model: str, revision: str | None, names: Sequence[str], local_files_only: bool = False
+) -> list[Path]:
+    """Those of ``names`` that are files in a model's folder or repository; ``local_files_only``: that are here."""
     settings = dict.fromkeys(
         (
             "_raise_exceptions_for_missing_entries",
@@ -24,6 +28,7 @@ def files_beside(reward_model: str, revision: str | None, names: Sequence[str]) 
         ),
         False,
     )
+    settings["local_files_only"] = local_files_only
     found = [cached_file(reward_model, name, revision=revision, **settings) for name in names]
     return [Path(path) for path in found if path is not None]
 
@@ -44,7 +49,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
             :class:`~pad_vllm.config.PADConfig` to check.
     """
     try:
-        defaults = json.loads(path.read_text("utf-8"))
+        defaults = read_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     if not isinstance(defaults, dict):

@@ -19,6 +19,8 @@ HEAD_FILES = ("value_head.safetensors", "heads.safetensors")
 """Where heads are looked for beside a model, in this order."""
 
 RELEASED_HEAD = "v_head.summary"
+BACKBONE_HEAD = "backbone"
+"""The name of training's identity head; weight 1 leaves the backbone's hidden state as it is."""
 
 
 @dataclass(frozen=True)
@@ -93,5 +95,22 @@ def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu")
                 "are expected"
             )
         weight[i], bias[i] = w, b
-    public = tuple("summary" if name == RELEASED_HEAD else name.removeprefix("heads.") for name in names)
+    public = tuple(map(public_name, names))
+    if twice := next((name for name in public if public.count(name) > 1), None):
+        both = [repr(name) for name, shown in zip(names, public, strict=True) if shown == twice]
+        raise ValueError(f"heads {str(path)!r}: {' and '.join(both)} are both head {twice!r} to a request; rename one")
     return ValueHeads(public, weight.to(device), bias.to(device))
+
+
+def public_name(name: str) -> str:
+    """What requests and users call a head of a file."""
+    return "summary" if name == RELEASED_HEAD else name.removeprefix("heads.")
+
+
+def check_head_name(name: str) -> None:
+    """Raise ValueError for the name of a dimension that a file of heads, and who reads it, would not keep apart."""
+    if not name or name == BACKBONE_HEAD or public_name(name) != name or name.endswith((".weight", ".bias")):
+        raise ValueError(
+            f"no dimension can be called so: {BACKBONE_HEAD!r} is the head of the backbone, {RELEASED_HEAD!r} and "
+            "'heads.' have a meaning in files of heads, and '.weight' and '.bias' end the names of tensors"
+        )

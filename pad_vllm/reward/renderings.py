@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
+from pad_vllm.reward.rendering import bounded_render
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +48,7 @@ def render(
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     for form in (list(messages), parts):  # some templates read texts, some lists of parts
         try:
-            text = tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=generate, **variables)
+            text = bounded_render(tokenizer, form, add_generation_prompt=generate, **variables)
         except Exception:  # a template raises what it likes
             continue
         if isinstance(text, str) and all(m["content"].strip() in text for m in messages):

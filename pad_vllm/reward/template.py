@@ -19,6 +19,7 @@ from pad_vllm.reward.chat import Kinds, MisreadPromptError, Place, Seam, chat_fo
 from pad_vllm.reward.marked_text import num_common
 from pad_vllm.reward.markers import marker_tokens
 from pad_vllm.reward.memo import Memo, size_of
+from pad_vllm.reward.rendering import bounded_render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +141,8 @@ class PromptTemplate:
         if getattr(tokenizer, "chat_template", None):
             message = {"role": "user", "content": EXAMPLE}
             try:
-                ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+                text = bounded_render(tokenizer, [message], add_generation_prompt=True)
+                ids = tokenizer.encode(text, add_special_tokens=False)
             except Exception as error:  # a template raises what it likes
                 return f"the chat template refuses a question ({one_line(error)})"
         else:

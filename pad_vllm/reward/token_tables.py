@@ -14,7 +14,8 @@ Every end token of the base has the key of the reward model's end token, whose m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,7 +37,8 @@ MAX_LOST = 0.01
 """Part of the base's tokens that the reward model may be unable to write: control characters, as a rule."""
 WORTH_KEEPING = 65536
 """Tokens of both; tables of fewer are made in less time than a file is read."""
-FORMAT = 2
+FORMAT = 3
+TABLES_FILE = "tables.npz"
 NO_KEY = -1
 
 
@@ -187,14 +189,43 @@ def load_tables(
     made: list[TokenTables] = []
 
     def write(folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         made.append(make())
-        np.savez(folder / "tables.npz", **{field.name: getattr(made[0], field.name) for field in fields(TokenTables)})
+        kept = {field.name: getattr(made[0], field.name) for field in fields(TokenTables)}
+        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)  # noqa: SIM115
+        try:
+            with file:
+                np.savez(file, **kept, checksum=_checksum(kept))
+            Path(file.name).rename(folder / TABLES_FILE)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
     try:
         folder = cached(cache_dir, name, write)
-        with np.load(folder / "tables.npz") as kept:
-            return TokenTables(**{field.name: kept[field.name] for field in fields(TokenTables)})
-    except (OSError, KeyError) as error:  # no room, or not ours to write
+        if made:
+            return made[0]
+        try:
+            return _read_tables(folder / TABLES_FILE)
+        except Exception as error:  # cut short, flipped: zip, zlib and NumPy raise what they like
+            logger.warning("PAD: %s is damaged, and is made again: %r", folder / TABLES_FILE, error)
+            write(folder)
+    except OSError as error:  # no room, or not ours to write
         logger.warning("PAD: the tables of the two tokenizers are not kept: %r", error)
-        return made[0] if made else make()
+    return made[0] if made else make()
+
+
+def _read_tables(path: Path) -> TokenTables:
+    with np.load(path) as file:
+        kept = {field.name: file[field.name] for field in fields(TokenTables)}
+        if not np.array_equal(file["checksum"], _checksum(kept)):
+            raise ValueError("other contents than were written")
+    return TokenTables(**kept)
+
+
+def _checksum(tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[32] uint8: a zip's own sums say nothing of its headers, in which shapes and dtypes stand."""
+    digest = hashlib.sha256()
+    for name, table in tables.items():
+        digest.update(repr((name, table.dtype.str, table.shape)).encode())
+        digest.update(table.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)

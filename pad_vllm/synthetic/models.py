@@ -39,7 +39,8 @@ from pad_vllm.synthetic import tokenizer as own_tokenizers
 from pad_vllm.synthetic import world
 from pad_vllm.synthetic.tokenizer import train_sentencepiece, train_tokenizer
 from pad_vllm.training import data, heads, objective, train, trainer
-from pad_vllm.training.data import Example, answer_ids, prompt_ids, write_records
+from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.records import write_records
 from pad_vllm.training.train import Stage, TrainingConfig
 
 PROMPT_TEMPLATE = "{preference} {prompt}"

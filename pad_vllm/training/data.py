@@ -6,18 +6,27 @@ A record is one comparison:
      "labels": {"concise": 1, "formal": -1}}
 
 ``prompt`` is text or a list of chat messages; ``chosen`` and ``rejected`` are text, or messages of which the last is
-the answer (those before it are then the prompt, where no ``prompt`` is given). ``preference`` is what this user asked
-for. ``labels`` says for each dimension which answer shows more of it: above 0 the chosen one, below 0 the rejected one.
+the answer, and those before it the conversation, the same in both. ``system`` is the conversation's system message, and
+``input`` what an ``instruction`` is about. ``preference`` is what this user asked for. ``labels`` says for each
+dimension which answer shows more of it: above 0 the chosen one, below 0 the rejected one.
+
+What an answer was written for is read whole, or the record is refused: where two fields say it differently, where one
+holds what is not read here (:data:`NOT_READ`), where an answer is a transcript.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pad_vllm.reward.heads import check_head_name
+from pad_vllm.reward.rendering import bounded_render
+from pad_vllm.training.records import DataError, folder_rows, json_lines, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,19 +39,21 @@ COLUMNS = {
     "chosen": ("chosen", "chosen_response", "answer_chosen"),
     "rejected": ("rejected", "rejected_response", "answer_rejected"),
     "labels": ("labels",),
+    "system": ("system", "system_prompt", "system_message"),
+    "input": ("input",),
 }
 """The names under which a field is looked for, in this order."""
-
-
-class DataError(ValueError):
-    """A record that cannot be used; the message names the file, the line and the field."""
+NOT_READ = ("history", "context", "conversation", "conversations", "dialogue", "tools", "documents", "images")
+"""Fields of what an answer was written for, as other tools name them."""
+NOT_READ_OF_MESSAGES = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "images")
+Messages = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two answers to a prompt, of which a user with ``preference`` chose one. ``where`` is its place in its file."""
 
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: str | Messages
     chosen: str
     rejected: str
     preference: str | None = None
@@ -93,62 +104,32 @@ def read_comparisons(
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     names = {name: (columns[name],) if name in (columns or ()) else known for name, known in COLUMNS.items()}
-    rows = _folder_rows(path, split) if path.is_dir() else _json_lines(path)
+    rows = folder_rows(path, split) if path.is_dir() else json_lines(path)
     comparisons = [_comparison(record, names, where) for where, record in rows]
     if not comparisons:
         raise DataError(f"{path}: empty")
     return comparisons
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write records as JSON lines: the whole file, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-    part.rename(path)
-    return path
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line.decode().rstrip())
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-
-
-def _folder_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{path} is a folder: reading it takes `pip install 'pad-vllm[train]'`") from None
-    try:
-        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        found = datasets.load_from_disk(path) if saved else datasets.load_dataset(str(path))
-    except Exception as error:
-        raise DataError(f"{path}: not a folder that datasets reads ({error})") from None
-    if isinstance(found, Mapping):
-        if split not in found:
-            raise DataError(f"{path}: no split {split!r}; there are {', '.join(map(str, found))}")
-        found = found[split]
-    for number, record in enumerate(found, 1):
-        yield f"{path}, row {number}", record
-
-
 def _comparison(record: Any, names: Mapping[str, Sequence[str]], where: str) -> Comparison:
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object with fields, found {_say(record)}")
+        raise DataError(f"{where}: expected an object with fields, found {say(record)}")
 
     def find(name: str) -> tuple[str, Any]:
         """The field's name in this record, and its value."""
-        return next(((n, record[n]) for n in names[name] if record.get(n) is not None), (names[name][0], None))
+        found = [(n, record[n]) for n in names[name] if record.get(n) is not None]
+        if strange := [n for n, value in found if value != found[0][1]]:
+            raise DataError(
+                f"{where}, fields {found[0][0]!r} and {strange[0]!r}: both are taken for {name!r} and differ; drop one"
+            )
+        return found[0] if found else (names[name][0], None)
 
+    read = {n for known in names.values() for n in known}
+    if foreign := next((n for n in NOT_READ if record.get(n) and n not in read), None):
+        raise DataError(
+            f"{where}, field {foreign!r}: is not read, and the answers may hang on it; write all that they answer into "
+            "'prompt', as messages, and take the field out"
+        )
     heads, answers = [], []
     for name in ("chosen", "rejected"):
         key, value = find(name)
@@ -157,26 +138,99 @@ def _comparison(record: Any, names: Mapping[str, Sequence[str]], where: str) -> 
         answers.append(answer)
     if answers[0] == answers[1]:
         raise DataError(f"{where}: chosen and rejected are the same text")
-    key, prompt = find("prompt")
-    if prompt is None:
-        if not heads[0] or heads[0] != heads[1]:
-            raise DataError(f"{where}, field {key!r}: missing, and the answers do not begin with one conversation")
-        prompt = heads[0]
-    elif isinstance(prompt, str):
-        if not prompt.strip():
-            raise DataError(f"{where}, field {key!r}: empty")
-        prompt = heads[0] or prompt  # a conversation says more than its last turn
-    else:
-        prompt = _messages(prompt, f"{where}, field {key!r}")
+    _refuse_transcripts(*answers, where)
+    prompt = _prompt(find, heads, where)
     key, preference = find("preference")
     if preference is not None and not isinstance(preference, str):
-        raise DataError(f"{where}, field {key!r}: expected text, found {_say(preference)}")
+        raise DataError(f"{where}, field {key!r}: expected text, found {say(preference)}")
+    _check_encodable(preference or "", f"{where}, field {key!r}")
     return Comparison(
         prompt, *answers, (preference or "").strip() or None, _labels(*find("labels")[::-1], where), where
     )
 
 
-def _split_answer(value: Any, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
+def _prompt(find: Callable[[str], tuple[str, Any]], heads: Sequence[Messages], where: str) -> str | Messages:
+    """All that the answers were written for: of the prompt, what stands before the answers (``heads``), the system
+    message and an instruction's input. Raises DataError where these say different things."""
+    head = heads[0] or heads[1]
+    if heads[0] and heads[1] and heads[0] != heads[1]:
+        raise DataError(
+            f"{where}, field {find('rejected')[0]!r}: the messages before its answer are others than those of "
+            f"{find('chosen')[0]!r}, and two answers are compared to one conversation"
+        )
+    key, prompt = find("prompt")
+    place = f"{where}, field {key!r}"
+    if prompt is None:
+        if not head:
+            raise DataError(f"{place}: missing, and the answers do not begin with one conversation")
+        prompt = head
+    elif isinstance(prompt, str):
+        if not prompt.strip():
+            raise DataError(f"{place}: empty")
+        _check_encodable(prompt, place)
+        prompt = _with_input(prompt, key, find, where)
+        if head and not any(message["content"].strip() == prompt.strip() for message in head):
+            raise DataError(f"{place}: is none of the messages before the answers; one of the two has to go")
+        prompt = head or prompt  # a conversation says more than one turn
+    else:
+        prompt = _messages(prompt, place)
+        if head[-len(prompt) :] == prompt:
+            prompt = head  # with what comes before
+        elif head and prompt[-len(head) :] != head:
+            raise DataError(f"{place}: ends otherwise than the messages before the answers; one of the two has to go")
+    return _with_system(prompt, find, where)
+
+
+def _with_input(prompt: str, key: str, find: Callable[[str], tuple[str, Any]], where: str) -> str:
+    """An instruction and what it is about, as Alpaca's records have them."""
+    name, about = find("input")
+    if about is None or about == "" or about == prompt:
+        return prompt
+    if not isinstance(about, str):
+        raise DataError(f"{where}, field {name!r}: expected text, found {say(about)}")
+    if key != "instruction":
+        raise DataError(
+            f"{where}, field {name!r}: is read beside 'instruction' alone, and the answers may hang on it; write it "
+            f"into {key!r}, or take it out"
+        )
+    _check_encodable(about, f"{where}, field {name!r}")
+    return f"{prompt}\n{about}"
+
+
+def _with_system(prompt: str | Messages, find: Callable[[str], tuple[str, Any]], where: str) -> str | Messages:
+    """The prompt after the system message of the record's own field."""
+    name, content = find("system")
+    if content is None or content == "":
+        return prompt
+    if not isinstance(content, str):
+        raise DataError(f"{where}, field {name!r}: expected text, found {say(content)}")
+    _check_encodable(content, f"{where}, field {name!r}")
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    own = messages[0]["content"] if messages[0]["role"] == "system" else content
+    if own != content:
+        raise DataError(f"{where}, field {name!r}: the conversation begins with another system message")
+    return messages if messages[0]["role"] == "system" else ({"role": "system", "content": content}, *messages)
+
+
+_TRANSCRIPT = re.compile(
+    r"\s*(?:(?P<special><\|(?:im_start|start_header_id|user|system)\|>|<start_of_turn>|\[INST\])|"
+    r"(?P<turn>(?:#+ *)?(?:human|user|instruction)\s*:.*?)\n[ \t]*(?:#+ *)?(?:assistant|response)\s*:)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""How a text begins that is a conversation, from a user's turn on."""
+
+
+def _refuse_transcripts(chosen: str, rejected: str, where: str) -> None:
+    """An answer may be a dialogue, but two do not begin with the same turn."""
+    first, second = (_TRANSCRIPT.match(answer) for answer in (chosen, rejected))
+    if first and second and (first["special"] or first["turn"] == second["turn"]):
+        raise DataError(
+            f"{where}: the answers are transcripts, which begin with a user's turn; give messages, as "
+            '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
+        )
+
+
+def _split_answer(value: Any, where: str) -> tuple[Messages, str]:
     """The messages before an answer, and the answer."""
     if value is None:
         raise DataError(f"{where}: missing")
@@ -189,15 +243,30 @@ def _split_answer(value: Any, where: str) -> tuple[tuple[Mapping[str, str], ...]
         head = ()
     if not value.strip():
         raise DataError(f"{where}: empty")
+    _check_encodable(value, where)
     return head, value
 
 
-def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, Sequence) or not value:
-        raise DataError(f"{where}: expected text or a list of messages, found {_say(value)}")
+def _check_encodable(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):x} at character {error.start + 1}"
+        raise DataError(f"{where}: contains a lone surrogate, which is not text ({found})") from None
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+        raise DataError(f"{where}: expected text or a list of messages, found {say(value)}")
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{where}, message {number}: expected texts under 'role' and 'content'")
+        if strange := next((key for key in NOT_READ_OF_MESSAGES if message.get(key)), None):
+            raise DataError(
+                f"{where}, message {number}: {strange!r} is not read; write it into its content, or drop it"
+            )
+        for key in ("role", "content"):
+            _check_encodable(message[key], f"{where}, message {number}")
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
@@ -205,21 +274,26 @@ def _labels(value: Any, key: str, where: str) -> dict[str, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise DataError(f"{where}, field {key!r}: expected an object of numbers, found {_say(value)}")
+        raise DataError(f"{where}, field {key!r}: expected an object of numbers, found {say(value)}")
     labels = {}
     for name, label in value.items():
+        place = f"{where}, field {key!r}, {say(name)}"
         if label is None:  # datasets fills what a record lacks
             continue
-        if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
-            raise DataError(f"{where}, field {key!r}, {name!r}: expected a finite number, found {_say(label)}")
-        if label:
-            labels[name] = float(label)
+        number = math.nan
+        if not isinstance(label, bool) and isinstance(label, int | float):
+            with contextlib.suppress(OverflowError):  # an integer of 400 digits
+                number = float(label)
+        if not math.isfinite(number):
+            raise DataError(f"{place}: expected a finite number, found {say(label)}")
+        if number:
+            _check_encodable(name, place)
+            try:
+                check_head_name(name)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from None
+            labels[name] = number
     return labels
-
-
-def _say(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def encode(
@@ -265,8 +339,11 @@ def prompt_ids(
         if not tokenizer.chat_template:
             return tokenizer.encode(prompt)
         prompt = ({"role": "user", "content": prompt},)
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: a conversation of messages, and the tokenizer has no chat template; give text")
     try:
-        return tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+        text = bounded_render(tokenizer, prompt, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:
         raise DataError(f"{where}: the chat template refuses the prompt ({error})") from None
 

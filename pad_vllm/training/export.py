@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pad_vllm.errors import one_line, writing
 from pad_vllm.reward.folder import DEFAULTS_FILE, read_defaults, write_defaults
 from pad_vllm.reward.heads import RELEASED_HEAD
 
@@ -27,13 +28,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``target`` exists.
+        OSError: the disk takes no more.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield unfinished
+        with writing(target, "Nothing is left of it"):
+            yield unfinished
         unfinished.chmod(0o755)  # mkdtemp's own is 0o700
         unfinished.rename(target)
     finally:
@@ -98,7 +101,10 @@ def convert(source: str | Path, target: str | Path) -> Path:
             from peft import AutoPeftModelForCausalLM
         except ImportError:
             raise ValueError("merging an adapter takes `pip install 'pad-vllm[train]'`") from None
-        model = AutoPeftModelForCausalLM.from_pretrained(source).merge_and_unload()
+        try:
+            model = AutoPeftModelForCausalLM.from_pretrained(source).merge_and_unload()
+        except Exception as error:  # of a base model that is not here, or another one
+            raise ValueError(f"{source}: the adapter cannot be merged: {one_line(error)}") from error
         tokenizer = _tokenizer(source, model.config.name_or_path)
     elif not (source / "config.json").exists():
         raise ValueError(f"{source}: neither config.json nor adapter_config.json")
@@ -144,9 +150,14 @@ def _tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Raises ValueError for a file that cannot be read."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    for path in sorted(folder.glob("*.bin")):
-        tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin")), key=lambda path: path.suffix == ".bin"):
+        if path.name == "training_args.bin":
+            continue
+        try:
+            is_torch = path.suffix == ".bin"
+            tensors |= torch.load(path, map_location="cpu", weights_only=True) if is_torch else load_file(path)
+        except Exception as error:  # of a damaged file: libraries raise what they like
+            raise ValueError(f"{path}: cannot be read ({one_line(error)[:200]})") from None
     return tensors

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
+from pad_vllm.training.loading import load_model, load_tokenizer
 from pad_vllm.training.trainer import answers_of, score_answers
 
 PENALTIES = tuple(10.0**exponent for exponent in (-3, -2, -1, 0, 1, 2))
@@ -82,9 +83,9 @@ def load(
     reward_model: str, prompt_template: str | None, insert_after: str | None
 ) -> tuple[PreTrainedModel, PromptTemplate]:
     """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
-    tokenizer = AutoTokenizer.from_pretrained(reward_model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(reward_model).eval().to(device)
+    model = load_model("reward_model", reward_model).eval().to(device)
+    tokenizer = load_tokenizer("reward_model", reward_model)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
     pad = PADConfig.from_additional_config({"pad": {key: value for key, value in given.items() if value is not None}})
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)

@@ -15,11 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pad_vllm.reward.heads import ValueHeads
+from pad_vllm.reward.heads import BACKBONE_HEAD, ValueHeads
 from pad_vllm.training.data import PairExample
-
-BACKBONE_HEAD = "backbone"
-"""The identity head's name; weight 1 leaves the backbone's hidden state as it is."""
 
 
 class HeadedModel(nn.Module):

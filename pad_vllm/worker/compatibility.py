@@ -18,6 +18,7 @@ from pad_vllm.params import MAX_PREFERENCE_TOKENS, PAD, GuidanceParams, check_we
 from pad_vllm.reward.derive import derive_vllm_config, reward_model_config
 from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
 from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
+from pad_vllm.reward.kind import check_causal_lm
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_tokenizer
 
@@ -149,8 +150,10 @@ def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
     """The reward model's ModelConfig.
 
     Raises:
-        ValueError: it cannot be found or read, or its architecture cannot be a reward model.
+        ValueError: it cannot be found or read, is no causal language model, or its architecture cannot be a reward
+            model.
     """
+    check_causal_lm(config.reward_model, config.revision)
     try:
         model_config = reward_model_config(
             base,

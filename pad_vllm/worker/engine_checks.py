@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm import envs
+from vllm.platforms import current_platform
 
 from pad_vllm.worker.patches import reward_model_drafts
 
@@ -41,7 +42,9 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
             model.is_multimodal_model and model.supports_multimodal_inputs
         ),
         "a diffusion model samples without logits processors": model.is_diffusion,
-        "enable_sleep_mode: Model Runner V2 discards the reward model in its sleep": on_v2 and model.enable_sleep_mode,
+        "enable_sleep_mode: on this platform a sleep discards the reward model, and nobody loads it again": (
+            on_v2 and model.enable_sleep_mode and not current_platform.is_cuda_alike()  # else: pad_vllm.worker.sleep
+        ),
         "with async scheduling the V1 runner shows generated tokens only to listed logits processors; add "
         "--logits-processors pad_vllm:PADLogitsProcessor, or --no-async-scheduling": (
             not on_v2 and vllm_config.scheduler_config.async_scheduling and not model.logits_processors

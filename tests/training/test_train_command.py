@@ -195,7 +195,16 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"stages": ("head",)}, "stages: head: there are backbone, heads"),
         ({"prompt_template": "no hole"}, "exactly once"),
         ({"max_length": 3}, "all 38 comparisons are longer than 3 tokens|longer than 3 tokens"),
-        ({"max_answer": 0}, "max_answer: 0: at least one token"),
+        ({"max_answer": 0}, "max_answer=0: must be at least 1"),
+        ({"max_length": 0}, "max_length=0: must be at least 1"),
+        ({"save_steps": 0}, "save_steps=0: must be at least 1"),
+        ({"lora_rank": -1}, "lora_rank=-1: must be at least 0"),
+        ({"backbone": Stage(lr=1e-3, batch_size=0)}, "backbone: batch_size=0: must be at least 1"),
+        ({"heads": Stage(lr=1e-3, batch_size=-2, opposites=True)}, "heads: batch_size=-2: must be at least 1"),
+        ({"backbone": Stage(lr=float("nan"))}, "backbone: lr=nan: must be between 0 and 1000"),
+        ({"heads": Stage(lr=1e-3, epochs=float("inf"))}, "heads: epochs=inf: must be between"),
+        ({"trainer": {"gradient_accumulation_steps": 0}}, "trainer: gradient_accumulation_steps=0: must be at least 1"),
+        ({"trainer": {"optim": "none"}}, "trainer: none is not a valid OptimizerNames"),
         ({"adapter": "/nowhere"}, "adapter: /nowhere has no adapter_config.json"),
         ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has a rank already"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
@@ -218,6 +227,54 @@ def test_bad_data_is_one_line_and_leaves_nothing(base, pairs, tmp_path, capsys):
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"error: {data}, line 41, field 'rejected': missing\n"
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_one_comparison_is_too_few(base, pairs, tmp_path, capsys):
+    """One is kept to measure on."""
+    data = tmp_path / "one.jsonl"
+    data.write_text(pairs.read_text().splitlines()[0])
+    command = ["train", str(data), "--model", str(base), "--output", str(tmp_path / "reward")]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    words = "one comparison of at most 512 tokens, and one is kept to measure accuracy on; give more, or others"
+    assert capsys.readouterr().err == f"error: {data}: {words} to measure on (--eval-data)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--trainer", "optim=adamw"])
+    assert ended.value.code == 1
+    assert "error: --trainer: optim='adamw' is not JSON: Expecting value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["a checkpoint", "the reward model"])
+def test_a_full_disk_is_a_line_and_loses_nothing(when, base, pairs, undisturbed, tmp_path):
+    """A limit on the size of files stands for the disk: writing beyond it fails as it does there, in the middle."""
+    command = ["train", str(pairs), "--model", str(base), "--output", str(tmp_path / "reward"), "--save-steps", "2"]
+    command += ["--batch-size", "8", "--backbone-lr", "1e-3", "--prompt-template", PROMPT_TEMPLATE]
+    size = (base / "model.safetensors").stat().st_size
+    code = (
+        "import resource, sys\n"
+        "from pad_vllm import cli\n"
+        "from pad_vllm.training import train\n"
+        f"def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, ({3 * size // 4}, -1))\n"
+        "export = train.export\n"
+        "def full(*args): limit(); export(*args)\n"
+        f"if {when!r} == 'the reward model': train.export = full\n"
+        "else: limit()\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    last = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert found.returncode == 1
+    assert len(last) == 1, found.stderr[-3000:]
+    assert "Traceback" not in found.stderr
+    work = tmp_path / "reward.unfinished"
+    assert " cannot be written: " in last[0]
+    assert f"What was trained is kept in {work}" in last[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["reward.unfinished"]
+    assert "accuracy" in run_command(command)
+    assert weights_of(tmp_path / "reward") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["reward"]
 
 
 def test_an_output_that_exists_is_kept(base, pairs, tmp_path):

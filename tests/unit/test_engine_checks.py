@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm import device_allocator
+from vllm.device_allocator.sleep_mode_backend import CuMemBackend
+from vllm.platforms import current_platform
 
+from pad_vllm.worker import sleep
 from pad_vllm.worker.engine_checks import check_engine
 from tests.support.engine import PLUGIN
 
@@ -67,3 +73,61 @@ def test_a_frontend_without_plugins_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match=r"VLLM_USE_RUST_FRONTEND=1: that frontend runs no Python plugins.*; unset it"):
         check_engine(engine_config(), False)
+
+
+class Allocator:
+    """vLLM's allocator, as far as it can be followed without a GPU: which tags a sleep is told to keep."""
+
+    def __init__(self, tag: str = sleep.KEPT_TAG) -> None:
+        self.kept: tuple[str, ...] = ()
+        self.tag = tag
+        self.pointer_to_data: dict[int, SimpleNamespace] = {}
+
+    def sleep(self, offload_tags: tuple[str, ...]) -> None:
+        self.kept = offload_tags
+
+    @contextlib.contextmanager
+    def use_memory_pool(self, tag: str):
+        assert tag == sleep.KEPT_TAG
+        yield
+
+    def holds(self, tensor: torch.Tensor) -> torch.Tensor:
+        handle = (0, tensor.nbytes, 0, 0)
+        self.pointer_to_data[tensor.data_ptr()] = SimpleNamespace(handle=handle, tag=self.tag)
+        return tensor
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_vllm_keeps_what_has_the_reward_models_tag(level, monkeypatch):
+    """At every level, and no waking leaves it asleep."""
+    allocator = Allocator()
+    monkeypatch.setattr(device_allocator, "get_mem_allocator_instance", lambda: allocator)
+    CuMemBackend().suspend(level)
+    assert sleep.KEPT_TAG in allocator.kept
+    assert sleep.KEPT_TAG not in device_allocator.DEFERRABLE_TAGS
+
+
+@pytest.mark.parametrize(("tag", "is_kept"), [(sleep.KEPT_TAG, True), ("weights", False)])
+def test_a_reward_model_that_a_sleep_would_discard_is_refused(tag, is_kept, monkeypatch):
+    """Wherever its memory came from."""
+    allocator = Allocator(tag)
+    monkeypatch.setattr(sleep, "get_mem_allocator_instance", lambda: allocator)
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=True))
+    model = torch.nn.Linear(4, 4)
+    outside = SimpleNamespace(model=SimpleNamespace(model=model, kv_caches={}))
+    inside = SimpleNamespace(model=SimpleNamespace(model=model, kv_caches={"layer": torch.zeros(8)}))
+    assert sleep.make_kept(lambda: outside, config, on_v2=True) is outside
+    allocator.holds(inside.model.kv_caches["layer"])
+    if is_kept:
+        assert sleep.make_kept(lambda: inside, config, on_v2=True) is inside
+    else:
+        with pytest.raises(ValueError, match=r"a sleep of level 2 discards the reward model.*start without --enable"):
+            sleep.make_kept(lambda: inside, config, on_v2=True)
+    assert sleep.make_kept(lambda: inside, config, on_v2=False) is inside  # vLLM makes it outside its pools
+
+
+def test_sleep_is_for_gpus(monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    check_engine(engine_config(enable_sleep_mode=True), on_v2=True)
+    check_engine(engine_config(enable_sleep_mode=True), on_v2=False)

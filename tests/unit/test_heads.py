@@ -68,3 +68,8 @@ def test_refused(tmp_path):
         load_heads(write(tmp_path / "s.safetensors", a__weight=torch.eye(2), stray=torch.eye(2)), 2)
     with pytest.raises(ValueError, match="expected pairs"):
         load_heads(write(tmp_path / "b.safetensors", a__bias=torch.zeros(2)), 2)
+    for name in ("heads.a", "v_head.summary"):
+        other = "a" if name == "heads.a" else "summary"
+        twice = write(tmp_path / "t.safetensors", **{f"{n}.weight": torch.eye(2) for n in (name, other)})
+        with pytest.raises(ValueError, match=f"are both head '{other}' to a request; rename one"):
+            load_heads(twice, 2)

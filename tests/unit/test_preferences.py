@@ -10,6 +10,11 @@ GOOD = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 CHAT = [{"role": "user", "content": "Why?"}]
 
 
+SYSTEM = {"role": "system", "content": "Be a pirate."}
+EARLIER = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+SURROGATE = "So\ud800."
+
+
 def answer(text):
     return [*CHAT, {"role": "assistant", "content": text}]
 
@@ -42,6 +47,33 @@ def write(folder, *lines):
             {"prompt": CHAT, "chosen": answer("So.")[1:], "rejected": answer("No.")[1:]},
             Comparison(tuple(CHAT), "So.", "No."),
         ),
+        # All that the answers were written for, whichever field it stands in.
+        (GOOD | {"system": "Be a pirate."}, Comparison((SYSTEM, *CHAT), "So.", "No.")),
+        (GOOD | {"system_prompt": "Be a pirate.", "prompt": CHAT}, Comparison((SYSTEM, *CHAT), "So.", "No.")),
+        (GOOD | {"system": "Be a pirate.", "prompt": [SYSTEM, *CHAT]}, Comparison((SYSTEM, *CHAT), "So.", "No.")),
+        (GOOD | {"system": "", "history": [], "input": ""}, Comparison("Why?", "So.", "No.")),
+        (
+            {"prompt": CHAT, "chosen": [SYSTEM, *answer("So.")], "rejected": [SYSTEM, *answer("No.")]},
+            Comparison((SYSTEM, *CHAT), "So.", "No."),
+        ),
+        (
+            {"prompt": [*EARLIER, *CHAT], "chosen": answer("So."), "rejected": answer("No.")},
+            Comparison((*EARLIER, *CHAT), "So.", "No."),
+        ),
+        (
+            {"prompt": "Why?", "chosen": "So.", "rejected": [*EARLIER, *answer("No.")]},
+            Comparison((*EARLIER, *CHAT), "So.", "No."),
+        ),
+        (
+            {"instruction": "Translate.", "input": "Hallo", "chosen": "So.", "rejected": "No."},
+            Comparison("Translate.\nHallo", "So.", "No."),
+        ),
+        (GOOD | {"question": "Why?", "messages": answer("So.")}, Comparison("Why?", "So.", "No.")),
+        # An answer may be a dialogue.
+        (
+            GOOD | {"chosen": "User: a\nAssistant: b", "rejected": "User: c\nAssistant: d"},
+            Comparison("Why?", "User: a\nAssistant: b", "User: c\nAssistant: d"),
+        ),
     ],
 )
 def test_layouts(record, expected, tmp_path):
@@ -71,7 +103,59 @@ def test_layouts(record, expected, tmp_path):
         (GOOD | {"labels": {"a": "1"}}, "field 'labels', 'a': expected a finite number, found '1'"),
         (GOOD | {"labels": {"a": True}}, "field 'labels', 'a': expected a finite number, found True"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "labels": {"a": NaN}}', "'a': expected a finite number"),
-        ({"chosen": answer("a"), "rejected": [CHAT[0] | {"content": "?"}, *answer("b")[1:]]}, "one conversation"),
+        (
+            {"chosen": answer("a"), "rejected": [CHAT[0] | {"content": "?"}, *answer("b")[1:]]},
+            "field 'rejected': the messages before its answer are others than those of 'chosen'",
+        ),
+        # What would be dropped.
+        (
+            {"prompt": "Why?", "chosen": [*EARLIER, *answer("a")], "rejected": [EARLIER[0], SYSTEM, *answer("b")]},
+            "field 'rejected': the messages before its answer are others than those of 'chosen'",
+        ),
+        (
+            GOOD | {"prompt": "How?", "chosen": answer("a")},
+            "field 'prompt': is none of the messages before the",
+        ),
+        (GOOD | {"prompt": EARLIER, "chosen": answer("a")}, "field 'prompt': ends otherwise than the messages before"),
+        (
+            GOOD | {"system": "Be a pirate.", "prompt": [SYSTEM | {"content": "x"}, *CHAT]},
+            "field 'system': the conv",
+        ),
+        (GOOD | {"system": 3}, "field 'system': expected text, found 3"),
+        (GOOD | {"input": "Hallo"}, "field 'input': is read beside 'instruction' alone"),
+        (GOOD | {"question": "How?"}, "fields 'prompt' and 'question': both are taken for 'prompt' and differ"),
+        (GOOD | {"history": [["a", "b"]]}, "field 'history': is not read, and the answers may hang on it"),
+        (GOOD | {"tools": [{"name": "f"}]}, "field 'tools': is not read"),
+        (GOOD | {"prompt": [CHAT[0] | {"tool_calls": [{}]}]}, "field 'prompt', message 1: 'tool_calls' is not read"),
+        (
+            GOOD | {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"},
+            "the answers are transcripts, which begin with a user's turn; give messages",
+        ),
+        (
+            GOOD | {"chosen": "<|im_start|>user\nQ<|im_end|>", "rejected": "<|im_start|>user\nR<|im_end|>"},
+            "the answers are transcripts",
+        ),
+        # What is no text, or no number, to those who read it next.
+        (
+            GOOD | {"chosen": SURROGATE},
+            "field 'chosen': contains a lone surrogate, which is not text (\\ud800 at cha",
+        ),
+        (GOOD | {"prompt": SURROGATE}, "field 'prompt': contains a lone surrogate"),
+        (GOOD | {"prompt": [CHAT[0] | {"content": SURROGATE}]}, "field 'prompt', message 1: contains a lone surrogate"),
+        (GOOD | {"preference": SURROGATE}, "field 'preference': contains a lone surrogate"),
+        (GOOD | {"system": SURROGATE}, "field 'system': contains a lone surrogate"),
+        (GOOD | {"labels": {SURROGATE: 1}}, "field 'labels', 'So\\ud800.': contains a lone surrogate"),
+        (GOOD | {"labels": {"a": 10**400}}, "field 'labels', 'a': expected a finite number, found 1000"),
+        (
+            '{"prompt": "p", "chosen": "a", "rejected": "b", "labels": {"a": ' + "9" * 5000 + "}}",
+            "a number of 5000 d",
+        ),
+        ('{"prompt": ' + "[" * 3000, "not JSON (more than 100 lists and objects in one another at column 111)"),
+        # Heads that a file of heads would not keep apart.
+        *(
+            (GOOD | {"labels": {name: 1}}, f"field 'labels', {name!r}: no dimension can be called so")
+            for name in ("backbone", "heads.x", "v_head.summary", "x.weight", "")
+        ),
     ],
 )
 def test_what_is_malformed_is_named_with_its_line_and_field(bad, says, tmp_path):
@@ -79,6 +163,8 @@ def test_what_is_malformed_is_named_with_its_line_and_field(bad, says, tmp_path)
     with pytest.raises(DataError) as error:
         read_comparisons(path)
     assert f"{path}, line 2" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
     assert says in str(error.value)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import resource
 from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pad_vllm.cache import cached
 from pad_vllm.reward import token_tables
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.token_tables import NO_KEY, load_tables, make_tables
@@ -108,15 +113,51 @@ def test_tables_are_kept(tokens, tmp_path):
     pair = tokens["byte-level"], [1], tokens["metaspace"], [1, 2]
     first = load_tables(*pair, cache_dir=tmp_path)
     (kept,) = tmp_path.glob("*/tables.npz")
-    np.savez(kept, **vars(first) | {"key": first.key + 1})
+    changed = vars(first) | {"key": first.key + 1}
+    np.savez(kept, **changed, checksum=token_tables._checksum(changed))
     assert load_tables(*pair, cache_dir=tmp_path).key.tolist() == (first.key + 1).tolist()
     assert load_tables(*pair[:3], [1], cache_dir=tmp_path).members.tolist() != first.members.tolist()
+
+
+def test_damaged_tables_are_made_again(tokens, tmp_path):
+    """Cut short anywhere, or with a byte that another one stands for: never an error, and never other tables."""
+    pair = tokens["byte-level"], [1], tokens["metaspace"], [1, 2]
+    first = load_tables(*pair, cache_dir=tmp_path)
+    (kept,) = tmp_path.glob("*/tables.npz")
+    whole = kept.read_bytes()
+    rng = random.Random(0)
+    damaged = [whole[:length] for length in (0, 1, 30, len(whole) // 2, len(whole) - 1)]
+    for at in (*range(0, 200, 7), *rng.sample(range(len(whole)), 60), *range(len(whole) - 300, len(whole), 7)):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+    for content in damaged:
+        kept.write_bytes(content)
+        found = load_tables(*pair, cache_dir=tmp_path)
+        assert all(np.array_equal(vars(found)[name], table) for name, table in vars(first).items())
+        assert [path.name for path in kept.parent.iterdir()] == ["tables.npz"]
+    kept.write_bytes(b"")
+    load_tables(*pair, cache_dir=tmp_path)
+    assert len(kept.read_bytes()) == len(whole)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tokens, tmp_path):
     (tmp_path / "file").write_text("")
     tables = load_tables(tokens["byte-level"], [1], tokens["metaspace"], [1], cache_dir=tmp_path / "file")
     assert len(tables.key) == tokens["byte-level"].size
+
+
+def test_a_full_disk_is_done_without(tokens, tmp_path):
+    """A limit on the size of files stands for the disk, where nothing is left of what did not fit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        tables = load_tables(tokens["byte-level"], [1], tokens["metaspace"], [1], cache_dir=tmp_path)
+        with pytest.raises(OSError, match=r"/model cannot be written: .*\. Nothing is left of it$") as error:
+            cached(tmp_path, "model", lambda folder: folder.mkdir() or save_file({"a": torch.zeros(999)}, folder / "a"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(tables.key) == tokens["byte-level"].size
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def refused(model, pre_tokenizer=None) -> PreTrainedTokenizerFast:
