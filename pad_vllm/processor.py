@@ -148,5 +148,5 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
 def refuse_unless_silent(asked: PAD | None) -> None:
     """``resolve`` of an engine without a reward model."""
-    if asked is not None:
+    if asked is not None and asked.asks_for_guidance:
         raise ValueError("this engine runs without a reward model")

@@ -45,7 +45,7 @@ def validate(sampling_params: SamplingParams) -> None:
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
     vllm_config = _engine_of_this_request()
-    if asked is None:
+    if asked is None or not asked.asks_for_guidance:
         _validate_unasked(sampling_params, vllm_config)
         return
     check_logit_bias(sampling_params.logit_bias)

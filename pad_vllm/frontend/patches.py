@@ -14,7 +14,9 @@ from typing import Any
 from pad_vllm.channel import announced
 from pad_vllm.frontend import admission
 from pad_vllm.frontend.http import RefuseMisplaced, misplaced
-from pad_vllm.params import is_ours
+from pad_vllm.params import PREFIX, is_ours, shown
+
+SALT = f"{PREFIX}cache_salt"
 
 REQUESTS = (
     ("chat_completion", "ChatCompletionRequest"),
@@ -29,6 +31,8 @@ def install() -> None:
         request_class = getattr(sys.modules.get(f"vllm.entrypoints.openai.{module}.protocol"), name, None)
         _wrap(request_class, "to_sampling_params", _refuse_early)
         _wrap(request_class, "to_beam_search_params", _refuse_beams)
+    serving = sys.modules.get("vllm.entrypoints.scale_out.token_in_token_out.serving")
+    _wrap(getattr(serving, "ServingTokens", None), "serve_tokens", _pass_cache_salt)
     _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_middleware)
 
 
@@ -44,11 +48,35 @@ def _refuse_early(make_params: Callable) -> Callable:
     def make(request, *args, **kwargs):
         _refuse_beside(request)
         params = make_params(request, *args, **kwargs)
+        pass_cache_salt(request, params)
         if any(is_ours(key) for key in params.extra_args or {}) and announced():  # none: it only renders
             admission.validate(params)
         return params
 
     return make
+
+
+def pass_cache_salt(request: Any, params: Any) -> None:
+    """A request's own ``cache_salt`` separates users in the reward model's KV cache too.
+
+    Raises:
+        ValueError: it says another one in its arguments.
+    """
+    salt = getattr(request, "cache_salt", None)
+    if not salt:
+        return
+    given = params.extra_args or {}
+    if given.get(SALT, salt) != salt:
+        raise ValueError(f"{SALT}={shown(given[SALT])}: the request's cache_salt is another; leave one of them out")
+    params.extra_args = {**given, SALT: salt}
+
+
+def _pass_cache_salt(generate: Callable) -> Callable:
+    async def serve(self, request, *args, **kwargs):
+        pass_cache_salt(request, request.sampling_params)
+        return await generate(self, request, *args, **kwargs)
+
+    return serve
 
 
 def _refuse_beams(make_params: Callable) -> Callable:

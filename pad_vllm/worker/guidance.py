@@ -29,7 +29,7 @@ from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
-from pad_vllm.worker.drafter import UNGUIDED, Drafter
+from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
 
@@ -141,10 +141,13 @@ class Guidance:
         self.slots.write_controls(slot, controls, prompt_ids)
         if self.drafter is not None:
             self.drafter.begin(slot, params)
-        if params is not UNGUIDED:
+        if params.guides:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
-        return [self.engine.blocks.add(slot * MAX_CONTEXTS + i, *prompt) for i, prompt in enumerate(composed)]
+        return [
+            self.engine.blocks.add(slot * MAX_CONTEXTS + i, *prompt, params.cache_salt)
+            for i, prompt in enumerate(composed)
+        ]
 
     def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:
         """A context's prompt. Raises ValueError for a token that the reward model has no row for."""
@@ -311,7 +314,7 @@ class Guidance:
         context_weights: list[float],
         end_id: int,
     ) -> None:
-        default = self.heads.default_weights if self.heads and params is not UNGUIDED else None
+        default = self.heads.default_weights if self.heads and params.guides else None
         weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.fit.head_names))
         contexts = [ContextColumns(len(ids) - text_len, text_len, ids[-1]) for ids, _ in composed]

@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.worker.board import Board
-from pad_vllm.worker.drafter import UNGUIDED
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
 
@@ -40,6 +39,11 @@ class RequestState:
     """None until the request has begun, and if it could not."""
     contexts: list[Context] = field(default_factory=list)
     failed: bool = False
+
+    @property
+    def is_guided(self) -> bool:
+        """Else the reward model only drafts for it."""
+        return self.params is None or self.params.guides
 
 
 class Adapter:
@@ -71,7 +75,7 @@ class Adapter:
             )
             state.slot = slot
         except Exception as error:
-            if state.params is UNGUIDED:
+            if not state.is_guided:
                 logger.debug("PAD cannot draft for a request: %s", error)
             else:
                 logger.exception("PAD cannot guide a request: ending it.")
@@ -86,16 +90,14 @@ class Adapter:
 
     def give_up(self, states: list[RequestState], error: Exception) -> None:
         """A step failed: end the requests that it was for."""
-        num_guided = sum(state.params is not UNGUIDED for state in states)
+        num_guided = sum(state.is_guided for state in states)
         logger.error("A step of PAD guidance failed: ending its %d requests.", num_guided, exc_info=error)
         self.fail(states)
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
         if self.guidance is not None:
-            self.guidance.stats.failed_requests += sum(
-                not state.failed and state.params is not UNGUIDED for state in states
-            )
+            self.guidance.stats.failed_requests += sum(not state.failed and state.is_guided for state in states)
         for state in states:
             state.failed = True
         self.show()

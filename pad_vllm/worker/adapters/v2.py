@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from pad_vllm.kernels import OutputTokens
+from pad_vllm.params import PAD
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout
@@ -53,7 +55,9 @@ class V2Adapter(Adapter):
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
         if state is None and self.drafter is not None:
-            self.states[slot] = state = RequestState(UNGUIDED, SamplingControls(), 0)
+            asked = PAD.from_extra_args(sampling_params.extra_args)
+            unguided = replace(UNGUIDED, cache_salt=asked.cache_salt) if asked else UNGUIDED
+            self.states[slot] = state = RequestState(unguided, SamplingControls(), 0)
         self.asked[slot] = state is not None
         self.failed[slot] = state is not None and state.failed
         self.sampled[slot] = sampling_params.temperature > 0
@@ -67,7 +71,7 @@ class V2Adapter(Adapter):
         self.last = self.last_drafted = self.last_step = None
         for slot, state in enumerate(self.states):
             failed = state is not None and state.failed
-            is_guided = failed and state.params is not UNGUIDED
+            is_guided = failed and state.is_guided
             self.failed[slot] = is_guided
             if failed and not is_guided:
                 self.asked[slot] = False  # it goes on without drafts
