@@ -204,7 +204,9 @@ class RewardEngine:
         context.was_computed = True
         if generated:
             token_ids = [*token_ids, *generated[max(num_computed - len(prompt_ids), 0) : -1]]
-        self.stats.num_recomputed_tokens += len(token_ids) - num_new
+        # What a full context's request generates, with ignore_eos, has no place there.
+        token_ids = token_ids[: max(self.model.max_model_len - num_computed, 0)]
+        self.stats.num_recomputed_tokens += max(len(token_ids) - num_new, 0)
         return Piece(context.slot, num_computed, token_ids)
 
     def _compute(self, pieces: list[Piece], rows: ContextRows) -> torch.Tensor:

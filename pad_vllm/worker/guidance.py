@@ -93,6 +93,8 @@ class Guidance:
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
+        self.has_written = False
+        """Whether a step came to the kernel, which writes over the guided rows, and not to its end"""
         self.drafter = Drafter(self, num_drafts) if num_drafts else None
         start.warm_up_kernels(self, hidden_states, max_num_rows)
         if self.drafter is not None:
@@ -171,6 +173,12 @@ class Guidance:
         for context in contexts:
             self.engine.blocks.remove(context)
 
+    def clear(self, slot: int) -> None:
+        """Forget a request that could not begin, however far it came."""
+        first = slot * MAX_CONTEXTS
+        self.free([context for context in self.engine.blocks.contexts[first : first + MAX_CONTEXTS] if context])
+        self.slots.clear(slot)
+
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
         """Guide the rows of ``batch`` in ``logits``, in place.
 
@@ -193,7 +201,9 @@ class Guidance:
             controls = None
             if params.control:
                 controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
+            self.has_written = True
             self.guide(logits, hidden_states, layout.rows, params, controls)
+            self.has_written = False
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
 
