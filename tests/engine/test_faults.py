@@ -16,8 +16,8 @@ pytestmark = pytest.mark.every_release
 
 MAX_TOKENS = 12
 VICTIM = "the one that fails"
-CONTROLS = {"presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.2, "logit_bias": {9: 3.0}}
-AS_ORACLE = {"penalties": (0.6, 0.3, 1.2), "logit_bias": ((9, 3.0),)}
+CONTROLS = {"presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
+AS_ORACLE = {"penalties": (0.6, 0.3, 1.2)}
 STAGES = ("begin", "compose", "rows", "forward", "kernel", "controls", "penalize", "take out")
 V1_ONLY = ("penalize", "take out")
 
