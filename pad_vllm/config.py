@@ -206,7 +206,7 @@ class PADConfig:
             ValueError: an unknown persona, weights for another number of preferences, or top_k over ``max_top_k``.
         """
         name = self.default_persona if asked is None or asked.persona is None else asked.persona
-        if asked is None and name is None:
+        if name is None and (asked is None or not asked.asks_for_guidance):
             return None
         persona = self.personas[check_persona(name, self.personas)] if name is not None else PAD()
         merged = asked.over(persona) if asked is not None else persona
@@ -215,7 +215,8 @@ class PADConfig:
         texts = merged.preferences
         num_contexts = max(len(texts), 1)
         weights = merged.preference_weights or (1 / num_contexts,) * num_contexts
-        return GuidanceParams(texts, weights, merged.weights, beta, top_k, merged.reference or self.reference)
+        reference = merged.reference or self.reference
+        return GuidanceParams(texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt)
 
 
 def read_pad(additional_config: Any) -> Mapping[str, Any] | None:

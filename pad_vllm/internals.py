@@ -42,7 +42,9 @@ PARAMETERS = {
         *("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "num_reqs"),
         *("num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping", "positions"),
     ),
-    "vllm.v1.core.kv_cache_utils:hash_block_tokens": (*("hash_function", "parent_block_hash", "curr_block_token_ids"),),
+    "vllm.v1.core.kv_cache_utils:hash_block_tokens": (
+        *("hash_function", "parent_block_hash", "curr_block_token_ids", "extra_keys"),
+    ),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
     "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": (
         *("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
@@ -102,12 +104,13 @@ MEMBERS = {
     "vllm.model_executor.model_loader:DefaultModelLoader": ("_prepare_weights", "_get_weights_iterator"),
     "vllm.v1.engine.input_processor:InputProcessor": ("process_inputs", "_validate_params", "vllm_config"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": (
-        *("to_sampling_params", "to_beam_search_params", "vllm_xargs"),
+        *("to_sampling_params", "to_beam_search_params", "vllm_xargs", "cache_salt"),
     ),
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": (
-        *("to_sampling_params", "to_beam_search_params", "vllm_xargs"),
+        *("to_sampling_params", "to_beam_search_params", "vllm_xargs", "cache_salt"),
     ),
-    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": ("to_sampling_params", "vllm_xargs"),
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": ("to_sampling_params", "vllm_xargs", "cache_salt"),
+    "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens": ("serve_tokens",),
 }
 """Class -> the methods and fields that we use."""
 

@@ -32,6 +32,8 @@ MAX_PREFERENCE_TOKENS = 1024
 """Of a request's preferences together, whatever the reward model could hold: they are texts, not documents."""
 REFERENCES = ("base", "neutral", "none")
 """What a reward is held against: the base model, the reward model without the preference, or nothing."""
+MAX_CACHE_SALT_CHARS = 128
+"""As vLLM's own bound of ``cache_salt``."""
 MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
@@ -209,6 +211,8 @@ class PAD:
         preference_weights: one for each preference; below 0, less of it. 1/m each when absent.
         reference: what the reward is held against: ``base``, the base model; ``neutral``, the reward model without the
             preference; or ``none``.
+        cache_salt: requests with another one share no block of the reward model's KV cache with this one. By itself it
+            asks for no guidance.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -225,6 +229,7 @@ class PAD:
     top_k: int | None = None
     preference_weights: tuple[float, ...] | None = None
     reference: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
@@ -247,6 +252,13 @@ class PAD:
             normalize("preference_weights", weights)
         if self.reference is not None:
             check_reference("pad_reference", self.reference)
+        if self.cache_salt is not None:
+            check_text("pad_cache_salt", self.cache_salt, MAX_CACHE_SALT_CHARS)
+
+    @property
+    def asks_for_guidance(self) -> bool:
+        """Whether it says more than who shares a cache."""
+        return self != PAD(cache_salt=self.cache_salt)
 
     @property
     def preferences(self) -> tuple[str, ...]:
@@ -304,7 +316,13 @@ class GuidanceParams:
     weights: tuple[float, ...] | None
     beta: float
     top_k: int
+    """0: rows are left alone, and a context is there to be drafted from."""
     reference: str
+    cache_salt: str | None = None
+
+    @property
+    def guides(self) -> bool:
+        return self.top_k > 0
 
     def contexts(self) -> dict[str | None, float]:
         """What the reward model reads, and how much of it counts: preference -> weight; None: without a preference.

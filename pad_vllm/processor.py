@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from vllm.logger import init_logger
@@ -19,6 +19,7 @@ from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
 from pad_vllm.params import PAD
+from pad_vllm.worker.order import num_giving_way, processors, say
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,7 +38,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     Configured by ``additional_config["pad"]`` (:class:`~pad_vllm.config.PADConfig`); without it, nothing is loaded
     and nothing changes, and requests that ask for guidance are refused. Listed in ``logits_processors`` and
-    registered as an entry point at once, it runs once.
+    registered as an entry point at once, it runs once: at its place in the list, among other processors.
 
     Raises:
         ValueError: at the start, for a configuration with which guidance could not work.
@@ -51,12 +52,12 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         >>> llm.generate(prompts, SamplingParams(extra_args={"pad_preference": "Be concise."}))
     """
 
-    _running: ClassVar[WeakValueDictionary[int, PADLogitsProcessor]] = WeakValueDictionary()  # by id of VllmConfig
+    _built: ClassVar[WeakSet[PADLogitsProcessor]] = WeakSet()
 
     @classmethod
     def running(cls) -> list[PADLogitsProcessor]:
         """The processors that guide an engine of this process, one for each; their ``adapter.guidance`` is the step."""
-        return [processor for processor in cls._running.values() if processor.adapter is not None]
+        return [processor for processor in cls._built if processor.adapter is not None]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -66,9 +67,11 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device_or_req_states: Any, is_pin_memory: bool = False) -> None:
         self.vllm_config = vllm_config
         self.adapter: V1Adapter | V2Adapter | None = None
-        if id(vllm_config) in self._running:
-            return  # loaded by entry point and by name: the first of the two does the work
-        self._running[id(vllm_config)] = self
+        found = processors(vllm_config.model_config.logits_processors, PADLogitsProcessor)
+        num_before = sum(processor.vllm_config is vllm_config for processor in self._built)
+        self._built.add(self)
+        if num_before != num_giving_way(found):
+            return  # loaded by entry point and by name: the listed one does the work, where it stands
 
         config = PADConfig.from_additional_config(vllm_config.additional_config)
         if config is not None:
@@ -77,6 +80,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 raise ValueError(why_no_folder())
         try:
             self._start(config, device_or_req_states)
+            if config is not None:
+                say(found)
         except ImportError as error:
             if config is not None:
                 raise ValueError(f"pad cannot run on this vLLM: {one_line(error)}") from error
@@ -143,5 +148,5 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
 def refuse_unless_silent(asked: PAD | None) -> None:
     """``resolve`` of an engine without a reward model."""
-    if asked is not None:
+    if asked is not None and asked.asks_for_guidance:
         raise ValueError("this engine runs without a reward model")

@@ -139,12 +139,15 @@ def generate(
     penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
     groups: Groups | None = None,
     neutral_prompt_ids: list[int] | None = None,
+    behind: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
     are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
     it is not the base's prompt, as with ``groups``.
 
-    ``mask``: (y [vocab], generated tokens) -> y with some at -inf. ``penalties``: presence, frequency, repetition.
+    ``mask``: (y [vocab], generated tokens) -> y with some at -inf; or what another logits processor before PAD makes of
+    it, which nothing can tell from the base model's own. ``behind``: z' [vocab] -> what one behind PAD makes of it.
+    ``penalties``: presence, frequency, repetition.
     """
     contexts = reward_prompt_ids or prompt_ids
     contexts = contexts if isinstance(contexts[0], list) else [contexts]
@@ -160,6 +163,8 @@ def generate(
             neutral = neutral_prompt_ids or prompt_ids
             r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
             z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, groups)
+        if behind is not None:
+            z = behind(z)
         output.append(int(z.argmax()))
         if output[-1] == eos_token_id:
             break

@@ -53,7 +53,7 @@ def validate(sampling_params: SamplingParams) -> None:
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
     vllm_config, prompt_ids = engines.of_this_request(), engines.prompt_of_this_request()
-    if asked is None:
+    if asked is None or not asked.asks_for_guidance:
         _validate_unasked(sampling_params, vllm_config, prompt_ids)
         return
     check_num_chars(asked.preferences)

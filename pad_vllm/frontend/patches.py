@@ -13,7 +13,9 @@ from typing import Any
 
 from pad_vllm.frontend import admission, engines
 from pad_vllm.frontend.http import RefuseMisplaced, misplaced, unguided
-from pad_vllm.params import is_ours, shown_name
+from pad_vllm.params import PREFIX, is_ours, shown, shown_name
+
+SALT = f"{PREFIX}cache_salt"
 
 REQUESTS = (
     ("chat_completion", "ChatCompletionRequest"),
@@ -60,12 +62,28 @@ def _refuse_early(make_params: Callable) -> Callable:
     def make(request, *args, **kwargs):
         _refuse_beside(request)
         params = make_params(request, *args, **kwargs)
+        pass_cache_salt(request, params)
         # Without an engine it only renders, or it is no API server, and the engine's own check is early enough.
         if any(is_ours(key) for key in params.extra_args or {}) and engines.of_this_request() is not None:
             admission.validate(params)
         return params
 
     return make
+
+
+def pass_cache_salt(request: Any, params: Any) -> None:
+    """A request's own ``cache_salt`` separates users in the reward model's KV cache too.
+
+    Raises:
+        ValueError: it says another one in its arguments.
+    """
+    salt = getattr(request, "cache_salt", None)
+    if not salt:
+        return
+    given = params.extra_args or {}
+    if given.get(SALT, salt) != salt:
+        raise ValueError(f"{SALT}={shown(given[SALT])}: the request's cache_salt is another; leave one of them out")
+    params.extra_args = {**given, SALT: salt}
 
 
 def _refuse_beams(make_params: Callable) -> Callable:
@@ -88,9 +106,11 @@ def _refuse_at(path: str, answer: Callable) -> Callable:
     """By the body as vLLM itself has read it."""
 
     async def checked(self, request, raw_request=None, *args, **kwargs):
-        body = getattr(raw_request, "_json", None) or request.model_extra
+        body = getattr(raw_request, "_json", None) or getattr(request, "model_extra", None)
         if words := misplaced(body, path) or unguided(path, engines.of_this_request()):
             raise ValueError(words)
+        if (params := getattr(request, "sampling_params", None)) is not None:
+            pass_cache_salt(request, params)
         return await answer(self, request, raw_request, *args, **kwargs)
 
     return checked

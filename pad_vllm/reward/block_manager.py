@@ -2,8 +2,9 @@
 
 The KV cache is only a cache: a context's tokens belong to the engine that generated them, and a context whose blocks
 were taken by another is computed again from them. Blocks of equal prompts are shared, by vLLM's own block pool and
-prefix hashing: a hash covers every token before a block's end, the preference's among them. Where a shared preference
-ends within a block, the block is copied from another context that holds it, and the rest of it is the context's own.
+prefix hashing: a hash covers every token before a block's end, the preference's among them, and a
+tenant's salt. Where a shared preference ends within a block, the block is copied from another context that holds it,
+and the rest of it is the context's own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_toke
 
 from pad_vllm.reward.device import to_device
 
-Tail = tuple[BlockHash | None, tuple[int, ...]]
-"""Tokens that begin a block, behind the hash of the block before it."""
+Tail = tuple[BlockHash | str | None, tuple[int, ...]]
+"""Tokens that begin a block, behind the hash of the block before it; of a first one, behind its context's salt."""
 
 
 class Copy(NamedTuple):
@@ -50,6 +51,8 @@ class Context:
     """After how many tokens of the prompt something ends that others may have in common, in ascending order."""
     tails: list[Tail] = field(default_factory=list)
     """Under which its blocks in which that ends are known to others."""
+    cache_salt: str | None = None
+    """Contexts with another one share nothing with it."""
     was_computed: bool = False
     """Whether it ever held blocks: what it then lacks is computed again."""
 
@@ -109,10 +112,13 @@ class BlockManager:
         """Part of the blocks that contexts hold, from 0 to 1."""
         return self.pool.get_usage()
 
-    def add(self, slot: int, prompt_ids: list[int], shared: Sequence[int] = ()) -> Context:
+    def add(
+        self, slot: int, prompt_ids: list[int], shared: Sequence[int] = (), cache_salt: str | None = None
+    ) -> Context:
         """Begin a context at ``slot``, which must be free.
 
         ``shared``: after how many tokens something ends that others may have in common, in ascending order.
+        ``cache_salt``: those with another one have nothing in common with it.
         """
         assert self.contexts[slot] is None
         # Copying waits for the source's forward. A few tokens are computed sooner, unless a preference is among them.
@@ -121,8 +127,9 @@ class BlockManager:
         # The last token is left out: the step that scores the first candidates computes it, for its hidden state.
         for start in range(0, len(prompt_ids) - self.block_size, self.block_size):
             parent = hashes[-1] if hashes else None
-            hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size]))
-        self.contexts[slot] = context = Context(slot, prompt_ids, hashes, shared=tuple(sorted(ends)))
+            hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size], cache_salt))
+        context = Context(slot, prompt_ids, hashes, shared=tuple(sorted(ends)), cache_salt=cache_salt)
+        self.contexts[slot] = context
         return context
 
     def remove(self, context: Context) -> None:
@@ -295,7 +302,7 @@ class BlockManager:
             tokens = tuple(context.prompt_ids[at * self.block_size : num_shared])
             if not tokens:
                 continue
-            tail = context.block_hashes[at - 1] if at else None, tokens
+            tail = context.block_hashes[at - 1] if at else context.cache_salt, tokens
             source = self.tails.get(tail)
             if source is None:
                 self.tails[tail] = context
@@ -319,7 +326,13 @@ class BlockManager:
             self.table.view(-1)[to_device(at, self.device, torch.int64)] = to_device(ids, self.device, torch.int32)
 
 
-def block_hasher() -> Callable[[BlockHash | None, list[int]], BlockHash]:
-    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids) -> hash."""
+def block_hasher() -> Callable[[BlockHash | None, list[int], str | None], BlockHash]:
+    """vLLM's prefix-cache hash of a block: (hash of the block before it or None, its token ids, salt) -> hash."""
     init_none_hash(sha256)
-    return lambda parent, token_ids: hash_block_tokens(sha256, parent, token_ids)
+
+    def hash_block(parent: BlockHash | None, token_ids: list[int], cache_salt: str | None) -> BlockHash:
+        # As vLLM has it: the first block's hash has the salt, and through it all that follow.
+        extra_keys = (("cache_salt", cache_salt),) if parent is None and cache_salt else None
+        return hash_block_tokens(sha256, parent, token_ids, extra_keys)
+
+    return hash_block

@@ -29,7 +29,7 @@ from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
-from pad_vllm.worker.drafter import UNGUIDED, Drafter
+from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
 
@@ -94,6 +94,8 @@ class Guidance:
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
+        self.has_written = False
+        """Whether a step came to the kernel, which writes over the guided rows, and not to its end"""
         self.drafter = Drafter(self, num_drafts) if num_drafts else None
         start.warm_up_kernels(self, hidden_states, max_num_rows)
         if self.drafter is not None:
@@ -152,11 +154,11 @@ class Guidance:
         self.slots.write_controls(slot, controls, prompt_ids)
         if self.drafter is not None:
             self.drafter.begin(slot, params)
-        if params is not UNGUIDED:
+        if params.guides:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
         return [
-            self.engine.blocks.add(slot * MAX_CONTEXTS + i, prompt.ids, prompt.shared)
+            self.engine.blocks.add(slot * MAX_CONTEXTS + i, prompt.ids, prompt.shared, params.cache_salt)
             for i, prompt in enumerate(composed)
         ]
 
@@ -182,6 +184,12 @@ class Guidance:
         for context in contexts:
             self.engine.blocks.remove(context)
 
+    def clear(self, slot: int) -> None:
+        """Forget a request that could not begin, however far it came."""
+        first = slot * MAX_CONTEXTS
+        self.free([context for context in self.engine.blocks.contexts[first : first + MAX_CONTEXTS] if context])
+        self.slots.clear(slot)
+
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
         """Guide the rows of ``batch`` in ``logits``, in place.
 
@@ -196,7 +204,9 @@ class Guidance:
             controls = None
             if params.control:
                 controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
+            self.has_written = True
             self.guide(logits, hidden_states, layout.rows, params, controls)
+            self.has_written = False
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
 
@@ -336,7 +346,7 @@ class Guidance:
         context_weights: list[float],
         end_id: int,
     ) -> None:
-        default = self.heads.default_weights if self.heads and params is not UNGUIDED else None
+        default = self.heads.default_weights if self.heads and params.guides else None
         weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.fit.head_names))
         contexts = [ContextColumns(len(ids) - text_len, text_len, ids[-1]) for ids, *_ in composed]

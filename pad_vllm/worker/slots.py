@@ -135,6 +135,10 @@ class Slots:
             self.prompt_mask[slot] = to_device(np.packbits(seen, bitorder="little").view("<i4"), device, torch.int32)
         self.host_biases[slot], self.host_penalizes[slot] = bool(bias), controls.penalizes
 
+    def clear(self, slot: int) -> None:
+        """Of a request that could not begin there may be anything: the next one writes all of its controls."""
+        self.host_biases[slot] = self.host_penalizes[slot] = True
+
     def controls(self, row_slots: torch.Tensor, output: OutputTokens | None) -> Controls:
         """Of the rows of these slots; ``output`` None: none of them is penalized."""
         return Controls(row_slots, self.num_bias, self.bias_ids, self.bias, self.penalties, self.prompt_mask, output)

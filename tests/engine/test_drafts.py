@@ -17,7 +17,7 @@ from tests import oracle
 from tests.conftest import MAX_TOKENS
 from tests.engine.test_engine import GREEDY, PROMPTS, every_mode
 from tests.engine.test_no_sync import watch_steps
-from tests.support.engine import PLUGIN, Engine, Worker, guided, metric, pad_config, running_guidance
+from tests.support.engine import PLUGIN, Engine, Worker, engine_stats, guided, metric, pad_config, running_guidance
 from tests.support.statistics import chi_squared
 
 pytestmark = pytest.mark.every_release
@@ -42,6 +42,17 @@ def engine(models):
     )
     yield engine
     engine.close()
+
+
+def test_tenants_share_no_block_that_is_drafted_from(models, encode, engine):
+    """Unguided requests too have contexts, whose blocks would tell by their time what another asked."""
+    prompt, hits = encode("the rain keeps falling on the old town " * 6), []
+    for salts in (["one", "other"], ["one", "other"]):
+        before = engine.call(engine_stats)["prefix_hits"]
+        out = engine.generate([prompt] * 2, [GREEDY | guided(cache_salt=salt) for salt in salts])
+        assert out == [oracle.generate(models.base_model, prompt, MAX_TOKENS)] * 2
+        hits.append(engine.call(engine_stats)["prefix_hits"] - before)
+    assert hits[0] == 0 < hits[1]
 
 
 @pytest.fixture(scope="module")

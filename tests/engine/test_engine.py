@@ -152,6 +152,22 @@ def test_prefix_is_shared_between_requests(encode, compose, named_engine):
 
 
 @pytest.mark.one_release
+def test_tenants_share_no_block(encode, named_engine):
+    """Neither a prompt's blocks nor a preference's end within one, also where they come at once; equal salts do."""
+    prompt, hits = encode(PROMPTS[4]), []
+    asked = {"preference": PREFERENCES[1], "reference": "neutral"}
+    salts = ["one", "other"], ["one", "other"], ["third", "third"]
+    outputs = []
+    for pair in salts:
+        before = named_engine.call(engine_stats)["prefix_hits"]
+        params = [GREEDY | guided(**asked, cache_salt=salt) for salt in pair]
+        outputs += named_engine.generate([prompt] * 2, params)
+        hits.append(named_engine.call(engine_stats)["prefix_hits"] - before)
+    assert outputs == outputs[:1] * 6
+    assert hits[0] == 0 < hits[2] < hits[1]
+
+
+@pytest.mark.one_release
 def test_released_head_under_a_short_pool(encode, expect, released_engine):
     """Sixteen sequences in a pool of a few, chunked prefill, reference mode none: slower, never wrong."""
     prompts = [encode(text) for text in PROMPTS] * 2
@@ -214,6 +230,7 @@ BAD_REQUESTS = [
     ({"pad_preference": "\ud800"}, "lone surrogate"),
     ({"pad_preference": "very " * 1200}, "tokens, at most"),
     ({"pad_persona": "tirse"}, "did you mean 'terse'"),
+    ({"pad_cache_salt": 7}, "pad_cache_salt=7: must be a string"),
     ({"pad_beta": "strong"}, "pad_beta='strong': must be a number"),
     ({"pad_beta": -1}, "pad_beta=-1: must be between 0 and 100"),
     ({"pad_beta": float("nan")}, "pad_beta=nan"),

@@ -14,7 +14,17 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tests.conftest import MIX
 from tests.engine.test_no_sync import watch_steps
-from tests.support.engine import A_CORE_EACH, ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, metric, pad_config
+from tests.support.engine import (
+    A_CORE_EACH,
+    ONE_CONTEXT,
+    PLUGIN,
+    Engine,
+    engine_stats,
+    guided,
+    metric,
+    pad_config,
+    running_guidance,
+)
 from tests.support.pairs import Kind, TokenPair
 
 pytestmark = pytest.mark.every_release
@@ -223,6 +233,43 @@ def test_a_full_context_ends_its_request_and_no_other(tmp_path):
     read = sum(len(pair.groups.pieces[token]) for token in full[:-1])
     assert 60 < read < 180
     assert short == expected[:20]
+
+
+@pytest.mark.one_release
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_full_context_that_lost_its_blocks_leaves_others_alone(tmp_path, runner):
+    """It is laid out again within its block table, what a resumed request had generated included; with pools too short
+    for two, and vLLM's own cache too."""
+    pair = TokenPair(tmp_path, Kind("byte-level", 2000), Kind("byte-level", 600), positions=512)
+    pieces = pair.groups.pieces
+    longest = max(range(len(pieces)), key=lambda c: len(pieces[c]) if pair.groups.key[c] >= 0 else 0)
+    engine = Engine(
+        runner,
+        pair.base,
+        logits_processors=PLUGIN,
+        block_size=32,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=12,
+        disable_log_stats=False,
+        **pad_config(pair.reward, kv_cache_memory_bytes=ONE_CONTEXT // 2),
+    )
+    prompt, plain = pair.prompt("say why"), GREEDY | {"max_tokens": 200}
+    long, other = plain | guided(preference="a") | {"allowed_token_ids": [longest]}, plain | guided(preference="kind")
+    try:
+        (alone,) = engine.generate([prompt], other)
+        full, beside = engine.generate([prompt] * 2, [long, other])
+        assert engine.call(metric, "vllm:num_preemptions") > 0
+        assert engine.call(failed_requests) == 0
+    finally:
+        engine.close()
+    assert beside == alone == pair.expect("say why", 200, preference="kind")
+    num_guided = full.index(1)
+    assert full == [longest] * num_guided + [1] * (200 - num_guided)
+    assert 0 < num_guided < 180
+
+
+def failed_requests(llm) -> float:
+    return running_guidance(llm).stats.failed_requests
 
 
 @pytest.mark.one_release

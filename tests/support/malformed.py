@@ -15,12 +15,12 @@ GOOD = {"pad_preference": "concise", "pad_beta": 1.0, "pad_top_k": 5}
 def malformed(rng: random.Random, num_heads: int, max_top_k: int) -> dict[str, Any]:
     """Arguments of which at least one is wrong, as ``vllm_xargs`` could carry them: text, numbers, lists of them."""
     good = {key: value for key, value in GOOD.items() if rng.random() < 0.5}
-    kind = rng.choice([_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona, _bad_mix])
+    kind = rng.choice([_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona, _bad_mix, _bad_salt])
     return good | kind(rng, num_heads, max_top_k)
 
 
 def _unknown_key(rng: random.Random, *_: int) -> dict[str, Any]:
-    known = ["preference", "persona", "weights", "beta", "top_k", "preference_weights", "reference"]
+    known = ["preference", "persona", "weights", "beta", "top_k", "preference_weights", "reference", "cache_salt"]
     key = list("pad_" + rng.choice(known))
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(4, len(key) + 1)
@@ -89,6 +89,10 @@ def _bad_mix(rng: random.Random, *_: int) -> dict[str, Any]:
             {"pad_reference": rng.choice(["Base", "bse", "", " ", 1, 0.5, ["base"], "neutral ", "false"])},
         ]
     )
+
+
+def _bad_salt(rng: random.Random, *_: int) -> dict[str, Any]:
+    return {"pad_cache_salt": rng.choice(["", " ", 1, 0.5, ["a"], "x" * rng.randint(129, 999), "\ud800"])}
 
 
 def _bad_persona(rng: random.Random, *_: int) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
 def test_a_request_that_no_engine_would_guide_is_refused():
     validate()
     validate(other_plugin=1)
+    validate(pad_cache_salt="by itself it asks for nothing")
+    with pytest.raises(ValueError, match="pad_cache_salt=7: must be a string"):
+        validate(pad_cache_salt=7)
     with pytest.raises(ValueError, match="no engine has announced PAD guidance"):
         validate(pad_beta=1.0)
     owner = Owner()

@@ -17,6 +17,7 @@ MAX_BLOCKS = 6
 MAX_CONTEXTS = 5
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=BLOCK_SIZE * MAX_BLOCKS - 4)
 """Two tokens only, so that prefixes are often equal."""
+SALTS = st.sampled_from([None, None, "one", "other"])
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -32,10 +33,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.cache = torch.full((num_blocks, BLOCK_SIZE), -1.0)  # as a KV cache holds it
 
     @precondition(lambda self: len(self.lengths) < MAX_CONTEXTS)
-    @rule(prompt=TOKENS, shared=st.lists(st.integers(0, 3 * BLOCK_SIZE), max_size=2).map(sorted))
-    def add(self, prompt: list[int], shared: list[int]) -> None:
+    @rule(prompt=TOKENS, shared=st.lists(st.integers(0, 3 * BLOCK_SIZE), max_size=2).map(sorted), salt=SALTS)
+    def add(self, prompt: list[int], shared: list[int], salt: str | None) -> None:
         index = next(i for i in range(MAX_CONTEXTS) if i not in self.lengths)
-        self.blocks.add(index, prompt, shared)
+        self.blocks.add(index, prompt, shared, salt)
         self.lengths[index] = len(prompt)
 
     @precondition(lambda self: self.lengths)
@@ -93,6 +94,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert target.blocks[at].block_id == block
             assert self.blocks.pool.blocks[block].ref_cnt == 1, "a copy would be written into another's block"
             assert source.prompt_ids[: len(shared)] == shared
+            assert source.cache_salt == target.cache_salt, "copied from another tenant's"
             if source.slot in cold:
                 assert cold.index(source.slot) < cold.index(target.slot)
                 assert source.blocks[at].block_id == source_block
@@ -133,11 +135,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert len(ids) == len(set(ids)) == self.blocks.num_held[context.slot]
             assert 0 not in ids
             for i, block in enumerate(context.blocks):
-                holders.setdefault(block.block_id, []).append((tuple(context.prompt_ids[: (i + 1) * BLOCK_SIZE]), i))
+                prefix = tuple(context.prompt_ids[: (i + 1) * BLOCK_SIZE])
+                holders.setdefault(block.block_id, []).append((prefix, i, context.cache_salt))
         assert self.blocks.num_free_blocks + len(holders) == self.num_blocks
         for block_id, owners in holders.items():
             assert self.blocks.pool.blocks[block_id].ref_cnt == len(owners)
-            if len(owners) > 1:  # shared: the same full block of the same prompt, before its last token
+            if len(owners) > 1:  # shared: the same full block of one prompt and tenant, before its last token
                 assert len(set(owners)) == 1
                 assert len(owners[0][0]) == (owners[0][1] + 1) * BLOCK_SIZE
 
@@ -220,6 +223,19 @@ def test_a_system_prompt_is_copied_where_the_preference_is_another():
     for index in range(3):
         blocks.remove(blocks.contexts[index])
     assert not blocks.tails
+
+
+def test_tenants_share_neither_full_blocks_nor_what_ends_within_one():
+    """Whatever stands in a first block, and behind it; among those of one salt, and those without, all is as ever."""
+    for shared, computed_again in ((6, 6), (2, 2)):
+        blocks = manager(1 + MAX_CONTEXTS * MAX_BLOCKS)
+        salts = ["one", "other", None, "one", None]
+        for index, salt in enumerate(salts):
+            blocks.add(index, [*range(1, shared + 1), 50 + index, 60], [shared], salt)
+        blocks.begin_step()
+        _, cold = blocks.admit(range(5), [9] * 5)
+        assert [num_computed for _, num_computed in cold] == [0, 0, 0, computed_again, computed_again]
+        assert [(copy.source.slot, copy.target.slot) for copy in blocks.take_copies()] == [(0, 3), (2, 4)]
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():

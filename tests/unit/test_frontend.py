@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -304,6 +305,35 @@ def test_a_batch_of_chats_carries_its_arguments():
     batch = BatchChatCompletionRequest(model="base", messages=[chat], vllm_xargs={"pad_beta": 1.5})
     request = batch.to_chat_completion_request(chat)
     assert request.to_sampling_params(8, {}).extra_args == {"pad_beta": 1.5}
+
+
+def test_a_requests_own_cache_salt_separates_users_in_the_reward_model_too():
+    """Of every class that becomes sampling parameters, and of tokens in, tokens out; a request without is untouched."""
+    import vllm
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+
+    patches.install()
+    requests = {
+        ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}]},
+        CompletionRequest: {"prompt": "a"},
+        ResponsesRequest: {"input": "a"},
+    }
+    for request_class, body in requests.items():
+        request = request_class(model="base", cache_salt="tenant", vllm_xargs={"other": 1}, **body)
+        extra_args = request.to_sampling_params(8, {}).extra_args
+        assert {"other": 1, "pad_cache_salt": "tenant"}.items() <= extra_args.items()
+        assert request.vllm_xargs == {"other": 1}
+        assert "pad_cache_salt" not in (request_class(model="base", **body).to_sampling_params(8, {}).extra_args or {})
+        both = request_class(model="base", cache_salt="tenant", vllm_xargs={"pad_cache_salt": "other"}, **body)
+        with pytest.raises(ValueError, match="pad_cache_salt='other': the request's cache_salt is another"):
+            both.to_sampling_params(8, {})
+    request = SimpleNamespace(cache_salt="tenant", sampling_params=vllm.SamplingParams())
+    with pytest.raises(AttributeError, match="_check_model"):  # it went on to vLLM's own, which has no server here
+        asyncio.run(ServingTokens.serve_tokens(object(), request))
+    assert request.sampling_params.extra_args == {"pad_cache_salt": "tenant"}
 
 
 def test_scores_are_refused_where_every_request_is_guided(tmp_path, monkeypatch):

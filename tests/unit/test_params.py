@@ -32,6 +32,15 @@ def test_silence_asks_for_nothing(extra_args):
     assert PAD.from_extra_args(extra_args) is None
 
 
+def test_a_salt_alone_asks_for_no_guidance():
+    salted = PAD.from_extra_args({"pad_cache_salt": "tenant 1"})
+    assert not salted.asks_for_guidance
+    assert PAD(cache_salt="tenant 1", beta=1).asks_for_guidance
+    assert config().resolve(salted) is None
+    assert config().resolve(PAD(cache_salt="a", beta=1)).cache_salt == "a"
+    assert config(personas={"p": {"beta": 1}}, default_persona="p").resolve(salted).cache_salt == "tenant 1"
+
+
 def test_sampling_params_of_the_old_api():
     params = SamplingParams(temperature=0.7, logits_processors=[PAD(preference="formal")], extra_args={"x": 1})
     assert type(params) is vllm.SamplingParams
@@ -58,6 +67,10 @@ def test_sampling_params_refuses(processors, extra_args, message):
     ("arguments", "message"),
     [
         ({"preference": 1}, "pad_preference=1: must be a string or a list of them, not int"),
+        ({"cache_salt": 7}, "pad_cache_salt=7: must be a string, not int"),
+        ({"cache_salt": ""}, "pad_cache_salt='': must not be empty"),
+        ({"cache_salt": "x" * 129}, "pad_cache_salt: 129 characters, at most 128 are allowed"),
+        ({"cache_salt": "\ud800"}, "pad_cache_salt=.*lone surrogate"),
         ({"preference": ""}, "must not be empty"),
         ({"preference": "x" * 40_000}, "40000 characters, at most 32768"),
         ({"beta": True}, "pad_beta=True: must be a number, not bool"),

@@ -17,11 +17,11 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.worker.board import Board
-from pad_vllm.worker.drafter import UNGUIDED
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
 
 if TYPE_CHECKING:
+    import torch
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,6 +40,11 @@ class RequestState:
     """None until the request has begun, and if it could not."""
     contexts: list[Context] = field(default_factory=list)
     failed: bool = False
+
+    @property
+    def is_guided(self) -> bool:
+        """Else the reward model only drafts for it."""
+        return self.params is None or self.params.guides
 
 
 class Adapter:
@@ -71,10 +76,11 @@ class Adapter:
             )
             state.slot = slot
         except Exception as error:
-            if state.params is UNGUIDED:
+            if not state.is_guided:
                 logger.debug("PAD cannot draft for a request: %s", error)
             else:
                 logger.exception("PAD cannot guide a request: ending it.")
+            self.guidance.clear(slot)
             self.fail([state])
         return not state.failed
 
@@ -84,18 +90,47 @@ class Adapter:
             self.guidance.free(state.contexts)
             state.slot, state.contexts = None, []
 
-    def give_up(self, states: list[RequestState], error: Exception) -> None:
-        """A step failed: end the requests that it was for."""
-        num_guided = sum(state.params is not UNGUIDED for state in states)
-        logger.error("A step of PAD guidance failed: ending its %d requests.", num_guided, exc_info=error)
-        self.fail(states)
+    def guide_each(
+        self,
+        states: list[RequestState],
+        error: Exception,
+        guide: Callable[[RequestState], None],
+        logits_of: Callable[[RequestState], torch.Tensor],
+    ) -> None:
+        """A step failed: guide its requests again, one by one, and end those that fail alone.
+
+        Whatever failed, contexts are as they were, or are computed again. The base model's logits are gone only where
+        the kernel has begun: it leaves a row no more than its candidates, and then nothing can be guided by it.
+
+        Args:
+            states: whose step it was.
+            error: what it raised.
+            guide: guides one of them.
+            logits_of: its rows, [rows, V].
+        """
+        num_guided = sum(state.is_guided for state in states)
+        has_written, self.guidance.has_written = self.guidance.has_written, False
+        if len(states) == 1:
+            logger.error("A step of PAD guidance failed for its one request.", exc_info=error)
+            return self.fail(states)
+        logger.error("A step of PAD guidance failed: guiding its %d requests one by one.", num_guided, exc_info=error)
+        for state in states:
+            if state.failed:
+                continue
+            try:
+                if has_written and state.is_guided:
+                    num_left = logits_of(state).isfinite().sum(-1)
+                    if bool((num_left <= state.params.top_k).any()):
+                        raise RuntimeError("the step failed when it had written over the request's logits")
+                guide(state)
+            except Exception:
+                logger.exception("PAD cannot guide a request: ending it.")
+                self.fail([state])
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
         if self.guidance is not None:
-            self.guidance.stats.failed_requests += sum(
-                not state.failed and state.params is not UNGUIDED for state in states
-            )
+            self.guidance.stats.failed_requests += sum(not state.failed and state.is_guided for state in states)
         for state in states:
             state.failed = True
         self.show()

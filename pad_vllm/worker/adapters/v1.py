@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import apply_penalties, get_token_bin_counts_and_mask
 from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
@@ -19,6 +20,8 @@ from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(eq=False)
@@ -124,9 +127,11 @@ class V1Adapter(Adapter):
             self.rows = {row: state for row, state in self.states.items() if self._has_begun(state)}
         if self.rows:
             try:
-                self._guide(logits)
+                if self.batch is None:
+                    self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
+                self._guide(logits, self.batch)
             except Exception as error:
-                self.give_up(list(self.rows.values()), error)
+                self._guide_each(logits, error)
             self.show()
         if self.any_failed:
             for row, state in self.states.items():
@@ -141,15 +146,40 @@ class V1Adapter(Adapter):
                 self.free_slots.append(slot)
         return not state.failed
 
-    def _guide(self, logits: torch.Tensor) -> None:
-        if self.batch is None:
-            self.batch = V1Batch(self.rows, logits.shape[1], self.guidance.device)
-        guided, penalties = self.batch.step(), self.batch.penalties
-        if penalties is not None:
-            penalties.apply_(logits)
-        self.guidance.apply(logits, guided)
-        if penalties is not None:
-            penalties.invert_(logits)
+    def _guide(self, logits: torch.Tensor, batch: V1Batch) -> None:
+        guided, penalties = batch.step(), batch.penalties
+        if penalties is None:
+            return self.guidance.apply(logits, guided)
+        penalties.apply_(logits)
+        try:
+            self.guidance.apply(logits, guided)
+        finally:
+            self._invert(logits, penalties)
+
+    def _invert(self, logits: torch.Tensor, penalties: Penalties) -> None:
+        """Take the penalties out again, of guided rows or of what a failed step has left as it was."""
+        try:
+            return penalties.invert_(logits)
+        except Exception as error:
+            logger.error("PAD cannot take a step's penalties out again: trying one by one.", exc_info=error)
+        for row, state in penalties.penalized.items():
+            try:
+                alone = Penalties({row: state}, penalties.vocab_size, penalties.device)
+                alone.count()
+                alone.invert_(logits)
+            except Exception:
+                logger.exception("PAD cannot guide a request: ending it.")
+                self.fail([state])
+
+    def _guide_each(self, logits: torch.Tensor, error: Exception) -> None:
+        row_of = {state: row for row, state in self.rows.items()}
+
+        def guide(state: RequestState) -> None:
+            row = row_of[state]
+            self._guide(logits, V1Batch({row: self.rows[row]}, logits.shape[1], self.guidance.device))
+
+        self.guide_each(list(row_of), error, guide, lambda state: logits[row_of[state]].unsqueeze(0))
+        self.batch = None
 
 
 class Penalties:
@@ -166,14 +196,15 @@ class Penalties:
     """
 
     def __init__(self, rows: dict[int, V1RequestState], vocab_size: int, device: torch.device) -> None:
-        penalized = {row: state for row, state in rows.items() if state.controls.penalizes}
+        self.penalized = penalized = {row: state for row, state in rows.items() if state.controls.penalizes}
         place = {row: i for i, row in enumerate(penalized)}
         self.vocab_size, self.device = vocab_size, device
         self.rows = to_device(list(penalized), device, torch.int64)
         self.places = to_device([place.get(row, 0) for row in rows], device, torch.int64)
         """[R] int64: of all guided rows; those without penalties count nothing, and have any place"""
-        values = to_device([state.controls.penalties for state in penalized.values()], device, torch.float32)
-        self.presence, self.frequency, self.repetition = values.unbind(1)
+        # vLLM's operators read each of the three as memory without gaps.
+        values = np.array([state.controls.penalties for state in penalized.values()], np.float32)
+        self.presence, self.frequency, self.repetition = to_device(values.T.copy(), device, torch.float32).unbind()
         self.prompt_ids = self._pad([state.prompt_ids for state in penalized.values()])
         self._outputs = [state.output_ids for state in penalized.values()]
         self.output_ids = self.prompt_ids[:, :0]
@@ -181,9 +212,13 @@ class Penalties:
     def _pad(self, token_ids: list[list[int]]) -> torch.Tensor:
         return make_tensor_with_pad(token_ids, pad=self.vocab_size, dtype=torch.int64, device="cpu").to(self.device)
 
+    def count(self) -> None:
+        """Take the tokens that there are by now."""
+        self.output_ids = self._pad(self._outputs)
+
     def apply_(self, logits: torch.Tensor) -> None:
         """Penalize, in place, by vLLM's own function; with the tokens that there are by now."""
-        self.output_ids = self._pad(self._outputs)
+        self.count()
         logits[self.rows] = apply_penalties(
             logits[self.rows], self.prompt_ids, self.output_ids, self.presence, self.frequency, self.repetition
         )

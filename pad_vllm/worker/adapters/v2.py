@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from pad_vllm.kernels import OutputTokens
+from pad_vllm.params import PAD
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout
@@ -53,7 +55,9 @@ class V2Adapter(Adapter):
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
         if state is None and self.drafter is not None:
-            self.states[slot] = state = RequestState(UNGUIDED, SamplingControls(), 0)
+            asked = PAD.from_extra_args(sampling_params.extra_args)
+            unguided = replace(UNGUIDED, cache_salt=asked.cache_salt) if asked else UNGUIDED
+            self.states[slot] = state = RequestState(unguided, SamplingControls(), 0)
         self.asked[slot] = state is not None
         self.failed[slot] = state is not None and state.failed
         self.sampled[slot] = sampling_params.temperature > 0
@@ -67,24 +71,20 @@ class V2Adapter(Adapter):
         self.last = self.last_drafted = self.last_step = None
         for slot, state in enumerate(self.states):
             failed = state is not None and state.failed
-            is_guided = failed and state.params is not UNGUIDED
+            is_guided = failed and state.is_guided
             self.failed[slot] = is_guided
             if failed and not is_guided:
                 self.asked[slot] = False  # it goes on without drafts
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
-        new = [slot for slot, tokens in self.arrived.items() if tokens is None]
-        if new:
+        for slot in [slot for slot, tokens in self.arrived.items() if tokens is None]:
             try:
-                self._copy_tokens(new)
-            except Exception as error:
-                self.give_up([self.states[slot] for slot in new], error)
-
-    def _copy_tokens(self, slots: list[int]) -> None:
-        for slot in slots:
-            length = self.req_states.prefill_len.np[slot]
-            self.arrived[slot] = HostCopy(self.req_states.all_token_ids.gpu[slot, :length])
+                length = self.req_states.prefill_len.np[slot]
+                self.arrived[slot] = HostCopy(self.req_states.all_token_ids.gpu[slot, :length])
+            except Exception:
+                logger.exception("PAD cannot read a request's tokens: ending it.")
+                self.fail([self.states[slot]])
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         slots, num_tokens = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
@@ -100,13 +100,27 @@ class V2Adapter(Adapter):
             else:
                 self._guide_again(logits, ctx, self.last_step.batch)
         except Exception as error:
-            self.give_up([self.states[slot] for slot in slots[asked]], error)
+            asked = self._asked(slots, num_tokens)
+            self._guide_each(logits, ctx, asked, error)
         self.show()
         if self.last_step is None:
             for slot in slots[asked[self.failed[slots[asked]]]]:
                 rows = ctx.expanded_idx_mapping == int(slot)
                 logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
                 logits[:, self.states[slot].stop_token_id].masked_fill_(rows, 0.0)
+
+    def _guide_each(self, logits: torch.Tensor, ctx: LogitsContext, asked: np.ndarray, error: Exception) -> None:
+        place_of = {self.states[ctx.idx_mapping_np[place]]: place for place in asked.tolist()}
+        self.last = self.last_step = None  # a step further than what was guided
+
+        def guide(state: RequestState) -> None:
+            self._guide(logits, ctx, np.array([place_of[state]]))
+
+        def logits_of(state: RequestState) -> torch.Tensor:
+            return logits[ctx.expanded_idx_mapping == int(ctx.idx_mapping_np[place_of[state]])]
+
+        self.guide_each([state for state in place_of if not state.failed], error, guide, logits_of)
+        self.last = self.last_step = None
 
     def _asked(self, slots: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
         """Places in the batch of requests that asked for guidance, and that this step samples for."""
@@ -130,7 +144,12 @@ class V2Adapter(Adapter):
                 tokens = self.arrived.pop(slot)
                 if self.states[slot].failed:
                     continue
-                fed[slot] = tokens.tolist()
+                try:
+                    fed[slot] = tokens.tolist()
+                except Exception:
+                    logger.exception("PAD cannot read a request's tokens: ending it.")
+                    self.fail([self.states[slot]])
+                    continue
                 self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
         guided = asked[self.asked[slots] & ~self.failed[slots]]
         if not len(guided):
