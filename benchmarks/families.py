@@ -117,6 +117,20 @@ FAMILIES = {
 }
 """SmolLM2 is the demo's."""
 
+ENGINES = (
+    ("qwen3", "gemma3", "v1"),
+    ("gemma3", "qwen3", "v1"),
+    ("gptoss", "llama3_1", "v1"),
+    ("qwen3", "llama3_1", "v2"),
+    ("llama3_2", "mistral_nemo", "v1"),
+    ("mistral_nemo", "smollm2", "v1"),
+    ("smollm2", "deepseek_v3_fast", "v1"),
+    ("deepseek_v3_fast", "llama3_2", "v1"),
+    ("llama2", "qwen3", "v1"),
+    ("gemma3", "llama2", "v2"),
+)
+"""Base, reward model and runner of the engines that are held against the oracle."""
+
 
 def tokenizer_folder(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
     """A family's tokenizer as transformers reads it, fetched now unless the cache has it.
@@ -184,6 +198,7 @@ class Results:
 
 
 def pairs() -> Iterator[tuple[str, str]]:
+    """Which are looked at, in the order of the table."""
     yield from ((base, reward) for base in FAMILIES for reward in FAMILIES if base != reward)
 
 

@@ -51,6 +51,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
     },
 }
+THOUGHTS = "<think>\n\n</think>\n\n"
 DAY = {"strftime_now": lambda form: "31 Dec 2031", "date_string": "31 Dec 2031"}
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "tools": ({"tools": [TOOL]},),
@@ -347,7 +348,7 @@ def translations(pair: Pair, base: Any, reward: Any) -> dict[str, str]:
         said[name] = "none" if not texts else "right"
         for text in texts:
             ids = pair.translator.translate(encode(base, text))
-            if not reads_the_same(reward, own, ids, user, exactly=name != "tools"):
+            if not reads_the_same(reward, own, ids, user, exactly=name != "tools", begun=THOUGHTS in text):
                 said[name] = decode(reward, ids)
     return said
 
@@ -356,8 +357,13 @@ def encodes_as_one(tokenizer: Any, marker: str) -> bool:
     return any(own in marker for own in markers(tokenizer))
 
 
-def reads_the_same(reward: Any, own: str, ids: Sequence[int], user: str, exactly: bool) -> bool:
-    """Not ``exactly``: what the base's template says of tools may stand beside the contents."""
+def reads_the_same(
+    reward: Any, own: str, ids: Sequence[int], user: str, exactly: bool = True, begun: bool = False
+) -> bool:
+    """Not ``exactly``: what the base's template says of tools may stand beside the contents. ``begun``: the base's
+    answer begins with no thoughts, and so may the reward model's, as text where it has none."""
+    if begun and decode(reward, ids) == own + THOUGHTS:
+        return True
     is_marker = set(reward.convert_tokens_to_ids(markers(reward)))
     num_markers = sum(i in is_marker for i in encode(reward, own.replace(user, "a")))
     if sum(i in is_marker for i in ids) != num_markers:

@@ -38,6 +38,9 @@ CHATS = {**CASES, "turns": "turns"}
 MISSING = """
 ## Not run
 
+DeepSeek V3 (b) is DeepSeek V3's folder with `"tokenizer_class": "PreTrainedTokenizerFast"` in its
+tokenizer_config.json: with the one that the folder names, transformers loses white space and every script but Latin.
+
 The packages of gpt-oss and Llama 2 have no chat template: their prompts are plain text here. The tokenizers of Mistral
 7B, Mistral Small, SmolLM3, Gemma 4, Phi and Kimi K2 are in none of the packages that this command takes.
 """

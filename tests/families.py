@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm.config import ModelConfig
 
-from benchmarks.families import FAMILIES, PAGE, RESULTS, Results, tokenizer_folder
+from benchmarks.families import ENGINES, FAMILIES, PAGE, RESULTS, Results, tokenizer_folder
 from benchmarks.family_checks import (
     MARKERS,
     SYSTEM,
@@ -35,25 +36,13 @@ from benchmarks.family_checks import (
     markers,
     render,
 )
-from pad_vllm.reward.byte_tokens import ByteTokens
-from pad_vllm.reward.token_tables import make_tables
+from pad_vllm.config import PADConfig
+from pad_vllm.reward.token_tables import NO_KEY, TokenTables
+from pad_vllm.worker.tokens import load_tokenizer
 from tests import oracle
 from tests.support.engine import PLUGIN, Engine, guided, pad_config, preload_processes, set_environment
 from tests.support.models import make_model
 
-ENGINES = (
-    ("qwen3", "gemma3", "v1"),
-    ("gemma3", "qwen3", "v1"),
-    ("gptoss", "llama3_1", "v1"),
-    ("qwen3", "llama3_1", "v2"),
-    ("llama3_2", "mistral_nemo", "v1"),
-    ("mistral_nemo", "smollm2", "v1"),
-    ("smollm2", "deepseek_v3_fast", "v1"),
-    ("deepseek_v3_fast", "llama3_2", "v1"),
-    ("llama2", "qwen3", "v1"),
-    ("gemma3", "llama2", "v2"),
-)
-"""Each family as base and as reward model."""
 MAX_TOKENS = 12
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 TEMPLATE = "{preference}\n\n{prompt}"
@@ -77,24 +66,19 @@ class FamilyPair:
     """Random models of two families on disk, and as the oracle reads them."""
 
     def __init__(self, root: Path, base: str, reward: str) -> None:
-        self.base, self.base_tokenizer, base_ends = make(root / "base", base, seed=0)
-        self.reward, self.reward_tokenizer, reward_ends = make(root / "reward", reward, seed=1)
+        self.base, self.base_tokenizer, ends = make(root / "base", base, seed=0)
+        self.reward, self.reward_tokenizer, _ = make(root / "reward", reward, seed=1)
         self.base_model, self.reward_model = map(AutoModelForCausalLM.from_pretrained, (self.base, self.reward))
-        tables = make_tables(
-            ByteTokens(self.base_tokenizer, base), base_ends, ByteTokens(self.reward_tokenizer, reward), reward_ends
-        )
-        starts = tables.member_starts.tolist()
-        padding = self.base_model.config.vocab_size - len(tables.key)
-        self.groups = oracle.Groups(
-            tables.key.tolist() + [-1] * padding,
-            [tables.members[i:j].tolist() for i, j in itertools.pairwise(starts)],
-            [tables.pieces_of([c]) for c in range(len(tables.key))],
-        )
+        configs = [ModelConfig(model=str(path), dtype="float32") for path in (self.base, self.reward)]
+        arguments = {"pretrained_model_name_or_path": str(self.reward)}
+        pad = PADConfig(reward_model=str(self.reward))
+        tables = load_tokenizer(pad, arguments, *configs, configs[1].get_vocab_size()).pair.tables
+        self.groups = groups_of(tables, self.base_model.config.vocab_size)
         self.bias = {
             i: 12.0
             for text in BIASED
             for i in encode(self.base_tokenizer, text)
-            if tables.key[i] >= 0 and i not in base_ends
+            if tables.key[i] != NO_KEY and i not in ends
         }
 
     def prompts(self) -> list[tuple[list[dict[str, str]] | str, str]]:
@@ -201,6 +185,16 @@ def make(path: Path, name: str, seed: int) -> tuple[Path, Any, list[int]]:
         shutil.copy(file, path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return path, AutoTokenizer.from_pretrained(path), ends
+
+
+def groups_of(tables: TokenTables, num_tokens: int) -> oracle.Groups:
+    """Tables as the oracle has them; ``num_tokens``: of the base's output head."""
+    starts = tables.member_starts.tolist()
+    return oracle.Groups(
+        tables.key.tolist() + [NO_KEY] * (num_tokens - len(tables.key)),
+        [tables.members[i:j].tolist() for i, j in itertools.pairwise(starts)],
+        [tables.pieces_of([c]) for c in range(len(tables.key))],
+    )
 
 
 class Running:

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import families
 from benchmarks.family_page import render
-from tests.families import ENGINES
 
 RESULTS = families.RESULTS / "families.json"
 TITLES = {name: family.title for name, family in families.FAMILIES.items()}
@@ -18,7 +17,7 @@ def test_the_page_is_that_of_the_figures():
     results = json.loads(RESULTS.read_text())["results"]
     assert families.PAGE.read_text() == render(TITLES, results), "run `make families`"
     wanted = [f"tokenizer {name}" for name in TITLES] + [f"pair {base} {reward}" for base, reward in families.pairs()]
-    assert sorted(results) == sorted([*wanted, *(" ".join(("engine", *engine)) for engine in ENGINES)])
+    assert sorted(results) == sorted([*wanted, *(" ".join(("engine", *engine)) for engine in families.ENGINES)])
 
 
 def test_no_figure_says_that_something_is_wrong():
