@@ -183,8 +183,10 @@ class Definition:
         self.byte_of = {chr(byte): byte for byte in alphabet} | {chr(256 + n): byte for n, byte in enumerate(rest)}
         names = {i: token for token, i in self.backend.get_vocab(with_added_tokens=True).items()}
         self.bytes = {i: content for i, token in names.items() if (content := self._bytes(token))}
-        self.left = self.backend.encode("\n", add_special_tokens=False).ids
-        """What stands before a text, so that it is no text's beginning."""
+        self.markers = [token for token in self.added if token in self.special or MARKS.fullmatch(token)]
+        begins_with_space = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+        self.left = self.backend.encode("\n", add_special_tokens=False).ids if begins_with_space else []
+        """What stands before a text, so that it is no text's beginning, where such a one is written otherwise."""
 
     def _bytes(self, token: str) -> bytes | None:
         if token in self.special:
@@ -199,16 +201,16 @@ class Definition:
 
     def encode(self, content: bytes) -> list[int] | None:
         """The ids of bytes in running text; None where no plain call says them: bytes that are no text, that the
-        tokenizer normalizes, or that spell one of its added tokens."""
+        tokenizer normalizes, or that spell one of its markers."""
         try:
             text = content.decode()
         except UnicodeDecodeError:
             return None
         if (self.normalizes and unicodedata.normalize("NFC", text) != text) or "▁" in text:
             return None
-        if any(token in text for token in self.added if token.strip("▁ \n")):
+        if any(marker in text for marker in self.markers):
             return None
-        if self.byte_level:
+        if not self.left:
             return self.backend.encode(text, add_special_tokens=False).ids
         ids = self.backend.encode(f"\n{text}", add_special_tokens=False).ids
         return ids[len(self.left) :] if ids[: len(self.left)] == self.left and text[0] != "\n" else None

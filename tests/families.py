@@ -62,18 +62,29 @@ class Prompt(NamedTuple):
     composed: dict[str, list[int]]
 
 
+class LastLogits:
+    """A model as the oracle calls it, without the logits before the last: of 262k tokens they are most of its time."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path)
+        self.vocab_size = self._model.config.vocab_size
+
+    def __call__(self, token_ids: torch.Tensor) -> Any:
+        return self._model(token_ids, logits_to_keep=1)
+
+
 class FamilyPair:
     """Random models of two families on disk, and as the oracle reads them."""
 
     def __init__(self, root: Path, base: str, reward: str) -> None:
         self.base, self.base_tokenizer, ends = make(root / "base", base, seed=0)
         self.reward, self.reward_tokenizer, _ = make(root / "reward", reward, seed=1)
-        self.base_model, self.reward_model = map(AutoModelForCausalLM.from_pretrained, (self.base, self.reward))
+        self.base_model, self.reward_model = map(LastLogits, (self.base, self.reward))
         configs = [ModelConfig(model=str(path), dtype="float32") for path in (self.base, self.reward)]
         arguments = {"pretrained_model_name_or_path": str(self.reward)}
         pad = PADConfig(reward_model=str(self.reward))
         tables = load_tokenizer(pad, arguments, *configs, configs[1].get_vocab_size()).pair.tables
-        self.groups = groups_of(tables, self.base_model.config.vocab_size)
+        self.groups = groups_of(tables, self.base_model.vocab_size)
         self.bias = {
             i: 12.0
             for text in BIASED
