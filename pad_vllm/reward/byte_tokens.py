@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from pad_vllm.errors import one_line
+from pad_vllm.reward.markers import marker_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-ODD = f"([\udc80-\udcff{SPACE}]|<(?=0x[0-9A-F]{{2}}>))"
-"""What SentencePiece's kind would read otherwise than as text: bytes that are none, the character for a space, and what
-spells a token of a single byte."""
 NOWHERE = "\ufdd0"
-"""No text has this character."""
+"""A character that is none; where a text has it all the same, it is written byte by byte."""
+ODD = f"([\udc80-\udcff{SPACE}{NOWHERE}]|<(?=0x[0-9A-F]{{2}}>))"
+"""What SentencePiece's kind would read otherwise than as text: bytes that are none, the character for a space, that of
+markers' names, and what spells a token of a single byte."""
+READABLE = ("The weather in 東京: naïve, 1,024 times.", "def f(x):\n        return x")
 
 
 def byte_characters() -> list[str]:
@@ -36,6 +40,7 @@ def byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = byte_characters()
+BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
 TEXT_BYTES = frozenset([*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4])
 """That any text may have; control characters, and what begins no assigned one, some vocabularies leave out."""
 BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
@@ -44,8 +49,9 @@ BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 class ByteTokens:
     """A tokenizer's tokens as bytes.
 
-    Added tokens count as text where they are not special: Gemma's runs of newlines are such. Special ones have no
-    bytes.
+    Added tokens count as text where they are not special: Gemma's runs of newlines are such, and so is Qwen's
+    ``<think>``. Special ones have no bytes. A text never becomes a token that only marks
+    (:func:`~pad_vllm.reward.markers.marker_tokens`) unless that is asked for.
 
     Args:
         tokenizer: a fast one.
@@ -60,6 +66,10 @@ class ByteTokens:
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"the tokenizer of {name!r} is {type(tokenizer).__name__}, which has no fast form")
         self.tokenizer, self.name = tokenizer, name
+        self.vocabulary = tokenizer.get_vocab()
+        self.size = 1 + max(self.vocabulary.values())
+        if any(all(names[byte] in self.vocabulary for byte in TEXT_BYTES) for names in (BYTE_CHARACTERS, BYTE_NAMES)):
+            check_reading(tokenizer, name)  # it could write any text
         settings = json.loads(backend.to_str())
         self.is_byte_level = any("ByteLevel" in types_of(settings[key]) for key in ("pre_tokenizer", "decoder"))
         model = settings["model"]
@@ -70,40 +80,80 @@ class ByteTokens:
             )
         if model["type"] not in ("BPE", "Unigram"):
             raise ValueError(f"the tokenizer of {name!r} is a {model['type']} model; BPE and Unigram are supported")
+        self.markers = marker_tokens(tokenizer)
+        """By what they are written as: the tokens that only mark"""
+        self.marker_ids = frozenset(self.markers.values())
+        """Their ids. :meth:`encode` gives none of them."""
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token["id"] for token in settings["added_tokens"] if token["special"]
         }
-        self.vocabulary = tokenizer.get_vocab()
-        self.size = 1 + max(self.vocabulary.values())
+        """Those of them that have no bytes"""
         self._odd = re.compile(ODD)
-        self._running = running(settings, self.special_ids, self.is_byte_level)
-        self.bytes = self._token_bytes({token["id"] for token in settings["added_tokens"]})
+        self._added = {token["id"]: token["content"] for token in settings["added_tokens"]}
+        self._running = running(settings, self.marker_ids, self.is_byte_level)
+        self.bytes = self._token_bytes()
         """By id: what an ordinary token stands for; None for any other"""
         self._byte_ids = self._single_bytes()
 
     @cached_property
     def fingerprint(self) -> str:
         """What the tokens and their bytes follow from."""
-        return self._running.to_str() + repr((sorted(self.special_ids), self.size))
+        return self._running.to_str() + repr((sorted(self.markers.items()), sorted(self.special_ids), self.size))
 
-    def _token_bytes(self, added: set[int]) -> list[bytes | None]:
+    def check(self) -> None:
+        """Raise ValueError, with an example, unless for every token that has bytes, what is written for these has
+        these, and an added token that is text is written for its own."""
+        tokens = [i for i, content in enumerate(self.bytes) if content]
+        starts, ids = self.encode([self.bytes[i] for i in tokens])
+        wrong = np.flatnonzero(self.inexact([self.bytes[i] for i in tokens], starts, ids))
+        if len(wrong):
+            token = tokens[wrong[0]]
+            written = self.decode(ids[starts[wrong[0]] : starts[wrong[0] + 1]].tolist())
+            raise ValueError(
+                f"the tokenizer of {self.name!r} does not write its own tokens byte for byte: token {token} is "
+                f"{self.bytes[token]!r}, for which it writes {written!r} (one of {len(wrong):,})"
+            )
+        alone = {i for i, content in self._added.items() if self._is_its_own_text(i, content)}
+        for n, token in enumerate(tokens):
+            if token in alone and ids[starts[n] : starts[n + 1]].tolist() != [token]:
+                raise ValueError(
+                    f"the tokenizer of {self.name!r} does not write its added token {token}, {self.bytes[token]!r}, "
+                    f"for the text that it is, but {ids[starts[n] : starts[n + 1]].tolist()}"
+                )
+
+    def _is_its_own_text(self, token: int, content: str) -> bool:
+        """Whether an added token is found in a text as it stands. SentencePiece's runs of spaces are found, or not, by
+        the model's merges."""
+        return token not in self.marker_ids and (self.is_byte_level or SPACE not in content)
+
+    def inexact(self, texts: Sequence[bytes | None], starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """[texts] bool: which are not what their tokens, as :meth:`encode` returns them, have for bytes together."""
+        parts, bounds = [self.bytes[i] or b"" for i in ids.tolist()], starts.tolist()
+        return np.array(
+            [
+                (parts[begin] if end - begin == 1 else b"".join(parts[begin:end])) != text
+                for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True)
+            ],
+            bool,
+        )
+
+    def _token_bytes(self) -> list[bytes | None]:
         found: list[bytes | None] = [None] * self.size
         for token, i in self.vocabulary.items():
             if i in self.special_ids:
                 continue
-            if i in added:
+            if not self.is_byte_level:
+                # Of added tokens too: there is no other way to write Gemma's runs of spaces.
+                single = None if i in self._added else BYTE_TOKEN.fullmatch(token)
+                found[i] = bytes.fromhex(single[1]) if single else token.replace(SPACE, " ").encode(errors="replace")
+            elif i in self._added:
                 found[i] = token.encode(errors="replace")
-            elif self.is_byte_level:
-                if all(character in BYTE_OF for character in token):
-                    found[i] = bytes(BYTE_OF[character] for character in token)
-            elif single := BYTE_TOKEN.fullmatch(token):
-                found[i] = bytes.fromhex(single[1])
-            else:
-                found[i] = token.replace(SPACE, " ").encode(errors="replace")
+            elif all(character in BYTE_OF for character in token):
+                found[i] = bytes(BYTE_OF[character] for character in token)
         return [content or None for content in found]
 
     def _single_bytes(self) -> list[int]:
-        names = BYTE_CHARACTERS if self.is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        names = BYTE_CHARACTERS if self.is_byte_level else BYTE_NAMES
         missing = [byte for byte in range(256) if names[byte] not in self.vocabulary]
         if needed := [byte for byte in missing if byte in TEXT_BYTES]:
             raise ValueError(
@@ -115,7 +165,7 @@ class ByteTokens:
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids that the tokenizer gives each of these bytes by itself in running text: no BOS, no added space, no
-        special token, nothing normalized; so that the tokens have the same bytes together.
+        marker, nothing normalized; so that the tokens have the same bytes together.
 
         Args:
             texts: UTF-8 or not: a token may end within a character.
@@ -140,9 +190,22 @@ class ByteTokens:
         starts = np.concatenate([[0], np.cumsum([len(part) for part in ids], dtype=np.int64)])
         return starts, np.fromiter((i for part in ids for i in part), np.int32, starts[-1])
 
-    def encode_one(self, content: bytes) -> list[int]:
-        """As :meth:`encode`, of one text."""
-        return self.encode([content])[1].tolist()
+    def encode_one(self, content: bytes, markers: bool = False) -> list[int]:
+        """As :meth:`encode`, of one text; with ``markers`` those that it spells become themselves, as in what a chat
+        template writes."""
+        if not markers:
+            return self.encode([content])[1].tolist()
+        parts = self._markers.split(content.decode(errors="surrogateescape"))
+        return [
+            i
+            for n, part in enumerate(parts)
+            for i in ([self.markers[part]] if n % 2 else self.encode_one(part.encode(errors="surrogateescape")))
+        ]
+
+    @cached_property
+    def _markers(self) -> re.Pattern[str]:
+        longest_first = sorted(self.markers, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def _encode_odd(self, content: bytes) -> list[int]:
         """Of bytes that are no text, or have the character that stands for a space."""
@@ -162,17 +225,48 @@ class ByteTokens:
         return b"".join(self.bytes[i] or b"" for i in ids if 0 <= i < self.size)
 
 
-def running(settings: dict[str, Any], special_ids: frozenset[int], is_byte_level: bool) -> Tokenizer:
+def check_reading(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError for a tokenizer that does not give back the text that it encoded."""
+    for text in READABLE:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if read.removeprefix(" ") != text:
+            raise ValueError(
+                f"the tokenizer of {name!r} is read wrongly by transformers itself, as {type(tokenizer).__name__}: of "
+                f"{text!r} it makes {read!r}. See to the tokenizer_class in the model's tokenizer_config.json"
+            )
+
+
+def running(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level: bool) -> Tokenizer:
     """A tokenizer of running text, from the settings of one of whole texts: what is done to a text's beginning, to its
-    characters and to special tokens in it is left out."""
+    characters and to markers in it is left out. Every token keeps its id.
+
+    Raises:
+        ValueError: the settings make none.
+    """
+    try:
+        settings = running_settings(settings, marker_ids, is_byte_level)
+        tokenizer = Tokenizer.from_str(json.dumps(settings))
+        moved = [token for token in settings["added_tokens"] if tokenizer.token_to_id(token["content"]) != token["id"]]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        raise ValueError(f"of its settings no tokenizer of running text can be made: {one_line(error)}") from None
+    if moved:
+        token = moved[0]
+        raise ValueError(
+            f"its added token {token['content']!r} is {token['id']}, and would be "
+            f"{tokenizer.token_to_id(token['content'])} in running text"
+        )
+    # Markers stand among the added tokens as special ones, so that all keep their ids, and are not looked for.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def running_settings(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level: bool) -> dict[str, Any]:
+    """Those of :func:`running`; raises whatever comes of settings that are none."""
     settings = json.loads(json.dumps(settings))
     settings["post_processor"] = settings["padding"] = settings["truncation"] = None
-    # A token that takes the spaces around it stands for more than its text.
-    settings["added_tokens"] = [
-        {**token, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-        for token in settings["added_tokens"]
-        if token["id"] not in special_ids and not token["special"]
-    ]
     maps_spaces = "Metaspace" in types_of(settings["pre_tokenizer"])
     settings["normalizer"] = (
         None if is_byte_level or maps_spaces else {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -183,19 +277,41 @@ def running(settings: dict[str, Any], special_ids: frozenset[int], is_byte_level
         elif step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
-    model = settings["model"]
+    names = rename_markers(settings["model"], marker_ids)
+    own = settings["model"]["vocab"] if settings["model"]["type"] == "BPE" else dict(settings["model"]["vocab"])
+    added = []
+    for token in settings["added_tokens"]:
+        content, is_marker = token["content"], token["id"] in marker_ids
+        if not is_marker and not is_byte_level and SPACE in content:
+            if content in own:  # the model finds it, as it does where the token is not added
+                continue
+            content = content.replace(SPACE, " ")
+        # A token that takes the spaces around it stands for more than its text.
+        plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        added.append({**token, **plain, "content": names.get(content, content), "special": is_marker})
+    settings["added_tokens"] = added
+    return settings
+
+
+def rename_markers(model: dict[str, Any], marker_ids: frozenset[int]) -> dict[str, str]:
+    """Give those markers that a model has itself names that no text spells: Unigram finds any token, BPE those that
+    are whole words or that its merges lead to. Returns the names by what they were."""
     model.pop("dropout", None)
-    unknown = {model.get("unk_token"), model.get("unk_id")}
-    if model["type"] == "Unigram":  # finds any token that a text spells
-        for i in special_ids & set(range(len(model["vocab"]))) - unknown:
-            model["vocab"][i][0] = f"{NOWHERE}{i}"
-    elif model.get("ignore_merges"):  # finds any that is a whole word
-        vocabulary = model["vocab"]
-        model["vocab"] = {
-            f"{NOWHERE}{i}" if i in special_ids and token not in unknown else token: i
-            for token, i in vocabulary.items()
-        }
-    return Tokenizer.from_str(json.dumps(settings))
+    if model["type"] == "Unigram":
+        names = {}
+        for i in marker_ids & set(range(len(model["vocab"]))):
+            names[model["vocab"][i][0]] = model["vocab"][i][0] = f"{NOWHERE}{i}"
+        return names
+    names = {token: f"{NOWHERE}{i}" for token, i in model["vocab"].items() if i in marker_ids}
+    if names:
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+        model["merges"] = [
+            (left, right)
+            for left, right in model["merges"]
+            if left + right not in names and left not in names and right not in names
+        ]
+        model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    return names
 
 
 def steps_of(component: dict[str, Any] | None) -> list[dict[str, Any]]:
