@@ -122,10 +122,10 @@ ENGINES = (
     ("gemma3", "qwen3", "v1"),
     ("gptoss", "llama3_1", "v1"),
     ("qwen3", "llama3_1", "v2"),
-    ("llama3_2", "mistral_nemo", "v1"),
-    ("mistral_nemo", "smollm2", "v1"),
+    ("llama3_1", "mistral_nemo", "v1"),
+    ("mistral_nemo", "gptoss", "v1"),
     ("smollm2", "deepseek_v3_fast", "v1"),
-    ("deepseek_v3_fast", "llama3_2", "v1"),
+    ("deepseek_v3_fast", "smollm2", "v1"),
     ("llama2", "qwen3", "v1"),
     ("gemma3", "llama2", "v2"),
 )

@@ -330,7 +330,9 @@ def stands_right(tokenizer: Any, text: str, out: str) -> bool:
 
 
 def translations(pair: Pair, base: Any, reward: Any) -> dict[str, str]:
-    """Whether the reward model reads chats of the base's template as its own template would have written them."""
+    """Whether the reward model reads chats of the base's template as its own template would have written them:
+    ``right``; ``header``, where the base's own words stand before the system text as well, such as a date; ``none``
+    where the base's template has no such thing; or what was read instead."""
     user = " ".join([USER, *(marker for marker in MARKERS if not encodes_as_one(base, marker))])
     said = {}
     cases: dict[str, tuple[list[dict[str, str]], tuple[dict[str, Any], ...]]] = {
@@ -340,40 +342,71 @@ def translations(pair: Pair, base: Any, reward: Any) -> dict[str, str]:
         **{name: (chat(user=user), variants) for name, variants in VARIANTS.items()},
     }
     for name, (messages, variants) in cases.items():
-        try:
-            plain, own = render(base, messages), render(reward, messages)
-        except Exception as error:  # a template raises what it likes
-            said[name] = f"a template raises {error!r}"
-            continue
+        plain = render(base, messages)
         texts = [render(base, messages, **variant) for variant in variants]
         texts = texts if variants == ({},) else [text for text in texts if text != plain]
-        said[name] = "none" if not texts else "right"
+        said[name] = "none"
         for text in texts:
             ids = pair.translator.translate(encode(base, text))
-            if not reads_the_same(reward, own, ids, user, exactly=name != "tools", begun=THOUGHTS in text):
-                said[name] = decode(reward, ids)
+            said[name] = verdict(reward, as_shown(base, messages, plain), ids, text, tools=name == "tools")
+            if said[name] not in ("right", "header"):
+                break
     return said
 
 
+def as_shown(base: Any, messages: Sequence[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """The messages that a template shows: one that has no system turn writes its text into a user's."""
+    first, *rest = messages
+    if first["role"] != "system" or has_system_turn(base):
+        return list(messages)
+    at = text.index(SYSTEM)
+    ends = {n: text.find(m["content"], at) for n, m in enumerate(rest) if m["role"] == "user"}
+    n = min((n for n in ends if ends[n] >= 0), key=ends.__getitem__)
+    rest[n] = {**rest[n], "content": text[at : ends[n] + len(rest[n]["content"])]}
+    return rest
+
+
+def verdict(reward: Any, messages: list[dict[str, str]], ids: Sequence[int], written: str, tools: bool) -> str:
+    """As :func:`translations`. ``written``: the base's chat; with ``tools`` what its template says of these may stand
+    beside the contents."""
+    out, own, user = decode(reward, ids), render(reward, messages), messages[-1]["content"]
+    if tools:
+        start = max(own.rfind(marker, 0, own.index(user)) for marker in markers(reward))
+        tail = re.escape(own[start:]).replace(re.escape(user), f".*{re.escape(user)}.*")
+        is_right = re.search(f"{tail}$", out, re.DOTALL) and out.count(SYSTEM) == out.count(user) == 1
+        return "right" if is_right else out
+    if out == own or (THOUGHTS in written and out == own + THOUGHTS):
+        return "right" if num_markers(reward, ids) == own_markers(reward, messages) else out
+    has_system = messages[0]["role"] == "system"
+    with_system = messages if has_system else [{"role": "system", "content": SYSTEM}, *messages]
+    header = header_of(reward, with_system, out, has_system)
+    is_right = header and header in written and num_markers(reward, ids) == own_markers(reward, with_system)
+    return "header" if is_right else out
+
+
+def num_markers(tokenizer: Any, ids: Sequence[int]) -> int:
+    those = set(tokenizer.convert_tokens_to_ids(markers(tokenizer)))
+    return sum(i in those for i in ids)
+
+
+def own_markers(tokenizer: Any, messages: list[dict[str, str]]) -> int:
+    """How many markers the template itself writes: none of those that a user spells is one."""
+    spelled = re.compile("|".join(map(re.escape, MARKERS)))
+    harmless = [{**message, "content": spelled.sub("a", message["content"])} for message in messages]
+    return num_markers(tokenizer, encode(tokenizer, render(tokenizer, harmless)))
+
+
+def header_of(reward: Any, messages: list[dict[str, str]], out: str, system: bool) -> str | None:
+    """What stands in the system message before its text, or alone, where all else is the reward model's rendering."""
+    own = render(reward, messages)
+    content = f"{SYSTEM}\n\n" if not system and not has_system_turn(reward) else SYSTEM
+    left, _, right = own.partition(content)
+    right = (SYSTEM if system else "") + right
+    if not (out.startswith(left) and out.endswith(right)):
+        return None
+    return out[len(left) : len(out) - len(right)].strip() or None
+
+
 def encodes_as_one(tokenizer: Any, marker: str) -> bool:
+    """Whether a marker, as a user spells it, has one of the tokenizer's own."""
     return any(own in marker for own in markers(tokenizer))
-
-
-def reads_the_same(
-    reward: Any, own: str, ids: Sequence[int], user: str, exactly: bool = True, begun: bool = False
-) -> bool:
-    """Not ``exactly``: what the base's template says of tools may stand beside the contents. ``begun``: the base's
-    answer begins with no thoughts, and so may the reward model's, as text where it has none."""
-    if begun and decode(reward, ids) == own + THOUGHTS:
-        return True
-    is_marker = set(reward.convert_tokens_to_ids(markers(reward)))
-    num_markers = sum(i in is_marker for i in encode(reward, own.replace(user, "a")))
-    if sum(i in is_marker for i in ids) != num_markers:
-        return False
-    out = decode(reward, ids)
-    if exactly:
-        return out == own
-    pattern = re.escape(own)
-    for content in (SYSTEM, user):
-        pattern = pattern.replace(re.escape(content), f".*{re.escape(content)}.*")
-    return re.fullmatch(pattern, out, re.DOTALL) is not None

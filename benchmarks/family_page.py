@@ -27,6 +27,15 @@ ENGINES = """
 Tokens that the real engine generated, greedy, in float32, against those of the oracle (`tests/oracle.py`), which reads
 the chat as the reward model's own template writes it.
 """
+PAIRS = """
+## Pairs
+
+Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's tokens,
+two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether the reward
+model reads conversations of the base's template (a system message or none, several turns, tools, another day, thinking
+switched off, markers of other families in a user's text) as its own template would have written them; *with header*: what
+the base's template says by itself before the system text, such as the day, is read as well.
+"""
 CASES = {
     "system": "system message",
     "no system": "none",
@@ -57,8 +66,9 @@ def render(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) 
     parts = [HEAD, "\n".join(provenance(results)), "\n".join(overview(titles, results))]
     parts += [TEMPLATES, "\n".join(template_table(titles, results))]
     parts += [ENGINES, "\n".join(engine_table(titles, results))]
+    parts.append(PAIRS)
     for base, title in titles.items():
-        parts.append(f"\n## {title} as the base\n\n" + "\n".join(pair_table(base, titles, results)))
+        parts.append(f"\n### {title} as the base\n\n" + "\n".join(pair_table(base, titles, results)))
     return "\n".join([*parts, MISSING])
 
 
@@ -152,5 +162,7 @@ def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mappi
 def chats(entry: Mapping[str, Any]) -> str:
     if "chat" not in entry:
         return "plain text"
-    wrong = [CHATS[case] for case, said in entry["chat"].items() if said not in ("right", "none")]
-    return "right" if not wrong else f"**wrong**: {', '.join(wrong)}"
+    wrong = [CHATS[case] for case, said in entry["chat"].items() if said not in ("right", "header", "none")]
+    if wrong:
+        return f"**wrong**: {', '.join(wrong)}"
+    return "right, with header" if "header" in entry["chat"].values() else "right"

@@ -28,6 +28,7 @@ from benchmarks.family_checks import (
     MARKERS,
     SYSTEM,
     USER,
+    as_shown,
     chat,
     conversation,
     encode,
@@ -109,12 +110,17 @@ class FamilyPair:
             before = encode(reward, f"{preference}\n\n")
             read = plain.encode(text)
             return Prompt(ids, [*bos, *read], {preference: [*bos, *before, *read]})
-        ids = encode(base, render(base, text))
-        own = written(reward, text)
-        (system, *rest), joined = text, f"{SYSTEM}\n\n{preference}\n\n"
-        if not has_system_turn(reward):
+        ids = encode(base, shown := render(base, text))
+        messages = as_shown(base, text, shown)
+        first, *rest = messages
+        if first["role"] != "system":
+            joined = f"{preference}\n\n{first['content']}"
+        elif has_system_turn(reward):
+            joined = f"{SYSTEM}\n\n{preference}\n\n"
+        else:
             joined = f"{preference}\n\n{SYSTEM}"
-        return Prompt(ids, own, {preference: written(reward, [{**system, "content": joined}, *rest])})
+        composed = written(reward, [{**first, "content": joined}, *rest])
+        return Prompt(ids, written(reward, messages), {preference: composed})
 
     @torch.no_grad()
     def compare(self, runner: str) -> dict[str, Any]:
@@ -130,7 +136,7 @@ class FamilyPair:
         prompts, params, expected = [], [], []
         for i, (text, preference) in enumerate(self.prompts()):
             prompt = self.read(text, preference)
-            for bias, with_preference in (({}, True), (self.bias, True), (self.bias, False)):
+            for bias, with_preference in (({}, i % 2 == 0), (self.bias, i % 2 == 1 or i == 0)):
                 prompts.append(prompt.base)
                 extra = {"preference": preference} if with_preference else {}
                 controls = {"logit_bias": bias} if bias else {}
