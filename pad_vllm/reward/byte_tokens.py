@@ -7,14 +7,17 @@ for what it has no text for. Everything else loses something of a text, and is r
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from pad_vllm.errors import one_line
 from pad_vllm.reward.markers import marker_tokens
@@ -46,6 +49,18 @@ TEXT_BYTES = frozenset([*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *ran
 BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """While millions of small objects are made, none of them in a cycle; looking for cycles takes as long as they."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class ByteTokens:
     """A tokenizer's tokens as bytes.
 
@@ -70,7 +85,9 @@ class ByteTokens:
         self.size = 1 + max(self.vocabulary.values())
         if any(all(names[byte] in self.vocabulary for byte in TEXT_BYTES) for names in (BYTE_CHARACTERS, BYTE_NAMES)):
             check_reading(tokenizer, name)  # it could write any text
-        settings = json.loads(backend.to_str())
+        written = backend.to_str()
+        with no_collection():
+            settings = json.loads(written)
         self.is_byte_level = any("ByteLevel" in types_of(settings[key]) for key in ("pre_tokenizer", "decoder"))
         model = settings["model"]
         if not self.is_byte_level and not model.get("byte_fallback"):
@@ -90,15 +107,14 @@ class ByteTokens:
         """Those of them that have no bytes"""
         self._odd = re.compile(ODD)
         self._added = {token["id"]: token["content"] for token in settings["added_tokens"]}
-        self._running = running(settings, self.marker_ids, self.is_byte_level)
+        with no_collection():
+            self._running = running(settings, self.marker_ids, self.is_byte_level)
+        parts = (written, repr((sorted(self.markers.items()), sorted(self.special_ids), self.size)))
+        self.fingerprint = hashlib.sha256(chr(0).join(parts).encode(errors="replace")).hexdigest()
+        """What the tokens and their bytes follow from"""
         self.bytes = self._token_bytes()
         """By id: what an ordinary token stands for; None for any other"""
         self._byte_ids = self._single_bytes()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """What the tokens and their bytes follow from."""
-        return self._running.to_str() + repr((sorted(self.markers.items()), sorted(self.special_ids), self.size))
 
     def check(self) -> None:
         """Raise ValueError, with an example, unless for every token that has bytes, what is written for these has
@@ -185,8 +201,9 @@ class ByteTokens:
                 odd[i] = self._encode_odd(content)
             else:
                 plain.append(text)
-        encoded = iter(self._running.encode_batch_fast(plain, add_special_tokens=False))
-        ids = [odd[i] if i in odd else next(encoded).ids for i in range(len(texts))]
+        with no_collection():
+            encoded = iter(self._running.encode_batch_fast(plain, add_special_tokens=False))
+            ids = [odd[i] if i in odd else next(encoded).ids for i in range(len(texts))]
         starts = np.concatenate([[0], np.cumsum([len(part) for part in ids], dtype=np.int64)])
         return starts, np.fromiter((i for part in ids for i in part), np.int32, starts[-1])
 
@@ -245,73 +262,77 @@ def running(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level:
         ValueError: the settings make none.
     """
     try:
-        settings = running_settings(settings, marker_ids, is_byte_level)
-        tokenizer = Tokenizer.from_str(json.dumps(settings))
-        moved = [token for token in settings["added_tokens"] if tokenizer.token_to_id(token["content"]) != token["id"]]
+        tokenizer, added = running_tokenizer(settings, marker_ids, is_byte_level)
+        moved = {content: i for i, content in added.items() if tokenizer.token_to_id(content) != i}
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         raise ValueError(f"of its settings no tokenizer of running text can be made: {one_line(error)}") from None
-    if moved:
-        token = moved[0]
+    for content, i in moved.items():
         raise ValueError(
-            f"its added token {token['content']!r} is {token['id']}, and would be "
-            f"{tokenizer.token_to_id(token['content'])} in running text"
+            f"its added token {content!r} is {i}, and would be {tokenizer.token_to_id(content)} in running text"
         )
-    # Markers stand among the added tokens as special ones, so that all keep their ids, and are not looked for.
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def running_settings(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level: bool) -> dict[str, Any]:
-    """Those of :func:`running`; raises whatever comes of settings that are none."""
-    settings = json.loads(json.dumps(settings))
-    settings["post_processor"] = settings["padding"] = settings["truncation"] = None
+def running_tokenizer(
+    settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level: bool
+) -> tuple[Tokenizer, dict[int, str]]:
+    """As :func:`running`, which raises whatever comes of settings that are none; and its added tokens."""
+    model = {name: value for name, value in settings["model"].items() if value is not None}
     maps_spaces = "Metaspace" in types_of(settings["pre_tokenizer"])
-    settings["normalizer"] = (
-        None if is_byte_level or maps_spaces else {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    )
-    for step in steps_of(settings["pre_tokenizer"]):
+    pre_tokenizer = json.loads(json.dumps(settings["pre_tokenizer"]))
+    for step in steps_of(pre_tokenizer):
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         elif step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
-    names = rename_markers(settings["model"], marker_ids)
-    own = settings["model"]["vocab"] if settings["model"]["type"] == "BPE" else dict(settings["model"]["vocab"])
-    added = []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    empty = {
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "pre_tokenizer": pre_tokenizer,
+        "normalizer": None if is_byte_level or maps_spaces else replace,
+    }
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": []} | empty))
+    tokenizer.model, names = running_model(model, marker_ids)
+    added, contents = [], {}
     for token in settings["added_tokens"]:
         content, is_marker = token["content"], token["id"] in marker_ids
         if not is_marker and not is_byte_level and SPACE in content:
-            if content in own:  # the model finds it, as it does where the token is not added
+            if tokenizer.token_to_id(content) is not None:  # the model finds it, as where the token is not added
                 continue
             content = content.replace(SPACE, " ")
-        # A token that takes the spaces around it stands for more than its text.
-        plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-        added.append({**token, **plain, "content": names.get(content, content), "special": is_marker})
-    settings["added_tokens"] = added
-    return settings
+        contents[token["id"]] = content = names.get(content, content)
+        # A token that takes the spaces around it would stand for more than its text.
+        added.append(AddedToken(content, normalized=False, special=is_marker))
+    tokenizer.add_tokens(added)
+    # Markers stand among the added tokens as special ones, so that all keep their ids, and are not looked for.
+    tokenizer.add_special_tokens([token for token in added if token.special])
+    tokenizer.encode_special_tokens = True
+    return tokenizer, contents
 
 
-def rename_markers(model: dict[str, Any], marker_ids: frozenset[int]) -> dict[str, str]:
-    """Give those markers that a model has itself names that no text spells: Unigram finds any token, BPE those that
-    are whole words or that its merges lead to. Returns the names by what they were."""
-    model.pop("dropout", None)
-    if model["type"] == "Unigram":
-        names = {}
-        for i in marker_ids & set(range(len(model["vocab"]))):
-            names[model["vocab"][i][0]] = model["vocab"][i][0] = f"{NOWHERE}{i}"
-        return names
-    names = {token: f"{NOWHERE}{i}" for token, i in model["vocab"].items() if i in marker_ids}
+def running_model(model: dict[str, Any], marker_ids: frozenset[int]) -> tuple[models.Model, dict[str, str]]:
+    """A model that no text leads to markers, and what it calls those that it has itself, by their names: Unigram would
+    find any, BPE those that are whole words or that its merges lead to."""
+    vocabulary, kind = model["vocab"], model["type"]
+    options = {name: model[name] for name in model.keys() - {"type", "vocab", "merges", "dropout"}}
+    if kind == "Unigram":
+        names = {vocabulary[i][0]: f"{NOWHERE}{i}" for i in marker_ids & set(range(len(vocabulary)))}
+        return models.Unigram([(names.get(token, token), score) for token, score in vocabulary], **options), names
+    names = {token: f"{NOWHERE}{i}" for token, i in vocabulary.items() if i in marker_ids}
+    merges = map(tuple, model["merges"])
     if names:
-        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
-        model["merges"] = [
+        vocabulary = {names.get(token, token): i for token, i in vocabulary.items()}
+        merges = (
             (left, right)
-            for left, right in model["merges"]
+            for left, right in merges
             if left + right not in names and left not in names and right not in names
-        ]
-        model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
-    return names
+        )
+        if "unk_token" in options:
+            options["unk_token"] = names.get(options["unk_token"], options["unk_token"])
+    return models.BPE(vocabulary, list(merges), **options), names
 
 
 def steps_of(component: dict[str, Any] | None) -> list[dict[str, Any]]:

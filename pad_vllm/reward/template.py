@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS
 from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
+from pad_vllm.reward.markers import marker_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,11 +77,10 @@ class PromptTemplate:
         check_prompt_template(template)
         self.tokenizer = tokenizer
         self.before, self.after = template.split(PROMPT)
-        # Control tokens are not always marked special, as <think> and <tool_call>; runs of spaces are added too.
-        self.special_tokens = frozenset(tokenizer.all_special_tokens) | {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
-        }
-        self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(self.special_tokens)))
+        # Those that mark are not always marked special, as <think>; runs of spaces and HTML's tags are added too.
+        markers = marker_tokens(tokenizer)
+        self.special_tokens, self.special_ids = frozenset(markers), frozenset(markers.values())
+        self._special_lengths = sorted({len(token) for token in markers}, reverse=True)
         self.insert_after = self._encode(insert_after) if insert_after else []
         self._chat_tokenizer = chat_tokenizer or tokenizer
         self.chat = None if insert_after else chat_format(self._chat_tokenizer)
@@ -242,7 +242,8 @@ class PromptTemplate:
 
     def _fill(self, template: str, preference: str) -> tuple[int, ...]:
         ids = self._encode(template.replace(PREFERENCE, preference))
-        if self._num_special(ids) == sum(self._num_special(self._encode(t)) for t in template.split(PREFERENCE)):
+        own = [i for literal in template.split(PREFERENCE) for i in self._specials(self._encode(literal))]
+        if self._specials(ids) == own:
             return tuple(ids)
         # The preference spells a special token. Parse those the template itself spells, and nothing else.
         ids, plain = [], ""
@@ -256,15 +257,19 @@ class PromptTemplate:
                     plain += piece
         return tuple(ids + self._encode(plain, plain=True))
 
+    def _specials(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self.special_ids]
+
     def _num_special(self, ids: Sequence[int]) -> int:
-        return sum(i in self.special_ids for i in ids)
+        return len(self._specials(ids))
 
     def _split_special(self, text: str) -> list[str]:
         """``text`` cut at the special tokens it spells, longest match first."""
         pieces, start, i = [], 0, 0
-        by_length = sorted(self.special_tokens, key=len, reverse=True)
         while i < len(text):
-            token = next((t for t in by_length if text.startswith(t, i)), None)
+            # By lengths: a vocabulary may have thousands of them, as Gemma's unused ones.
+            found = (text[i : i + length] for length in self._special_lengths)
+            token = next((part for part in found if part in self.special_tokens), None)
             if token is None:
                 i += 1
                 continue

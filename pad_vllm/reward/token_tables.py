@@ -36,7 +36,7 @@ MAX_LOST = 0.01
 """Part of the base's tokens that the reward model may be unable to write: control characters, as a rule."""
 WORTH_KEEPING = 65536
 """Tokens of both; tables of fewer are made in less time than a file is read."""
-FORMAT = 1
+FORMAT = 2
 NO_KEY = -1
 
 
@@ -86,12 +86,17 @@ def make_tables(
         reward_ends: the reward model's; the first is what it reads where the base ends.
 
     Raises:
-        ValueError: the reward model's tokenizer cannot write what the base writes.
+        ValueError: the reward model's tokenizer cannot write what the base writes, or one of the two does not write its
+            own tokens byte for byte.
     """
+    base.check()
+    reward.check()
     end = reward_ends[0]
     tokens, starts, ids = _encode_tokens(base, base_ends, reward)
     lengths = np.diff(starts)
-    lost = _inexact(base, tokens, reward, starts, ids)
+    # A marker of another kind, special there and not here, has no bytes and is the same all the same.
+    known = np.isin(ids[starts[:-1].clip(max=len(ids) - 1)], list(reward.marker_ids))
+    lost = reward.inexact([base.bytes[i] for i in tokens], starts, ids) & ~known
     is_lost = lost | (lengths == 0)
     if is_lost.sum() > MAX_LOST * len(tokens):
         example = base.bytes[tokens[int(np.argmax(is_lost))]]
@@ -124,24 +129,22 @@ def make_tables(
 def _encode_tokens(
     base: ByteTokens, ends: Collection[int], reward: ByteTokens
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids of ``base``'s ordinary tokens, and what ``reward`` writes for each: starts, ids."""
+    """The ids of ``base``'s ordinary tokens, and what ``reward`` writes for each: starts, ids. A marker is the one of
+    the same name, where there is one."""
     tokens = np.array([i for i, content in enumerate(base.bytes) if content and i not in ends], np.int64)
-    return tokens, *reward.encode([base.bytes[i] for i in tokens])
-
-
-def _inexact(
-    base: ByteTokens, tokens: np.ndarray, reward: ByteTokens, starts: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
-    """[tokens] bool: which are not written byte for byte."""
-    contents = [content or b"" for content in reward.bytes]
-    parts, bounds = [contents[i] for i in ids.tolist()], starts.tolist()
-    return np.array(
-        [
-            b"".join(parts[begin:end]) != base.bytes[token]
-            for token, begin, end in zip(tokens.tolist(), bounds[:-1], bounds[1:], strict=True)
-        ],
-        bool,
-    )
+    starts, ids = reward.encode([base.bytes[i] for i in tokens])
+    same = {base.markers[name]: reward.markers[name] for name in base.markers.keys() & reward.markers.keys()}
+    whole = np.array([same.get(i, NO_KEY) for i in tokens.tolist()], np.int64)
+    is_same = whole != NO_KEY
+    if not is_same.any():
+        return tokens, starts, ids
+    lengths = np.diff(starts)
+    kept = np.where(is_same, 1, lengths)
+    starts_kept = np.concatenate([[0], np.cumsum(kept)])
+    written = np.empty(starts_kept[-1], np.int32)
+    written[np.repeat(~is_same, kept)] = ids[np.repeat(~is_same, lengths)]
+    written[starts_kept[:-1][is_same]] = whole[is_same]
+    return tokens, starts_kept, written
 
 
 def _members(
