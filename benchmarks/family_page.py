@@ -30,11 +30,11 @@ the chat as the reward model's own template writes it.
 PAIRS = """
 ## Pairs
 
-Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's tokens,
-two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether the reward
-model reads conversations of the base's template (a system message or none, several turns, tools, another day, thinking
-switched off, markers of other families in a user's text) as its own template would have written them; *with header*: what
-the base's template says by itself before the system text, such as the day, is read as well.
+Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
+tokens, two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether the
+reward model reads conversations of the base's template (a system message or none, several turns, tools, another day,
+thinking switched off, markers of other families in a user's text) as its own template would have written them; *with
+header*: what the base's template says by itself before the system text, such as the day, is read as well.
 """
 CASES = {
     "system": "system message",

@@ -28,6 +28,8 @@ from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_templ
 
 MAX_TOP_K = 1024
 """What ``max_top_k`` itself may be."""
+CHATS = ("auto", "strict")
+"""What ``chat`` may be."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class PADConfig:
         heads: path of a value-head file; found beside the model when absent.
         prompt_template: text around ``{prompt}``, with ``{preference}`` in it.
         insert_after: text at the head of the prompt behind which the preference is inserted.
+        chat: of a prompt that begins as a chat and is none that the chat template writes: ``auto``, it is read as plain
+            text, with a warning; ``strict``, its request is refused.
         beta: guidance strength of requests that name none.
         top_k: candidates of requests that name no number.
         max_top_k: most candidates that a request may ask for.
@@ -60,6 +64,7 @@ class PADConfig:
     heads: str | None = None
     prompt_template: str = DEFAULT_PROMPT_TEMPLATE
     insert_after: str | None = None
+    chat: str = "auto"
     beta: float = 1.0
     top_k: int = 10
     max_top_k: int = 64
@@ -83,6 +88,8 @@ class PADConfig:
             check_prompt_template(self.prompt_template)
         except ValueError as error:
             raise ValueError(f"pad.prompt_template={self.prompt_template!r}: {error}") from None
+        if self.chat not in CHATS:
+            raise ValueError(f"pad.chat={self.chat!r}: must be one of {', '.join(map(repr, CHATS))}")
         check_number("pad.beta", self.beta, 0, MAX_BETA)
         check_int("pad.max_top_k", self.max_top_k, 1, MAX_TOP_K)
         check_int("pad.top_k", self.top_k, 1, self.max_top_k)

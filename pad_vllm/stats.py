@@ -24,6 +24,7 @@ class Stats:
     contexts: float = 0
     drafted_tokens: float = 0
     steps_without_drafts: float = 0
+    plain_prompts: float = 0
     running_requests: float = 0
     running_contexts: float = 0
     kv_cache_usage_perc: float = 0
@@ -44,6 +45,8 @@ HELP = {
     "contexts": "Contexts that guided requests began: one for each preference, and one for a neutral reference.",
     "drafted_tokens": "Tokens that the reward model drafted, where it is the drafter.",
     "steps_without_drafts": "Steps in which it drafted nothing: its KV cache had no room, or it failed.",
+    "plain_prompts": "Guided requests whose prompt begins as a chat and was read as plain text, as it is none that the "
+    "chat template writes.",
     "running_requests": "Guided requests in the last step that guided any.",
     "running_contexts": "Contexts of these requests.",
     "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS
-from pad_vllm.reward.chat import Place, Seam, chat_format, num_common
+from pad_vllm.reward.chat import Kinds, MisreadPromptError, Place, Seam, chat_format
+from pad_vllm.reward.marked_text import num_common
 from pad_vllm.reward.markers import marker_tokens
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Composed(NamedTuple):
 
     ids: list[int]
     shared: tuple[int, ...]
+    is_misread: bool = False
+    """The prompt was not understood, and the preference stands at its head."""
 
 
 class PromptTemplate:
@@ -86,7 +89,7 @@ class PromptTemplate:
         self.chat = None if insert_after else chat_format(self._chat_tokenizer)
         self.max_preference_tokens: int | None = None
         """Bound of what a preference may add to the template's own tokens."""
-        self._warned = False
+        self._kinds = Kinds()
         self._num_own = sum(map(len, self._encode_preference("")))
         # A server's users share a few preferences: encode each once. One too long raises, and is not kept.
         self.encode_preference = lru_cache(maxsize=4096)(self._encode_preference)
@@ -118,7 +121,7 @@ class PromptTemplate:
                 before, num_shared = joined
         ids = [*prompt_ids[: place.start], *before, *prompt_ids[place.end :], *after]
         shared = place.start + num_shared
-        return Composed(ids, (place.start, shared) if place.ends_system else (shared,))
+        return Composed(ids, (place.start, shared) if place.ends_system else (shared,), place.is_misread)
 
     def example(self, preference: str, translator: PromptTranslator | None = None) -> str:
         """A composed prompt as text: a question in the chat template, or as it stands where there is none; in the
@@ -138,27 +141,30 @@ class PromptTemplate:
 
     def _place(self, prompt_ids: Sequence[int]) -> Place:
         has_bos = bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id
-        head = self.insert_after
+        head, is_misread = self.insert_after, bool(self.insert_after)
         if self.chat is not None:
             try:
                 if (place := self.chat.find(prompt_ids)) is not None:
                     return place
-                if self.chat.looks_like_chat(prompt_ids):
-                    self._warn("A prompt begins with no message that the chat template writes")
+            except MisreadPromptError as error:
+                is_misread = True
+                self._warn(error.kind, str(error))
             except Exception as error:  # of a tokenizer, at an id that it does not know: nothing may raise here
-                self._warn(f"A prompt cannot be read as a chat ({error!r})")
+                is_misread = True
+                self._warn("", f"A prompt cannot be read as a chat ({error!r})")
         for start in (0, int(has_bos)):
             if head and list(prompt_ids[start : start + len(head)]) == head:
                 return Place(start + len(head), start + len(head))
         if head:
-            self._warn(f"A prompt does not begin with insert_after={self.tokenizer.decode(head)!r} (ids {head})")
+            what = f"A prompt does not begin with insert_after={self.tokenizer.decode(head)!r} (ids {head})"
+            self._warn(str(prompt_ids[: len(head)]), what)
         # A BOS that begins every message would be torn from the role behind it.
         at = int(has_bos and (self.chat is None or self.chat.bos_once))
-        return Place(at, at)
+        return Place(at, at, is_misread=is_misread)
 
-    def _warn(self, what: str) -> None:
-        if not self._warned:
-            self._warned = True
+    def _warn(self, kind: str, what: str) -> None:
+        """Tell of a prompt of a kind that was not told of yet."""
+        if self._kinds.is_new(kind):
             logger.warning("%s: the preference goes to its head.", what)
 
     def check_preferences(self, preferences: Sequence[str]) -> None:

@@ -1,27 +1,31 @@
 """A base model's prompt as the reward model's: the same text, between the role markers of the other chat template.
 
-The messages of a prompt are found by what the base's chat template writes around them, and written again by the reward
-model's. Contents are kept byte for byte and never become markers; what has no counterpart, such as tools that the
-template describes in a system message, or a role that only the base has, stays as text where it stands. A prompt that
+The messages of a prompt are found by what the base's chat template writes around them
+(:mod:`~pad_vllm.reward.chat_structure`), and written again by the reward model's. Contents are kept byte for byte and
+never become markers. What the base's template wrote by itself and has no counterpart, such as a date, tools that it
+describes, or a role that only the base has, stays as text: at the head of a prompt in the system message. A prompt that
 is no chat, or whose template one of the two lacks, is plain text.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from pad_vllm.reward.byte_tokens import ByteTokens
-from pad_vllm.reward.chat import ATOM
+from pad_vllm.reward.chat import Kinds
+from pad_vllm.reward.chat_parser import INSERTED, UNKNOWN, WRITTEN
+from pad_vllm.reward.chat_structure import CONTENTS, ChatStructure, split_at
+from pad_vllm.reward.marked_text import ATOMS, NO_TOKEN, MarkedText, is_marker
+from pad_vllm.reward.renderings import render
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-CONTENTS = tuple(f"qzxjkvq{letter}" for letter in "bdfghm")
-"""That no template writes."""
+SEPARATOR = "\n\n"
+"""Between texts that become one message."""
 
 
 class Message(NamedTuple):
@@ -36,83 +40,11 @@ class Chat(NamedTuple):
     answer: str | None
 
 
-class ChatMarkers:
-    """What a chat template writes around messages, in text whose special tokens are one private character each.
+class Translated(NamedTuple):
+    """The reward model's ids of a prompt. ``is_misread``: it begins as a chat of the base's, and was not understood."""
 
-    Args:
-        tokens: whose chat template it is.
-        to_text: of token ids, with the private characters.
-
-    Raises:
-        ValueError: the template writes no conversation in which messages could be found.
-    """
-
-    def __init__(self, tokens: ByteTokens, to_text) -> None:
-        self._tokenizer, self._to_text = tokens.tokenizer, to_text
-        self.heads: dict[str, str] = {}
-        self.between: dict[tuple[str, str], str] = {}
-        self.generation: dict[str, str] = {}
-        """By the last message's role: what stands behind its content where an answer is to follow"""
-        self.endings: dict[str, str] = {}
-        """And where none is"""
-        talk = ("user", "assistant", "user")
-        for roles in (talk, ("system", *talk), ("system", "user"), ("user",)):
-            for generate in (True, False):
-                self._learn(roles, generate)
-        if "user" not in self.heads:
-            raise ValueError("no user message that could be found again")
-
-    def _learn(self, roles: Sequence[str], generate: bool) -> None:
-        messages = [{"role": role, "content": CONTENTS[i]} for i, role in enumerate(roles)]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-            text = self._to_text(self._tokenizer.encode(text, add_special_tokens=False))
-        except Exception:  # a template raises what it likes
-            return
-        parts = split_at(text, CONTENTS[: len(roles)])
-        if parts is None:
-            return
-        self.heads[roles[0]] = parts[0]
-        for pair, part in zip(itertools.pairwise(roles), parts[1:-1], strict=True):
-            self.between.setdefault(pair, part)
-        (self.generation if generate else self.endings)[roles[-1]] = parts[-1]
-
-    def parse(self, text: str) -> Chat | None:
-        """The messages of a prompt, or None where it is none of the template's."""
-        openers = [role for role, head in self.heads.items() if head and text.startswith(head)]
-        if not openers:
-            return None
-        role = max(openers, key=lambda role: len(self.heads[role]))
-        text, messages = text[len(self.heads[role]) :], []
-        while True:
-            found = [
-                (at, -len(part), following, part)
-                for (of, following), part in self.between.items()
-                if of == role and part and (at := text.find(part)) >= 0
-            ]
-            at, _, following, part = min(found, default=(len(text), 0, "", ""))
-            tail = self.generation.get(role)
-            if tail and text.endswith(tail) and len(text) - len(tail) <= at:
-                return Chat([*messages, Message(role, text[: -len(tail)])], "")
-            if not following:
-                break
-            messages.append(Message(role, text[:at]))
-            role, text = following, text[at + len(part) :]
-        ending = self.endings.get(role)
-        if role == "assistant" and not (ending and text.endswith(ending)):
-            return Chat(messages, text)
-        return Chat([*messages, Message(role, text.removesuffix(ending or ""))], None)
-
-
-def split_at(text: str, marks: Sequence[str]) -> list[str] | None:
-    """``text`` cut at each mark; None unless each stands there once, in order."""
-    parts = []
-    for mark in marks:
-        if text.count(mark) != 1:
-            return None
-        part, _, text = text.partition(mark)
-        parts.append(part)
-    return [*parts, text]
+    ids: list[int]
+    is_misread: bool = False
 
 
 class PromptTranslator:
@@ -125,40 +57,46 @@ class PromptTranslator:
 
     def __init__(self, base: ByteTokens, reward: ByteTokens, ends: Mapping[int, int]) -> None:
         self.base, self.reward = base, reward
-        self._atoms = {token_id: chr(ATOM + n) for n, token_id in enumerate(sorted(base.special_ids))}
-        names = {token_id: token for token, token_id in base.vocabulary.items()}
-        self._spelled = {atom: names.get(token_id, "") for token_id, atom in self._atoms.items()}
-        theirs = {name: i for name, i in reward.vocabulary.items() if i in reward.special_ids}
-        same = {atom: theirs[name] for atom, name in self._spelled.items() if name in theirs}
-        self._ids = same | {self._atoms[i]: end for i, end in ends.items() if i in self._atoms}
-        """Of special tokens that have a counterpart in plain text"""
-        self._special = re.compile("|".join(map(re.escape, sorted(theirs, key=len, reverse=True))) or r"(?!)")
-        self._special_ids = theirs
-        self._private = re.compile(f"[{chr(ATOM)}-{chr(ATOM + len(self._atoms))}]")
+        self.marked = MarkedText(base.tokenizer)
+        same = {atom: reward.markers[name] for atom, name in self.marked.spelled.items() if name in reward.markers}
+        self._ids = same | {self.marked.atoms[i]: end for i, end in ends.items() if i in self.marked.atoms}
+        """Of markers that have a counterpart in plain text"""
+        names = sorted(reward.markers, key=len, reverse=True)
+        self._markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._render = lru_cache(maxsize=256)(self._render_literals)
-        self._warned = False
+        self._kinds = Kinds()
 
     def translate(self, prompt_ids: Sequence[int]) -> list[int]:
         """The reward model's ids of a base model's prompt."""
-        text = self._to_text(prompt_ids)
-        ids = self._translate_chat(text)
-        if ids is not None:
-            return ids
-        if self.markers is not None and text.lstrip()[:1] in self._spelled and len(prompt_ids) > 1 and not self._warned:
-            self._warned = prompt_ids[0] != self.base.tokenizer.bos_token_id
-            if self._warned:
-                logger.warning("A prompt is none that the base model's chat template writes: it is translated as text.")
-        return self._translate_plain(text)
+        return self.read(prompt_ids).ids
+
+    def read(self, prompt_ids: Sequence[int]) -> Translated:
+        """As :meth:`translate`, with whether the prompt was understood."""
+        text = self.marked.read(prompt_ids).replace(NO_TOKEN, "")
+        structure, is_misread = self.structure, False
+        if structure is not None:
+            chat = self._conversation(structure, text)
+            ids = chat and self._translate_chat(chat)
+            if ids:
+                return Translated(ids)
+            is_misread = structure.looks_like_chat(text)
+            if is_misread and self._kinds.is_new(structure.kind(text)):
+                why = "is none that the base model's chat template writes"
+                if chat is not None:
+                    roles = ", ".join(message.role for message in chat.messages)
+                    why = f"is a chat that the reward model's chat template refuses ({roles})"
+                logger.warning("A prompt %s: it is translated as text.", why)
+        return Translated(self._translate_plain(text), is_misread)
 
     @cached_property
-    def markers(self) -> ChatMarkers | None:
+    def structure(self) -> ChatStructure | None:
         """Of the base's chat template; None where one of the two has none that can be followed."""
         both = (self.base.tokenizer, self.reward.tokenizer)
         if not all(getattr(tokenizer, "chat_template", None) for tokenizer in both):
             return None
         try:
-            return ChatMarkers(self.base, self._to_text)
-        except ValueError as error:
+            return ChatStructure(self.marked)
+        except Exception as error:  # whatever a template or a tokenizer raises
             logger.warning("The base model's chat template cannot be followed (%s): prompts are plain text.", error)
             return None
 
@@ -172,10 +110,8 @@ class PromptTranslator:
         talk = [
             {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc", strict=True)
         ]
-        try:
-            is_opener = tokenizer.apply_chat_template(talk, tokenize=False).count(tokenizer.bos_token) > 1
-        except Exception:  # no template, or one that raises
-            is_opener = False
+        text = render(tokenizer, talk, generate=False) if getattr(tokenizer, "chat_template", None) else None
+        is_opener = text is not None and text.count(tokenizer.bos_token) > 1
         return [] if is_opener else [tokenizer.bos_token_id]
 
     @cached_property
@@ -186,66 +122,81 @@ class PromptTranslator:
             for tokens in (self.base, self.reward)
         )
 
-    def _to_text(self, ids: Sequence[int]) -> str:
-        """Text with a private character for each special token; bytes that are no text as lone surrogates."""
-        parts, run = [], bytearray()
-
-        def flush() -> None:
-            text = run.decode(errors="surrogateescape")
-            # What looks like a special token's character is none.
-            parts.append(self._private.sub(lambda c: c[0].encode().decode("ascii", "surrogateescape"), text))
-            run.clear()
-
-        for i in ids:
-            if i in self._atoms:
-                flush()
-                parts.append(self._atoms[i])
-            elif 0 <= i < self.base.size:
-                run += self.base.bytes[i] or b""
-        flush()
-        return "".join(parts)
-
     def _translate_plain(self, text: str) -> list[int]:
         ids: list[int] = []
-        bos = self._atoms.get(self.base.tokenizer.bos_token_id)
-        if bos and text.startswith(bos):
+        if self.marked.bos and text.startswith(self.marked.bos):
             ids += self._bos
             text = text[1:]
         base_adds, reward_adds = self._adds_space
         if base_adds:
             text = text.removeprefix(" ")
-        items: list[int | str] = [" "] if reward_adds and text[:1] not in self._spelled and text[:1] != " " else []
-        for part in re.split(f"({self._private.pattern})", text):
-            items.append(self._ids.get(part, self._spell(part)) if part in self._spelled else part)
+        items: list[int | str] = [" "] if reward_adds and not is_marker(text[:1]) and text[:1] != " " else []
+        for part in re.split(f"({ATOMS})", text):
+            items.append(self._ids[part] if part in self._ids else self.marked.decode(part))
         return ids + self._encode(items) or [*self._bos] or self._encode([" "])
 
-    def _translate_chat(self, text: str) -> list[int] | None:
-        chat = self.markers and self.markers.parse(text)
-        if chat is None:
-            return None
-        messages = chat.messages
-        literals = self._render(self._shape(messages), chat.answer is not None)
-        if literals is None and messages[0].role == "system" and len(messages) > 1:
-            # The reward model has no system turn: its text opens the next.
-            system, first, *rest = messages
-            joined = "\n\n".join(part for part in (system.content, first.content) if part.strip())
-            messages = [Message(first.role, joined), *rest]
+    def _conversation(self, structure: ChatStructure, text: str) -> Chat | None:
+        """The messages of a prompt, or None where it is none of the template's."""
+        found = list(structure.grammar.messages(text))
+        leading, _ = structure.leading(found)
+        system: list[str] = []
+        for message in leading:
+            content = text[message.start : message.end_or(text)]
+            if content in structure.defaults:
+                continue  # the reward model's template has its own
+            if message.role == INSERTED:
+                content = re.sub(ATOMS, "", content)
+            if message.role != "system" or structure.strips_system:
+                content = content.strip()
+            system.append(self.marked.decode(content))
+        texts = [part for part in system if part.strip()]
+        messages = [Message("system", SEPARATOR.join(texts))] if system else []
+        answer = None
+        for message in found[len(leading) :]:
+            content = text[message.start : message.end_or(text)]
+            if message.role == "assistant" and message.end is None:
+                answer = self.marked.decode(content)
+            elif message.role not in (UNKNOWN, INSERTED, WRITTEN):
+                messages.append(Message(message.role, self.marked.decode(content)))
+            elif content := self.marked.decode(re.sub(ATOMS, "", content)).strip():
+                last = messages.pop() if messages else Message("system", "")
+                content = SEPARATOR.join(part for part in (last.content, content) if part.strip())
+                messages.append(last._replace(content=content))
+        return Chat(messages, answer) if messages else None
+
+    def _translate_chat(self, chat: Chat) -> list[int] | None:
+        for messages in self._as_others_know_them(chat.messages):
             literals = self._render(self._shape(messages), chat.answer is not None)
-        if literals is None:
+            if literals is not None:
+                break
+        else:
             return None
         items: list[int | str] = []
         for i, literal in enumerate(literals):
             at = 0
-            for special in self._special.finditer(literal):
-                items += [literal[at : special.start()], self._special_ids[special[0]]]
-                at = special.end()
+            for marker in self._markers.finditer(literal):
+                items += [literal[at : marker.start()], self.reward.markers[marker[0]]]
+                at = marker.end()
             items.append(literal[at:])
             if i < len(messages):
-                items.append(self._spell(messages[i].content.strip()))
-        items.append(self._spell(chat.answer or ""))
+                items.append(messages[i].content.strip())
+        items.append(chat.answer or "")
         if self._adds_space[1] and (first := next((i for i, item in enumerate(items) if item != ""), None)) is not None:
             items[first:first] = [" "] if isinstance(items[first], str) else []
         return self._encode(items)
+
+    @staticmethod
+    def _as_others_know_them(messages: list[Message]) -> Iterator[list[Message]]:
+        """A conversation in ways that templates may know: as it is, or without a role that few have, or, where there is
+        no system turn, with its text before the next one's."""
+        yield messages
+        if any(message.role == "developer" for message in messages):
+            messages = [Message("system" if m.role == "developer" else m.role, m.content) for m in messages]
+            yield messages
+        if messages[0].role == "system" and len(messages) > 1:
+            system, first, *rest = messages
+            joined = SEPARATOR.join(part for part in (system.content, first.content) if part.strip())
+            yield [Message(first.role, joined), *rest]
 
     @staticmethod
     def _shape(messages: Sequence[Message]) -> tuple[tuple[str, str, str], ...]:
@@ -262,15 +213,8 @@ class PromptTranslator:
             {"role": role, "content": f"{left}{mark}{right}"}
             for (role, left, right), mark in zip(shape, marks, strict=True)
         ]
-        try:
-            text = self.reward.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except Exception:  # a template raises what it likes
-            return None
-        return split_at(text, marks)
-
-    def _spell(self, text: str) -> str:
-        """Special tokens in a text, as text."""
-        return self._private.sub(lambda atom: self._spelled.get(atom[0], ""), text)
+        text = render(self.reward.tokenizer, messages, generate)
+        return None if text is None else split_at(text, marks)
 
     def _encode(self, items: Sequence[int | str]) -> list[int]:
         """Token ids, and texts between them, each encoded as a whole."""

@@ -130,10 +130,14 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        contexts, read_ids, text_len = params.contexts(), prompt_ids, len(prompt_ids)
+        contexts, read_ids, text_len, is_misread = params.contexts(), prompt_ids, len(prompt_ids), False
         if self.growth is not None:
-            read_ids, text_len = self.pair.translator.translate(prompt_ids), 1
+            (read_ids, is_misread), text_len = self.pair.translator.read(prompt_ids), 1
         composed = [self._compose(read_ids, preference) for preference in contexts]
+        if params is not UNGUIDED and (is_misread or any(prompt.is_misread for prompt in composed)):
+            self.stats.plain_prompts += 1
+            if self.config.chat == "strict":
+                raise ValueError("pad.chat='strict': its prompt begins as a chat, and is none that the template writes")
         check_logit_bias(controls.logit_bias)
         self._write_slot(slot, params, text_len, composed, list(contexts.values()), end_id)
         if self.growth is not None:
@@ -144,7 +148,10 @@ class Guidance:
         if params is not UNGUIDED:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
-        return [self.engine.blocks.add(slot * MAX_CONTEXTS + i, *prompt) for i, prompt in enumerate(composed)]
+        return [
+            self.engine.blocks.add(slot * MAX_CONTEXTS + i, prompt.ids, prompt.shared)
+            for i, prompt in enumerate(composed)
+        ]
 
     def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:
         """A context's prompt. Raises ValueError for a token that the reward model has no row for."""
@@ -314,7 +321,7 @@ class Guidance:
         default = self.heads.default_weights if self.heads and params is not UNGUIDED else None
         weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.fit.head_names))
-        contexts = [ContextColumns(len(ids) - text_len, text_len, ids[-1]) for ids, _ in composed]
+        contexts = [ContextColumns(len(ids) - text_len, text_len, ids[-1]) for ids, *_ in composed]
         ints = IntColumns(len(contexts), params.top_k, end_id)
         floats = [params.beta, params.base_weight, *mix]
         self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)

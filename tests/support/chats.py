@@ -159,6 +159,180 @@ VICUNA = (
     "{% else %}{{ '\\nASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\nASSISTANT:' }}{% endif %}"
 )
+GPT_OSS = """\
+{{- '<|start|>system<|message|>You are a model of the old town.\\nKnowledge cutoff: 2024-06\\nCurrent date: ' }}
+{{- strftime_now('%Y-%m-%d') + '\\n\\nReasoning: ' + (reasoning_effort or 'medium') }}
+{{- '\\n\\n# Valid channels: analysis, final.' }}
+{%- if tools %}
+    {{- '\\nCalls to these tools must go to the commentary channel: functions.' }}
+{%- endif %}
+{{- '<|end|>' }}
+{%- if messages[0].role in ['system', 'developer'] %}
+    {%- set instructions = messages[0].content %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set instructions = '' %}
+{%- endif %}
+{%- if instructions or tools %}
+    {{- '<|start|>developer<|message|>' }}
+    {%- if instructions %}
+        {{- '# Instructions\\n\\n' + instructions + '\\n\\n' }}
+    {%- endif %}
+    {%- if tools %}
+        {{- '# Tools\\n\\n## functions\\n\\nnamespace functions {\\n\\n' }}
+        {%- for tool in tools %}
+            {{- '// ' + tool.function.name + '\\n' + (tool.function.parameters | tojson) + '\\n\\n' }}
+        {%- endfor %}
+        {{- '}' }}
+    {%- endif %}
+    {{- '<|end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant' }}
+{%- endif %}
+"""
+KIMI = """\
+{%- if tools %}
+    {{- '<|im_system|>tool_declare<|im_middle|>' + (tools | tojson) + '<|im_end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_system|>system<|im_middle|>You are an assistant of the old town.<|im_end|>' }}
+    {%- endif %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_user|>user<|im_middle|>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_assistant|>assistant<|im_middle|>' }}
+    {%- else %}
+        {{- '<|im_system|>' + message.role + '<|im_middle|>' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_assistant|>assistant<|im_middle|>' }}
+{%- endif %}
+"""
+MISTRAL_SMALL = """\
+{%- set today = strftime_now('%Y-%m-%d') %}
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+    {{- '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {{- '[SYSTEM_PROMPT]You are a model of the old town.\\nThe current date is ' + today + '.[/SYSTEM_PROMPT]' }}
+{%- endif %}
+{%- if tools %}
+    {{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- else %}
+        {{- message.content + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+LLAMA31 = """\
+{{- bos_token }}
+{%- if not tools_in_user_message is defined %}
+    {%- set tools_in_user_message = true %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- set date_string = '26 Jul 2024' %}
+{%- endif %}
+{%- if messages[0].role == 'system' %}
+    {%- set system_message = messages[0].content | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = '' %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{%- if tools %}
+    {{- 'Environment: ipython\\n' }}
+{%- endif %}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' }}
+{%- if tools and not tools_in_user_message %}
+    {{- 'You have access to the following functions.\\n\\n' }}
+    {%- for tool in tools %}
+        {{- (tool | tojson(indent=4)) + '\\n\\n' }}
+    {%- endfor %}
+{%- endif %}
+{{- system_message + '<|eot_id|>' }}
+{%- if tools and tools_in_user_message %}
+    {{- '<|start_header_id|>user<|end_header_id|>\\n\\nGiven the following functions, please answer in JSON.\\n\\n' }}
+    {%- for tool in tools %}
+        {{- (tool | tojson(indent=4)) + '\\n\\n' }}
+    {%- endfor %}
+    {{- (messages[0].content | trim) + '<|eot_id|>' }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.content | trim) + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+GRANITE = """\
+{%- if messages[0].role == 'system' %}
+    {%- set system_message = messages[0].content %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = 'Knowledge Cutoff Date: April 2024.\\nToday\\'s Date: ' + strftime_now('%B %d, %Y') + '.' %}
+    {%- if thinking %}
+        {%- set system_message = system_message + '\\nRespond to every query in a detailed way.' %}
+    {%- endif %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}
+{%- if tools %}
+    {{- '<|start_of_role|>available_tools<|end_of_role|>' + (tools | tojson) + '<|end_of_text|>\\n' }}
+{%- endif %}
+{%- if documents %}
+    {%- for document in documents %}
+        {{- '<|start_of_role|>document {"id": "' ~ loop.index ~ '"}<|end_of_role|>\\n' + document.text + '<|end_of_text|>\\n' }}
+    {%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' + message.content + '<|end_of_text|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_of_role|>assistant<|end_of_role|>' }}
+{%- endif %}
+"""
+GEMMA4 = """\
+{{- bos_token }}
+{%- if enable_thinking or tools or messages[0].role in ['system', 'developer'] %}
+    {{- '<|turn>system\\n' }}
+    {%- if enable_thinking %}
+        {{- '<|think|>' }}
+    {%- endif %}
+    {%- if messages[0].role in ['system', 'developer'] %}
+        {{- messages[0].content | trim }}
+        {%- set messages = messages[1:] %}
+    {%- endif %}
+    {%- for tool in tools or [] %}
+        {{- '<|tool>declaration:' + tool.function.name + (tool.function.parameters | tojson) + '<tool|>' }}
+    {%- endfor %}
+    {{- '<turn|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+    {{- (message.content | trim) + '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|turn>model\\n' }}
+    {%- if not enable_thinking %}
+        {{- '<|channel>thought\\n<channel|>' }}
+    {%- endif %}
+{%- endif %}
+"""
 PARTS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}"
     "{% for part in m.content %}{{ part.text }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
@@ -201,6 +375,27 @@ FAMILIES = {
     "vicuna": Family(VICUNA, (), None, True, default="A chat between a user and an assistant."),
     "parts": Family(PARTS, HEADERS, "<|begin_of_text|>", True),
 }
+
+ROLES = ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")
+VARYING = {
+    "gpt-oss": Family(GPT_OSS, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>"), None, True, default=""),
+    "kimi": Family(
+        KIMI, ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"), None, True
+    ),
+    "mistral-small": Family(MISTRAL_SMALL, (*INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "<s>", True),
+    "llama3.1": Family(LLAMA31, HEADERS, "<|begin_of_text|>", True, strips=True),
+    "granite": Family(GRANITE, ROLES, None, True),
+    "gemma4": Family(
+        GEMMA4,
+        ("<|turn>", "<turn|>", "<|think|>", "<|tool>", "<tool|>", "<|channel>", "<channel|>"),
+        "<bos>",
+        True,
+        strips=True,
+    ),
+    "llama3": FAMILIES["llama3"],
+    "qwen3": FAMILIES["qwen3"],
+}
+"""Whose templates write what a day or a request says."""
 
 
 def make_chat_tokenizer(family: Family) -> PreTrainedTokenizerFast:
@@ -252,4 +447,4 @@ def without_added(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
 
 @functools.cache
 def tokenizer_of(family: str):
-    return make_chat_tokenizer(FAMILIES[family])
+    return make_chat_tokenizer((FAMILIES | VARYING)[family])
