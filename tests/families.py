@@ -211,6 +211,7 @@ def groups_of(tables: TokenTables, num_tokens: int) -> oracle.Groups:
         tables.key.tolist() + [NO_KEY] * (num_tokens - len(tables.key)),
         [tables.members[i:j].tolist() for i, j in itertools.pairwise(starts)],
         [tables.pieces_of([c]) for c in range(len(tables.key))],
+        *([groups_of(tables.first, num_tokens)] if getattr(tables, "first", None) is not None else []),
     )
 
 
