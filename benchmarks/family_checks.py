@@ -372,7 +372,9 @@ def verdict(reward: Any, messages: list[dict[str, str]], ids: Sequence[int], wri
     out, own, user = decode(reward, ids), render(reward, messages), messages[-1]["content"]
     if tools:
         start = max(own.rfind(marker, 0, own.index(user)) for marker in markers(reward))
-        tail = re.escape(own[start:]).replace(re.escape(user), f".*{re.escape(user)}.*")
+        tail = re.escape(own[start:])
+        for content in {user, SYSTEM} - ({SYSTEM} if SYSTEM in user else set()):
+            tail = tail.replace(re.escape(content), f".*{re.escape(content)}.*")
         is_right = re.search(f"{tail}$", out, re.DOTALL) and out.count(SYSTEM) == out.count(user) == 1
         return "right" if is_right else out
     if out == own or (THOUGHTS in written and out == own + THOUGHTS):
