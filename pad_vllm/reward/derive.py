@@ -35,7 +35,12 @@ def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
         "skip_tokenizer_init": True,
         "disable_cascade_attn": True,
     }
-    return ModelConfig(**settings | {"tokenizer": overrides["model"]} | overrides)
+    model_config = ModelConfig(**settings | {"tokenizer": overrides["model"]} | overrides)
+    # vLLM takes a longrope model at the length that it was first trained with, unless it is asked for more.
+    original = getattr(model_config.hf_text_config, "original_max_position_embeddings", None)
+    if model_config.max_model_len == original:
+        model_config.max_model_len = max(original, getattr(model_config.hf_text_config, "max_position_embeddings", 0))
+    return model_config
 
 
 def uniform_sliding_window(model_config: ModelConfig) -> int | None:

@@ -12,6 +12,7 @@ from vllm.config import ModelConfig
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.reward.byte_tokens import ByteTokens, added_ids, same_ordinary_tokens
+from pad_vllm.reward.markers import answer_end, marker_tokens
 from pad_vllm.reward.token_tables import TokenTables, load_tables
 from pad_vllm.reward.translation import PromptTranslator
 
@@ -120,6 +121,13 @@ def load_tokenizer(
             f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take "
             "a reward model with the same end of turn"
         )
+    written = answer_end(theirs, ends, marker_tokens(theirs).values())
+    if written in foreign:
+        raise ValueError(
+            f"pad.reward_model={config.reward_model!r}: the base model's chat template writes {foreign[written]!r} "
+            f"({written}) behind an answer, which the reward model does not know, so a guided request would never end "
+            "there; take a reward model with the same end of turn"
+        )
     has_template = bool(getattr(theirs, "chat_template", None))
     return SharedTokens(tokenizer, foreign, theirs if has_template else tokenizer)
 
@@ -134,9 +142,9 @@ def pair_of(
 ) -> Pair:
     """Two tokenizers whose ordinary tokens differ; ``theirs`` is the base's. Raises ValueError where one cannot be
     translated into the other."""
-    ends = end_ids(base, theirs)
+    ends = all_end_ids(base, theirs)
     preferred = tokenizer.eos_token_id
-    reward_ends = sorted((i for i in end_ids(reward, tokenizer) if i < num_rows), key=lambda i: (i != preferred, i))
+    reward_ends = sorted((i for i in all_end_ids(reward, tokenizer) if i < num_rows), key=lambda i: (i != preferred, i))
     try:
         if not ends or not reward_ends:
             whose = "base model" if reward_ends else "reward model"
@@ -165,6 +173,13 @@ def end_ids(base: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     configured = (base.try_get_generation_config() or {}).get("eos_token_id")
     configured = configured if isinstance(configured, list) else [configured]
     return {i for i in (*configured, tokenizer.eos_token_id) if isinstance(i, int)}
+
+
+def all_end_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Those of :func:`end_ids`, and what the chat template writes behind an answer, which not every model names."""
+    ends = end_ids(model, tokenizer)
+    written = answer_end(tokenizer, ends, marker_tokens(tokenizer).values())
+    return ends if written is None else ends | {written}
 
 
 def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTokens) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +24,7 @@ TURNS = (  # no system turn; spaces around contents go
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+SPACE = "▁"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -69,6 +72,48 @@ def trained(kind: str, vocab_size: int) -> Tokenizer:
 def make(kind: str, vocab_size: int, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained(kind, vocab_size).to_str()),
+        **SPECIAL,
+        chat_template=chat_template,
+        model_max_length=1024,
+    )
+
+
+def outside(special: list[str], added: list[str], behind: Sequence[str] = (), **roles) -> PreTrainedTokenizerFast:
+    """Byte-level, with no token but those of texts in the model's own vocabulary, as Qwen's and DeepSeek's: behind
+    it special ones, added ones that are not, and special ones again."""
+    settings = json.loads(trained("byte-level", 600).to_str())
+    settings["added_tokens"] = []
+    words = sorted(settings["model"]["vocab"], key=settings["model"]["vocab"].get)[5:]
+    settings["model"]["vocab"] = {token: i for i, token in enumerate(words)}
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(added)
+    tokenizer.add_special_tokens(list(behind))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **roles)
+
+
+def like_qwen(**roles) -> PreTrainedTokenizerFast:
+    """Tags that are added and not special; also runs of spaces, as Phi has."""
+    return outside(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ["<tool_call>", "</tool_call>", "<|fim_pad|>", "    ", "  ", "<think>", "</think>"],
+        ["<|vision|>"],
+        **{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML} | roles,
+    )
+
+
+def like_gemma(chat_template: str | None = TURNS) -> PreTrainedTokenizerFast:
+    """All of it in the model's own vocabulary: runs of spaces that its merges lead to, runs of newlines and tags of
+    HTML that they do not, and tokens for nothing."""
+    settings = json.loads(trained("replace", 900).to_str())
+    vocabulary, runs = settings["model"]["vocab"], [SPACE * n for n in (2, 4)]
+    settings["model"]["merges"] = [[SPACE] * 2, [runs[0]] * 2, *settings["model"]["merges"]]
+    for content in ("<unused0>", "\n\n", "[multimodal]", *runs, "<table>", "</table>", "<unused1>"):
+        token_id = vocabulary.setdefault(content, 1 + max(vocabulary.values()))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        settings["added_tokens"].append({"id": token_id, "content": content} | flags)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)),
         **SPECIAL,
         chat_template=chat_template,
         model_max_length=1024,

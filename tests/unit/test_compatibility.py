@@ -12,7 +12,8 @@ from vllm.engine.arg_utils import EngineArgs
 from pad_vllm.config import PADConfig
 from pad_vllm.worker.compatibility import load_model_config
 from pad_vllm.worker.tokens import check_vocabulary, load_tokenizer
-from tests.support.models import make_tokenizer
+from tests.support.models import make_model, make_tokenizer
+from tests.support.tokenizers import CHATML, like_gemma, like_qwen
 
 CONTROL = ["<think>", "</think>", "<tool_response>"]
 KNOWN = len(make_tokenizer())
@@ -36,13 +37,16 @@ def save(path: Path, model: Path, more: tuple[str, ...] = (), renamed: dict[str,
     return path
 
 
-def shared(base: Path, reward: Path, num_rows: int = KNOWN):
-    """What the start of an engine finds out about two tokenizers."""
+def load(base: Path, reward: Path, num_rows: int):
     base_config = EngineArgs(str(base)).create_model_config()
-    config = PADConfig(reward_model=str(reward))
     reward_config = EngineArgs(str(reward)).create_model_config()
     arguments = {"pretrained_model_name_or_path": str(reward)}
-    tokens = load_tokenizer(config, arguments, base_config, reward_config, num_rows)
+    return load_tokenizer(PADConfig(reward_model=str(reward)), arguments, base_config, reward_config, num_rows)
+
+
+def shared(base: Path, reward: Path, num_rows: int = KNOWN):
+    """What the start of an engine finds out about two tokenizers."""
+    tokens = load(base, reward, num_rows)
     assert check_vocabulary(str(reward), num_rows, 520, tokens) == min(num_rows, 520)
     return tokens
 
@@ -87,3 +91,49 @@ def test_the_bases_format_is_not_the_reward_models(models):
     found = load_model_config(PADConfig(reward_model=str(models.reward)), base)
     assert found.get_vocab_size() == 512
     assert AutoTokenizer.from_pretrained(models.reward).get_vocab()["</s>"] == 1
+
+
+def test_what_the_template_writes_behind_an_answer_must_be_known(models, tmp_path):
+    """A base fine-tuned to ChatML, beside a sibling that shares another end: guided, its answers would not end."""
+    base = save(tmp_path / "base", models.base, ("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>")
+    (base / "chat_template.jinja").write_text(CHATML)
+    (base / "generation_config.json").unlink()
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, KNOWN + 1]}))
+    reward = save(tmp_path / "reward", models.reward)
+    with pytest.raises(ValueError, match=rf"template writes '<\|im_end\|>' \({KNOWN + 1}\) behind an answer"):
+        shared(base, reward)
+    both = save(tmp_path / "both", models.reward, ("<|im_start|>", "<|im_end|>"))
+    assert KNOWN + 1 not in shared(base, both, num_rows=512).foreign
+
+
+def test_with_another_tokenizer_what_the_template_writes_is_an_end(models, tmp_path):
+    """Whatever the generation configs name."""
+    vocabulary, theirs = like_qwen().get_vocab(), like_gemma().get_vocab()
+    base = make_model(tmp_path / "base", seed=0, vocab_size=700, eos_token_id=vocabulary["<|endoftext|>"])
+    like_qwen(eos_token="<|endoftext|>").save_pretrained(base)
+    reward = make_model(tmp_path / "reward", seed=1, vocab_size=1000)
+    like_gemma().save_pretrained(reward)
+    tokens = load(base, reward, 1000)
+    tables = tokens.pair.tables
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        assert tables.key[vocabulary[end]] == theirs["</s>"]
+    begin, end = tables.member_starts[theirs["</s>"] :][:2]
+    assert tables.members[begin:end].tolist() == sorted([theirs["</s>"], theirs["<end_of_turn>"]])
+    assert vocabulary["<|im_start|>"] in tokens.no_candidates
+
+
+def test_a_longrope_model_is_taken_at_its_long_length(models, tmp_path):
+    """As Phi-3's: vLLM takes it at its first length unless it is asked for more."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "rope_theta": 10000.0}
+    reward = make_model(
+        tmp_path / "reward",
+        seed=1,
+        model_type="phi3",
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        pad_token_id=2,
+        rope_parameters=factors,
+    )
+    base = EngineArgs(str(models.base)).create_model_config()
+    assert EngineArgs(str(reward)).create_model_config().max_model_len == 64
+    assert load_model_config(PADConfig(reward_model=str(reward)), base).max_model_len == 512
