@@ -45,6 +45,9 @@ RELEASE = "3.7.2"
 DEEPSEEK_END = "<｜end▁of▁sentence｜>"  # noqa: RUF001 (so it is spelled)
 
 
+SOURCES = ("pad_vllm/reward", "pad_vllm/worker", "kernels")
+
+
 class Family(NamedTuple):
     """Where a family's tokenizer is, and what its models' generation configs end an answer by."""
 
@@ -168,18 +171,26 @@ def _fetch(family: Family, target: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": family.tokenizer_class}))
 
 
+def digest_of_sources() -> str:
+    """Of the code that decides what is found: with another, it is looked at again."""
+    files = [file for folder in SOURCES for file in sorted((ROOT / folder).rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 class Results:
-    """families.json: of every check when it was made, with which versions, and what it found."""
+    """families.json: of every check when it was made, with which versions, and what it found. Other versions' results
+    are kept until they are replaced, and are looked at again."""
 
     def __init__(self, folder: Path, resume: bool) -> None:
         self.path = folder / "families.json"
         self.versions = {name: metadata.version(name) for name in ("tokenizers", "transformers", "vllm")}
-        self.versions["packages"] = RELEASE
-        kept = json.loads(self.path.read_text())["results"] if resume and self.path.exists() else {}
-        self.results: dict[str, Any] = {k: entry for k, entry in kept.items() if entry["versions"] == self.versions}
+        self.versions |= {"packages": RELEASE, "sources": digest_of_sources()}
+        self.results: dict[str, Any] = {}
+        if resume and self.path.exists():
+            self.results = json.loads(self.path.read_text())["results"]
 
     def lacks(self, key: str) -> bool:
-        return key not in self.results
+        return key not in self.results or self.results[key]["versions"] != self.versions
 
     def add(self, key: str, found: dict[str, Any]) -> None:
         self.results[key] = {
@@ -194,7 +205,11 @@ class Results:
         part.rename(self.path)  # whole, or as it was
 
     def write_page(self, page: Path) -> None:
-        page.write_text(render({name: family.title for name, family in FAMILIES.items()}, self.results))
+        page.write_text(page_of(self.results))
+
+
+def page_of(results: dict[str, Any]) -> str:
+    return render({name: family.title for name, family in FAMILIES.items()}, ENGINES, results)
 
 
 def pairs() -> Iterator[tuple[str, str]]:

@@ -121,7 +121,7 @@ class Checks:
         """What a start finds of a base and a reward model."""
         folder = str(self.folders[reward])
         num_rows = self.config(reward).get_vocab_size()
-        kept, began = os.environ.get("PAD_VLLM_CACHE"), time.perf_counter()
+        kept, began = os.environ.get("PAD_VLLM_CACHE"), (time.perf_counter(), time.process_time())
         with tempfile.TemporaryDirectory() as cache:  # what it takes the first time
             os.environ["PAD_VLLM_CACHE"] = cache
             try:
@@ -139,9 +139,10 @@ class Checks:
                 os.environ |= {} if kept is None else {"PAD_VLLM_CACHE": kept}
         if tokens.pair is None:
             return {"kind": "same", "foreign": len(tokens.foreign)}
-        seconds = round(time.perf_counter() - began, 1)
+        seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
         checked, wrong = check_tables(tokens.pair, self.definition(base), self.definition(reward))
-        found = {"kind": "tables", "seconds": seconds, **figures(tokens.pair), "checked": checked, "wrong": wrong}
+        found = {"kind": "tables", "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+        found |= {**figures(tokens.pair), "checked": checked, "wrong": wrong}
         if self.loaded(base).chat_template and self.loaded(reward).chat_template:
             found["chat"] = translations(tokens.pair, self.loaded(base), self.loaded(reward))
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HEAD = """\
@@ -19,7 +19,7 @@ TEMPLATES = """
 
 A preference belongs at the end of the leading system message, or at the start of the first message where the template
 writes none. *right*: it stands there, and nothing else changed. *none*: the template has no such thing. The text has
-code, tags, emoji and five scripts.
+code, tags, emoji and five scripts. *not read*: transformers does not give back a text that it encoded.
 """
 ENGINES = """
 ## Engine and oracle
@@ -31,10 +31,10 @@ PAIRS = """
 ## Pairs
 
 Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
-tokens, two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether the
-reward model reads conversations of the base's template (a system message or none, several turns, tools, another day,
-thinking switched off, markers of other families in a user's text) as its own template would have written them; *with
-header*: what the base's template says by itself before the system text, such as the day, is read as well.
+tokens, two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether
+the reward model reads conversations of the base's template (a system message or none, several turns, tools, another
+day, thinking switched off, markers of other families in a user's text) as its own template would have written them;
+*with header*: what the base's template says by itself before the system text, such as the day, is read as well.
 """
 CASES = {
     "system": "system message",
@@ -56,16 +56,19 @@ The packages of gpt-oss and Llama 2 have no chat template: their prompts are pla
 REFUSED = "refused"
 
 
-def render(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> str:
+def render(
+    titles: Mapping[str, str], engines: Sequence[tuple[str, str, str]], results: Mapping[str, Mapping[str, Any]]
+) -> str:
     """The page.
 
     Args:
         titles: of the families, by name.
+        engines: base, reward model and runner of those to be held against the oracle.
         results: of families.json.
     """
     parts = [HEAD, "\n".join(provenance(results)), "\n".join(overview(titles, results))]
     parts += [TEMPLATES, "\n".join(template_table(titles, results))]
-    parts += [ENGINES, "\n".join(engine_table(titles, results))]
+    parts += [ENGINES, "\n".join(engine_table(titles, engines, results))]
     parts.append(PAIRS)
     for base, title in titles.items():
         parts.append(f"\n### {title} as the base\n\n" + "\n".join(pair_table(base, titles, results)))
@@ -77,7 +80,8 @@ def provenance(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     versions: dict[str, set[str]] = {}
     for entry in results.values():
         for name, version in entry["versions"].items():
-            versions.setdefault(name, set()).add(version)
+            if name != "sources":
+                versions.setdefault(name, set()).add(version)
     said = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
     machines = " and ".join(sorted({entry["hardware"] for entry in results.values()}))
     yield f"On {machines}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {said}."
@@ -90,12 +94,15 @@ def overview(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]
     for base, title in titles.items():
         cells = [cell(results.get(f"pair {base} {reward}"), base == reward) for reward in titles]
         yield f"| {title} | " + " | ".join(cells) + " |"
-    reasons = {entry["reason"]: key for key, entry in results.items() if key.startswith("pair ") and "reason" in entry}
+    reasons: dict[str, list[str]] = {}
+    for key, entry in results.items():
+        if key.startswith("pair ") and "reason" in entry:
+            _, base, reward = key.split()
+            reason = entry["reason"].rpartition("cannot be translated from that: ")[2]
+            reasons.setdefault(reason, []).append(f"{titles[base]} under {titles[reward]}")
     if reasons:
         yield "\nRefused, with these words:\n"
-        for reason, key in reasons.items():
-            _, base, reward = key.split()
-            yield f"- {titles[base]} under {titles[reward]}: {reason}"
+        yield from (f"- {', '.join(those)}: {reason}" for reason, those in reasons.items())
 
 
 def cell(entry: Mapping[str, Any] | None, is_itself: bool) -> str:
@@ -116,26 +123,27 @@ def template_table(titles: Mapping[str, str], results: Mapping[str, Mapping[str,
         if (entry := results.get(f"tokenizer {name}")) is None:
             continue
         said = entry.get("template")
-        cells = ["no template"] * len(CASES) if said is None else [short(said[case]) for case in CASES]
-        read = "" if entry["reads_text"] else " (transformers does not give a text back)"
-        yield f"| {title}{read} | {entry['tokens']:,} | " + " | ".join(cells) + " |"
+        missing = "no template" if entry["reads_text"] else "not read"
+        cells = [missing] * len(CASES) if said is None else [short(said[case]) for case in CASES]
+        yield f"| {title} | {entry['tokens']:,} | " + " | ".join(cells) + " |"
 
 
 def short(said: str) -> str:
     return said if said in ("right", "none") else "**wrong**"
 
 
-def engine_table(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def engine_table(
+    titles: Mapping[str, str], engines: Sequence[tuple[str, str, str]], results: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     yield "| base | reward model | runner | requests | tokens | |"
     yield "| --- | --- | --- | ---: | ---: | --- |"
-    for key, entry in results.items():
-        if key.startswith("engine "):
-            _, base, reward, runner = key.split()
+    for base, reward, runner in engines:
+        entry = results.get(f"engine {base} {reward} {runner}")
+        figures = "| | not run"
+        if entry is not None:
             verdict = "equal" if not entry["differ"] else f"**{entry['differ']} differ**"
-            yield (
-                f"| {titles[base]} | {titles[reward]} | {runner.upper()} | {entry['requests']} | {entry['tokens']} | "
-                f"{verdict} |"
-            )
+            figures = f"{entry['requests']} | {entry['tokens']} | {verdict}"
+        yield f"| {titles[base]} | {titles[reward]} | {runner.upper()} | {figures} |"
 
 
 def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
