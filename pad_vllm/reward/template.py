@@ -82,6 +82,9 @@ class PromptTemplate:
         self.before, self.after = template.split(PROMPT)
         # Those that mark are not always marked special, as <think>; runs of spaces and HTML's tags are added too.
         markers = marker_tokens(tokenizer)
+        if chat_tokenizer is not None and chat_tokenizer is not tokenizer:
+            theirs, vocabulary = marker_tokens(chat_tokenizer), tokenizer.get_vocab()
+            markers |= {token: i for token, i in theirs.items() if vocabulary.get(token) == i}
         self.special_tokens, self.special_ids = frozenset(markers), frozenset(markers.values())
         self._special_lengths = sorted({len(token) for token in markers}, reverse=True)
         self.insert_after = self._encode(insert_after) if insert_after else []

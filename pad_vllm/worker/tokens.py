@@ -191,10 +191,11 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTo
         ValueError: the reward model has no row for some ordinary token.
     """
     if tokens.pair is not None:
-        known = [i for i, content in enumerate(tokens.pair.translator.reward.bytes) if content]
-        if reward <= known[-1]:
+        ordinary = max(i for i, content in enumerate(tokens.pair.translator.reward.bytes) if content)
+        known = max(ordinary, int(tokens.pair.tables.pieces.max()))  # of markers the base has too
+        if reward <= known:
             raise ValueError(
-                f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {known[-1] + 1} tokens in its "
+                f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {known + 1} tokens in its "
                 "tokenizer; the reward model needs a row for each"
             )
         return min(base, len(tokens.pair.tables.key))
