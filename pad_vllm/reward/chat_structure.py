@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pad_vllm.reward.chat_parser import INSERTED, UNKNOWN, WRITTEN, Grammar, Message
-from pad_vllm.reward.marked_text import MarkedText, first_marker, has_text, is_marker, num_common
+from pad_vllm.reward.marked_text import ATOMS, MarkedText, first_marker, has_text, is_marker, num_common
 from pad_vllm.reward.renderings import render, variants
 
 CONTENTS = tuple(f"qzxjkvq{letter}" for letter in "bdfghm")
@@ -162,27 +162,45 @@ class ChatStructure:
                 openers[role] = gaps[before, role][len(grammar.closers[before]) :]
         if "user" not in openers:
             openers["user"] = self._last_message(self._without_bos(self._heads["user"]))
-        if "developer" in self._heads:
-            opener = self._last_message(self._without_bos(self._heads["developer"]))
-            closing = set(map(first_marker, grammar.closers.values())) - {""}
-            if first_marker(opener) and not closing & set(opener):  # else it is no role that the template knows
-                openers["developer"] = opener
         for (role, following), gap in gaps.items():
             opener = openers.get(following)
             if opener and gap.endswith(opener):
                 closer = gap.removesuffix(opener)
                 if len(closer) < len(grammar.closers[role]):
                     grammar.closers[role] = closer
+        for role in ("user", "system", "assistant"):
+            if role in grammar.closers and not self._is_constant(role):
+                grammar.closers[role] = grammar.closers[role][
+                    grammar.closers[role].index(first_marker(grammar.closers[role])) :
+                ]
         grammar.shapes = [
             (opener[:at], opener[at + len(name) :])
             for opener in openers.values()
-            for name in ("user", "assistant", "model", "developer")
+            for name in ("user", "assistant", "model")
             if (at := opener.find(name)) > 0 and first_marker(opener[:at])
         ]
+        if "developer" in self._heads and self._heads["developer"] != self._heads.get("system"):
+            opener = self._last_message(self._without_bos(self._heads["developer"]))
+            closing = set(map(first_marker, grammar.closers.values())) - {""}
+            if first_marker(opener) and not closing & set(opener):  # else it is no role that the template knows
+                openers["developer"] = self._begin_of(opener, last=True)
         for role in ("developer", "assistant", "user"):
             if role in openers:
                 grammar.openers[openers[role]] = role
         self._of_role = openers
+
+    def _is_constant(self, role: str) -> bool:
+        """Whether the text that a closer has before its marker is the same on every day, or it has none."""
+        closer = self.grammar.closers[role]
+        marker = first_marker(closer)
+        before = closer.partition(marker)[0] if marker else ""
+        return not before.strip() or all(
+            part.startswith(before)
+            for rendering in self.renderings
+            if not rendering.has_tools
+            for of, part in zip(rendering.roles, rendering.parts[1:], strict=True)
+            if of == role
+        )
 
     def _learn_system(self) -> None:
         """What opens a system message of its own, if the template has any."""
@@ -267,7 +285,8 @@ class ChatStructure:
         """Of a message's beginning what opens it: up to behind the role's name where it has the form that others have,
         else its first (``last``: its last) marker and the white space behind."""
         for before, behind in self.grammar.shapes:
-            if match := re.match(f"{re.escape(before)}\\w[\\w -]{{0,32}}?{re.escape(behind)}", text):
+            start = ATOMS if len(before) == 1 and first_marker(behind) else re.escape(before)  # one for each role
+            if match := re.match(f"{start}\\w[\\w -]{{0,32}}?{re.escape(behind)}", text):
                 return match[0]
         markers = [i for i, c in enumerate(text) if is_marker(c)]
         if not markers:

@@ -285,7 +285,8 @@ GRANITE = """\
     {%- set system_message = messages[0].content %}
     {%- set messages = messages[1:] %}
 {%- else %}
-    {%- set system_message = 'Knowledge Cutoff Date: April 2024.\\nToday\\'s Date: ' + strftime_now('%B %d, %Y') + '.' %}
+    {%- set today = strftime_now('%B %d, %Y') %}
+    {%- set system_message = 'Knowledge Cutoff Date: April 2024.\\nToday\\'s Date: ' + today + '.' %}
     {%- if thinking %}
         {%- set system_message = system_message + '\\nRespond to every query in a detailed way.' %}
     {%- endif %}
@@ -296,7 +297,8 @@ GRANITE = """\
 {%- endif %}
 {%- if documents %}
     {%- for document in documents %}
-        {{- '<|start_of_role|>document {"id": "' ~ loop.index ~ '"}<|end_of_role|>\\n' + document.text + '<|end_of_text|>\\n' }}
+        {{- '<|start_of_role|>document {"id": "' ~ loop.index ~ '"}<|end_of_role|>\\n' }}
+        {{- document.text + '<|end_of_text|>\\n' }}
     {%- endfor %}
 {%- endif %}
 {%- for message in messages %}
