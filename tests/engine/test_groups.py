@@ -113,9 +113,13 @@ def test_tokens_that_were_added(runner, base, reward, tmp_path):
     pair = TokenPair(tmp_path, base, reward)
     vocabulary = pair.base_tokenizer.get_vocab()
     added = [token for token in ADDED if vocabulary.get(token, -1) >= 0 and pair.groups.key[vocabulary[token]] >= 0]
-    bias = tuple((vocabulary[token], 7.0) for token in added)
+    bias = tuple((vocabulary[token], 4.0) for token in added)
     texts = ["def f(x):\n    if x:\n        return x\n\n", "<table>  東京</table>\n\n", "say why"]
-    asked = [{"preference": "brief  and    formal", "top_k": 50}, {"reference": "neutral", "preference": "kind"}, {}]
+    asked = [
+        {"preference": "brief  and    formal", "top_k": 50},
+        {"preference": "kind", "reference": "neutral"},
+        {"beta": 0.5},
+    ]
     engine = Engine(runner, pair.base, logits_processors=PLUGIN, **pad_config(pair.reward, reference="base"))
     try:
         out = engine.generate(
