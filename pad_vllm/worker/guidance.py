@@ -143,7 +143,7 @@ class Guidance:
         if self.growth is not None:
             (read_ids, is_misread), text_len = self.pair.translator.read(prompt_ids), 1
         composed = [self._compose(read_ids, preference) for preference in contexts]
-        if params is not UNGUIDED and (is_misread or any(prompt.is_misread for prompt in composed)):
+        if params.guides and (is_misread or any(prompt.is_misread for prompt in composed)):
             self.stats.plain_prompts += 1
             if self.config.chat == "strict":
                 raise ValueError("pad.chat='strict': its prompt begins as a chat, and is none that the template writes")

@@ -52,6 +52,8 @@ PAIRS = {
     ),
     "SentencePiece under byte-level": (Kind("metaspace", 700), Kind("byte-level", 900), {}, {}),
 }
+QWEN, GEMMA = Kind("like Qwen's", 606), Kind("like Gemma's", 907)
+ADDED = ("<tool_call>", "<think>", "</think>", "    ", "  ", "▁▁", "▁▁▁▁", "\n\n", "<table>", "</table>")
 MODES = [
     {},
     {"preference": "concise, formal"},
@@ -111,6 +113,35 @@ def test_greedy_equals_oracle(case, runner):
     assert min(map(len, expected)) < MAX_TOKENS
     assert (stats["evicted"] > 0) == bool(pad)
     assert stats["blocks"] == stats["free_blocks"] + stats["held_blocks"]
+
+
+@pytest.mark.one_release
+@pytest.mark.parametrize(("runner", "base", "reward"), [("v1", QWEN, GEMMA), ("v2", GEMMA, QWEN)])
+def test_tokens_that_were_added(runner, base, reward, tmp_path):
+    """Special and other tokens beside a model's own vocabulary, and runs of spaces that were added: of texts that have
+    them, with a bias that makes them candidates."""
+    pair = TokenPair(tmp_path, base, reward)
+    vocabulary = pair.base_tokenizer.get_vocab()
+    added = [token for token in ADDED if vocabulary.get(token, -1) >= 0 and pair.groups.key[vocabulary[token]] >= 0]
+    bias = tuple((vocabulary[token], 4.0) for token in added)
+    texts = ["def f(x):\n    if x:\n        return x\n\n", "<table>  東京</table>\n\n", "say why"]
+    asked = [
+        {"preference": "brief  and    formal", "top_k": 50},
+        {"preference": "kind", "reference": "neutral"},
+        {"beta": 0.5},
+    ]
+    engine = Engine(runner, pair.base, logits_processors=PLUGIN, **pad_config(pair.reward, reference="base"))
+    try:
+        out = engine.generate(
+            [pair.prompt(text) for text in texts],
+            [GREEDY | {"max_tokens": 24, "logit_bias": dict(bias)} | guided(**each) for each in asked],
+        )
+    finally:
+        engine.close()
+    expected = [pair.expect(text, 24, logit_bias=bias, **each) for text, each in zip(texts, asked, strict=True)]
+    assert out == expected
+    written = {i for ids in expected for i in ids}
+    assert len([token for token in added if vocabulary[token] in written]) >= 3
 
 
 @pytest.mark.one_release

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.reward.token_tables import make_tables
 from tests import oracle
 from tests.support.models import make_heads, make_model
-from tests.support.tokenizers import make
+from tests.support.tokenizers import like_gemma, like_qwen, make
 
 HEADS = ("concise", "formal", "playful")
 
@@ -26,23 +26,34 @@ class Kind(NamedTuple):
     name: str
     vocab_size: int
 
+    def make(self) -> PreTrainedTokenizerFast:
+        special = {"like Qwen's": like_qwen, "like Gemma's": like_gemma}.get(self.name)
+        return make(self.name, self.vocab_size) if special is None else special()
+
 
 class TokenPair:
     """Random models on disk, and as the oracle reads them. What the reward model reads is written here without our
     translator, as text by its own tokenizer. ``positions``: of the reward model."""
 
     def __init__(self, root: Path, base: Kind, reward: Kind, positions: int = 512) -> None:
-        self.base = make_model(root / "base", seed=0, vocab_size=base.vocab_size)
+        tokenizers = [base.make(), reward.make()]
+        ends = [tokenizer.eos_token_id for tokenizer in tokenizers]
+        self.base = make_model(root / "base", seed=0, vocab_size=base.vocab_size, eos_token_id=ends[0])
         self.reward = make_model(
-            root / "reward", seed=1, vocab_size=reward.vocab_size, max_position_embeddings=positions
+            root / "reward",
+            seed=1,
+            vocab_size=reward.vocab_size,
+            max_position_embeddings=positions,
+            eos_token_id=ends[1],
         )
         make_heads(self.reward / "heads.safetensors", list(HEADS))
-        for path, kind in ((self.base, base), (self.reward, reward)):
-            make(kind.name, kind.vocab_size).save_pretrained(path)
+        for path, tokenizer in zip((self.base, self.reward), tokenizers, strict=True):
+            tokenizer.save_pretrained(path)
         self.base_tokenizer, self.reward_tokenizer = map(AutoTokenizer.from_pretrained, (self.base, self.reward))
         self.base_model = AutoModelForCausalLM.from_pretrained(self.base)
         self.reward_model = AutoModelForCausalLM.from_pretrained(self.reward)
-        tables = make_tables(ByteTokens(self.base_tokenizer, "base"), [1], ByteTokens(self.reward_tokenizer, "r"), [1])
+        base_tokens, reward_tokens = ByteTokens(self.base_tokenizer, "base"), ByteTokens(self.reward_tokenizer, "r")
+        tables = make_tables(base_tokens, [ends[0]], reward_tokens, [ends[1]])
         starts = tables.member_starts.tolist()
         self.groups = oracle.Groups(
             tables.key.tolist(),
@@ -52,10 +63,11 @@ class TokenPair:
         self._compose = PromptTemplate(self.reward_tokenizer).compose
 
     def prompt(self, text: str) -> list[int]:
-        return self.base_tokenizer.encode("<s>" + text)
+        return self.base_tokenizer.encode((self.base_tokenizer.bos_token or "") + text)
 
     def read(self, text: str) -> list[int]:
-        return self.reward_tokenizer.encode("<s>" + text)
+        bos = self.reward_tokenizer.bos_token if self.base_tokenizer.bos_token else None
+        return self.reward_tokenizer.encode((bos or "") + text)
 
     @functools.cache  # noqa: B019 (few instances, as long as the tests)
     def expect(

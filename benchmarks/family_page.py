@@ -1,0 +1,176 @@
+"""docs/families.md, of what `benchmarks/families.py` and `tests/families.py` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+HEAD = """\
+# Families
+
+What models of these families are to each other, as base and as reward model. `make families` writes this page: it takes
+the families' own tokenizers and chat templates, and models of random weights. So the page says what a start finds, and
+whether engines give the oracle's tokens. How well a reward model guides is another question
+([language.md](../benchmarks/results/language.md)). The figures are in
+[families.json](../benchmarks/results/families.json). What groups and pieces are: [tokenizers.md](tokenizers.md).
+"""
+TEMPLATES = """
+## Chat templates
+
+A preference belongs at the end of the leading system message, or at the start of the first message where the template
+writes none. *right*: it stands there, and nothing else changed. *none*: the template has no such thing. The text has
+code, tags, emoji and five scripts. *not read*: transformers does not give back a text that it encoded.
+"""
+ENGINES = """
+## Engine and oracle
+
+Tokens that the real engine generated, greedy, in float32, against those of the oracle (`tests/oracle.py`), which reads
+the chat as the reward model's own template writes it.
+"""
+PAIRS = """
+## Pairs
+
+Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
+tokens, two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether
+the reward model reads conversations of the base's template (a system message or none, several turns, tools, another
+day, thinking switched off, markers of other families in a user's text) as its own template would have written them;
+*with header*: what the base's template says by itself before the system text, such as the day, is read as well.
+"""
+CASES = {
+    "system": "system message",
+    "no system": "none",
+    "tools": "tools",
+    "day": "another day",
+    "thinking": "thinking",
+}
+CHATS = {**CASES, "turns": "turns"}
+MISSING = """
+## Not run
+
+DeepSeek V3 (b) is DeepSeek V3's folder with `"tokenizer_class": "PreTrainedTokenizerFast"` in its
+tokenizer_config.json: with the one that the folder names, transformers loses white space and every script but Latin.
+
+The packages of gpt-oss and Llama 2 have no chat template: their prompts are plain text here. The tokenizers of Mistral
+7B, Mistral Small, SmolLM3, Gemma 4, Phi and Kimi K2 are in none of the packages that this command takes.
+"""
+REFUSED = "refused"
+
+
+def render(
+    titles: Mapping[str, str], engines: Sequence[tuple[str, str, str]], results: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The page.
+
+    Args:
+        titles: of the families, by name.
+        engines: base, reward model and runner of those to be held against the oracle.
+        results: of families.json.
+    """
+    parts = [HEAD, "\n".join(provenance(results)), "\n".join(overview(titles, results))]
+    parts += [TEMPLATES, "\n".join(template_table(titles, results))]
+    parts += [ENGINES, "\n".join(engine_table(titles, engines, results))]
+    parts.append(PAIRS)
+    for base, title in titles.items():
+        parts.append(f"\n### {title} as the base\n\n" + "\n".join(pair_table(base, titles, results)))
+    return "\n".join([*parts, MISSING])
+
+
+def provenance(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    dates = sorted({entry["date"] for entry in results.values()})
+    versions: dict[str, set[str]] = {}
+    for entry in results.values():
+        for name, version in entry["versions"].items():
+            if name != "sources":
+                versions.setdefault(name, set()).add(version)
+    said = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
+    machines = " and ".join(sorted({entry["hardware"] for entry in results.values()}))
+    yield f"On {machines}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {said}."
+
+
+def overview(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "\n## Who guides whom\n\nOf the candidates, how many are one token of the reward model's.\n"
+    yield "| base \\ reward model | " + " | ".join(titles.values()) + " |"
+    yield "| --- |" + " --- |" * len(titles)
+    for base, title in titles.items():
+        cells = [cell(results.get(f"pair {base} {reward}"), base == reward) for reward in titles]
+        yield f"| {title} | " + " | ".join(cells) + " |"
+    reasons: dict[str, list[str]] = {}
+    for key, entry in results.items():
+        if key.startswith("pair ") and "reason" in entry:
+            _, base, reward = key.split()
+            reason = entry["reason"].rpartition("cannot be translated from that: ")[2]
+            reasons.setdefault(reason, []).append(f"{titles[base]} under {titles[reward]}")
+    if reasons:
+        yield "\nRefused, with these words:\n"
+        yield from (f"- {', '.join(those)}: {reason}" for reason, those in reasons.items())
+
+
+def cell(entry: Mapping[str, Any] | None, is_itself: bool) -> str:
+    if is_itself:
+        return "same"
+    if entry is None:
+        return "not run"
+    if entry["kind"] == "tables":
+        one = entry["pieces"].get("1", 0) / entry["candidates"]
+        return f"{one:.0%}" if not entry["wrong"] else "**wrong**"
+    return entry["kind"]
+
+
+def template_table(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "| | tokens | " + " | ".join(CASES.values()) + " |"
+    yield "| --- | ---: |" + " --- |" * len(CASES)
+    for name, title in titles.items():
+        if (entry := results.get(f"tokenizer {name}")) is None:
+            continue
+        said = entry.get("template")
+        missing = "no template" if entry["reads_text"] else "not read"
+        cells = [missing] * len(CASES) if said is None else [short(said[case]) for case in CASES]
+        yield f"| {title} | {entry['tokens']:,} | " + " | ".join(cells) + " |"
+
+
+def short(said: str) -> str:
+    return said if said in ("right", "none") else "**wrong**"
+
+
+def engine_table(
+    titles: Mapping[str, str], engines: Sequence[tuple[str, str, str]], results: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    yield "| base | reward model | runner | requests | tokens | |"
+    yield "| --- | --- | --- | ---: | ---: | --- |"
+    for base, reward, runner in engines:
+        entry = results.get(f"engine {base} {reward} {runner}")
+        figures = "| | not run"
+        if entry is not None:
+            verdict = "equal" if not entry["differ"] else f"**{entry['differ']} differ**"
+            figures = f"{entry['requests']} | {entry['tokens']} | {verdict}"
+        yield f"| {titles[base]} | {titles[reward]} | {runner.upper()} | {figures} |"
+
+
+def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "| reward model | candidates | 1 piece | 2 | 3 or 4 | 5 to 8 | largest group | tables, s | chats |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"
+    for reward, title in titles.items():
+        entry = results.get(f"pair {base} {reward}")
+        if entry is None:
+            continue
+        if entry["kind"] != "tables":
+            what = "the same ordinary tokens" if entry["kind"] == "same" else "refused"
+            foreign = f", {entry['foreign']} others are no candidates" if entry.get("foreign") else ""
+            yield f"| {title} | {what}{foreign} | | | | | | | |"
+            continue
+        counts = {int(n): count for n, count in entry["pieces"].items()}
+        parts = [sum(counts.get(n, 0) for n in some) for some in ((1,), (2,), (3, 4), range(5, 100))]
+        yield (
+            f"| {title} | {entry['candidates']:,} of {entry['tokens']:,} | "
+            + " | ".join(f"{count:,}" for count in parts)
+            + f" | {entry['largest_group']:,} (`{entry['largest_of']}`) | {entry['seconds']} | {chats(entry)} |"
+        )
+
+
+def chats(entry: Mapping[str, Any]) -> str:
+    if "chat" not in entry:
+        return "plain text"
+    wrong = [CHATS[case] for case, said in entry["chat"].items() if said not in ("right", "header", "none")]
+    if wrong:
+        return f"**wrong**: {', '.join(wrong)}"
+    return "right, with header" if "header" in entry["chat"].values() else "right"
