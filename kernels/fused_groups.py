@@ -16,10 +16,19 @@ import triton
 import triton.language as tl
 
 from .controls import undo_controls
-from .fused import BLOCK_V, SELECT_WARPS, capped, cut, dot_candidates, merge, select_kernel, store_guided
+from .fused import (
+    BLOCK_V,
+    SELECT_WARPS,
+    capped,
+    cut,
+    dot_candidates,
+    merge,
+    select_kernel,
+)
 from .groups import Groups, gather_shards
 from .keys import NO_KEY, from_key
 from .reference import Controls, Mixture, map_heads
+from .writing import keep_shares, store_guided
 
 BLOCK_M, BLOCK_D = 4, 512
 """Members, and elements of their rows, that a program scores at a time: most groups have one or two."""
@@ -37,8 +46,9 @@ def gather_groups_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
     keys_ptr,  # [R, NUM_KEYS] int64; a row's candidates in its first K, out
-    key_ptr,  # [V] int32
-    groups_ptr,  # [R, K] int32, out; -1 where there is no candidate
+    key_ptr,  # [V] int32, or several tables
+    key_offsets_ptr,  # [R] int64, or nothing
+    groups_ptr,  # [R, K] int32, out; -1 where there is no candidate, -2 where the reward model has no opinion of it
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
 ):
@@ -49,6 +59,8 @@ def gather_groups_kernel(
     if top_k > 0:
         candidates = merge(keys_ptr + row_idx * NUM_KEYS, top_k, K, NUM_KEYS)
         _, ids = from_key(candidates)
+        if key_offsets_ptr is not None:
+            ids += tl.load(key_offsets_ptr + row_idx)
         group = tl.load(key_ptr + ids, mask=candidates > NO_KEY, other=-1)
         tl.store(keys_ptr + row_idx * NUM_KEYS + place, candidates)
         tl.store(groups_ptr + row_idx * K + place, group)
@@ -147,6 +159,7 @@ def reweight_groups_kernel(
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ANY_SILENT: tl.constexpr,
     HAS_CONTROLS: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
 ):
@@ -156,7 +169,7 @@ def reweight_groups_kernel(
         place = tl.arange(0, K)
         candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
         group = tl.load(groups_ptr + row_idx * K + place)
-        is_candidate = group >= 0
+        is_candidate, has_opinion = group != -1, group >= 0
         z, ids = from_key(candidates)
         y = z
         if HAS_CONTROLS:
@@ -186,12 +199,12 @@ def reweight_groups_kernel(
                 most, total = tl.full([K], LOWEST, tl.float32), tl.zeros([K], tl.float32)
                 for part in range(num_parts):
                     at = (part * num_all + context) * K + first
-                    values = tl.load(scores_ptr + at, mask=is_candidate, other=float("-inf"))
+                    values = tl.load(scores_ptr + at, mask=has_opinion, other=float("-inf"))
                     most, total = add_exponentials(most, total, values)
                 scores += weight * (most + tl.log(total))
-        r = tl.where(is_candidate, scores, float("-inf"))
-        r_first = tl.where(is_candidate & (first == place), scores, float("-inf"))
-        y_all = tl.where(is_candidate, y, float("-inf"))
+        r = tl.where(has_opinion, scores, float("-inf"))
+        r_first = tl.where(has_opinion & (first == place), scores, float("-inf"))
+        y_all = tl.where(has_opinion, y, float("-inf"))
         r_max, y_max = tl.max(r_first, 0), tl.max(y_all, 0)
         log_r = r - r_max - tl.log(tl.sum(tl.exp(r_first - r_max), 0))
         log_y = y_group - y_max - tl.log(tl.sum(tl.exp(y_all - y_max), 0))
@@ -199,6 +212,8 @@ def reweight_groups_kernel(
         reference = tl.load(reference_ptr + row_idx * reference_stride)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
         guided = z + beta * (log_r - reference * log_y)
+        if ANY_SILENT:
+            guided = keep_shares(guided, z, has_opinion)
         store_guided(row_ptr, ids, guided, is_candidate, tl.load(end_ids_ptr + row_idx))
 
 
@@ -224,6 +239,7 @@ def guide_groups_(
     vocab_start: int = 0,
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    key_offsets: torch.Tensor | None = None,
 ) -> None:
     """:func:`.groups.guide_groups_`, by Triton kernels; strides as in :func:`.fused.guide_`."""
     if (num_rows := len(rows)) == 0:
@@ -244,7 +260,9 @@ def guide_groups_(
     )
     row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=logits.device)
     row_args, sizes = (top_k, top_k.stride(0)), {"K": K, "NUM_KEYS": slices * K}
-    gather_groups_kernel[(num_rows,)](*row_args, keys, groups.key, row_groups, **sizes, num_warps=GATHER_WARPS)
+    gather_groups_kernel[(num_rows,)](
+        *row_args, keys, groups.key, key_offsets, row_groups, **sizes, num_warps=GATHER_WARPS
+    )
     contexts, weights = mixture or (None, None)
     num_contexts = 1 if mixture is None else contexts.shape[1]
     parts = min(triton.next_power_of_2(triton.cdiv(groups.most, PART)), MAX_PARTS)
@@ -273,6 +291,7 @@ def guide_groups_(
         *(beta, beta.stride(0), reference, reference.stride(0), end_ids),
         **sizes,
         BLOCK_K=BLOCK_K,
+        ANY_SILENT=groups.any_silent,
         HAS_CONTROLS=controls is not None,
         HAS_MIXTURE=mixture is not None,
         num_warps=REWEIGHT_WARPS,

@@ -35,17 +35,23 @@ CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
 
 
+NO_OPINION = -2
+
+
 class Groups(NamedTuple):
     """Static tables of two tokenizers."""
 
     key: torch.Tensor
-    """[V] int32: the group of each base token; of those below 0 the logits must be -inf"""
+    """[V] int32: the group of each base token; :data:`NO_OPINION` where the reward model has none; of other negative
+    ones the logits must be -inf. Or as many times V as there are tables, by ``key_offsets``"""
     members: torch.Tensor
     """[M] int32: reward tokens, those of a group together"""
     starts: torch.Tensor
     """[groups + 1] int32: where each group's begin"""
     most: int
     """Members of the largest group, known on the host."""
+    any_silent: bool = False
+    """Whether there are candidates that the reward model has no opinion of."""
 
 
 def guide_groups_(
@@ -70,6 +76,7 @@ def guide_groups_(
     vocab_start: int = 0,
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    key_offsets: torch.Tensor | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place, as :func:`.reference.guide_`.
 
@@ -78,11 +85,13 @@ def guide_groups_(
         vocab_size: tokens of the base model that may have a key.
         shard: this rank's number in the tensor-parallel group, and how many ranks there are.
         all_reduce: sums [ranks, C, K] over them.
+        key_offsets: [R] int64, where in ``groups.key`` the candidates' keys begin; None: at 0.
     """
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
-    keys = groups.key[ids.clamp(max=len(groups.key) - 1)].long().masked_fill(z == NEG_INF, -1)
+    places = ids if key_offsets is None else ids + key_offsets.unsqueeze(1)
+    keys = groups.key[places].long().masked_fill(z == NEG_INF, -1)
     scored = keys
     if mixture is not None:
         hidden_states = hidden_states[mixture.contexts.flatten()]
@@ -98,7 +107,8 @@ def guide_groups_(
         scores = torch.where(weights == 0, 0.0, weights * scores).sum(1)
     y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
     reward = reward_groups(keys, y, scores, reference)
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids)
+    has_opinion = keys != NO_OPINION if groups.any_silent else None
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, has_opinion)
 
 
 def gather_shards(
@@ -172,7 +182,7 @@ def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, ref
 
     Args:
         keys: [R, K] int64, candidates' groups; below 0 where there is none.
-        y: [R, K] float32, candidates' logits; -inf where there is none.
+        y: [R, K] float32, candidates' logits; those without a group do not count.
         scores: [R, K] float32, the reward model's logits of the groups.
         reference: [R] float32.
 
@@ -183,6 +193,7 @@ def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, ref
     ordered, order = keys.sort(stable=True, dim=-1)
     leader = order.gather(1, torch.searchsorted(ordered, keys.contiguous()))
     """the group's first candidate"""
+    y = y.masked_fill(keys < 0, NEG_INF)
     most = torch.full_like(y, NEG_INF).scatter_reduce_(1, leader, y, "amax").clamp(min=-torch.finfo(y.dtype).max)
     sums = torch.zeros_like(y).scatter_add_(1, leader, (y - most.gather(1, leader)).exp())
     y_group = (most + sums.log()).gather(1, leader)

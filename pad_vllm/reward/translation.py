@@ -36,6 +36,14 @@ class Chat(NamedTuple):
     answer: str | None
 
 
+class Translated(NamedTuple):
+    """A prompt as the reward model's."""
+
+    ids: list[int]
+    begins_answer: bool
+    """Whether it is a chat whose next token is the first of an answer"""
+
+
 class ChatMarkers:
     """What a chat template writes around messages, in text whose special tokens are one private character each.
 
@@ -140,15 +148,19 @@ class PromptTranslator:
 
     def translate(self, prompt_ids: Sequence[int]) -> list[int]:
         """The reward model's ids of a base model's prompt."""
+        return self.read(prompt_ids).ids
+
+    def read(self, prompt_ids: Sequence[int]) -> Translated:
+        """As :meth:`translate`, and what was seen of the prompt."""
         text = self._to_text(prompt_ids)
-        ids = self._translate_chat(text)
-        if ids is not None:
-            return ids
+        chat = self.markers and self.markers.parse(text)
+        if chat is not None and (ids := self._translate_chat(chat)) is not None:
+            return Translated(ids, begins_answer=chat.answer == "")
         if self.markers is not None and text.lstrip()[:1] in self._spelled and len(prompt_ids) > 1 and not self._warned:
             self._warned = prompt_ids[0] != self.base.tokenizer.bos_token_id
             if self._warned:
                 logger.warning("A prompt is none that the base model's chat template writes: it is translated as text.")
-        return self._translate_plain(text)
+        return Translated(self._translate_plain(text), begins_answer=False)
 
     @cached_property
     def markers(self) -> ChatMarkers | None:
@@ -219,10 +231,7 @@ class PromptTranslator:
             items.append(self._ids.get(part, self._spell(part)) if part in self._spelled else part)
         return ids + self._encode(items) or [*self._bos] or self._encode([" "])
 
-    def _translate_chat(self, text: str) -> list[int] | None:
-        chat = self.markers and self.markers.parse(text)
-        if chat is None:
-            return None
+    def _translate_chat(self, chat: Chat) -> list[int] | None:
         messages = chat.messages
         literals = self._render(self._shape(messages), chat.answer is not None)
         if literals is None and messages[0].role == "system" and len(messages) > 1:
