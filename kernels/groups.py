@@ -15,7 +15,7 @@ rows of lm_head for the members of the candidates' groups alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -31,8 +31,15 @@ from .reference import (
 )
 from .selection import NEG_INF, select_candidates
 
+if TYPE_CHECKING:
+    from .large_groups import LargeGroups
+
 CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
+LARGE = 256
+"""Members of a group whose rows are gathered once for all contexts that have it, and multiplied with all of these."""
+FEW = 16
+"""Contexts of which all groups are scored together."""
 
 
 NO_OPINION = -2
@@ -50,6 +57,8 @@ class Groups(NamedTuple):
     """[groups + 1] int32: where each group's begin"""
     most: int
     """Members of the largest group, known on the host."""
+    large: LargeGroups | None = None
+    """Those that the Triton kernels have programs of their own for."""
     any_silent: bool = False
     """Whether there are candidates that the reward model has no opinion of."""
 
@@ -142,33 +151,77 @@ def score_groups(
     Returns:
         [C, K] float32; -inf where there is no group, or no member in this shard.
     """
-    num_contexts, k = keys.shape
-    begin = groups.starts[keys.clamp(min=0)].long().flatten()
-    counts = groups.starts[keys.clamp(min=0) + 1].long().flatten() - begin
-    counts = counts.where(keys.flatten() >= 0, 0)
-
-    def logits_of(owner: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        local = members.long() - vocab_start
-        mine = (local >= 0) & (local < lm_head.shape[0])
-        local = local.where(mine, 0)
-        r = (lm_head[local].float() * hidden_states[owner // k].float()).sum(-1)
-        if bias is not None:
-            r = r + bias[local].float()
-        r = cap_and_scale(r, soft_cap, scale)
-        return r.where(mine, NEG_INF) if sharded else r
-
-    if not selection.reads_are_free(keys):  # how many members there are is not known
-        owner = torch.arange(num_contexts * k, device=keys.device)
-        total = torch.full((num_contexts * k,), NEG_INF, device=keys.device)
-        for m in range(groups.most):
-            members = groups.members[(begin + m).clamp(max=len(groups.members) - 1)]
-            total = torch.logaddexp(total, logits_of(owner, members).where(m < counts, NEG_INF))
-        return total.view(num_contexts, k)
-    owner = torch.arange(num_contexts * k).repeat_interleave(counts)
-    within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    head = Head(lm_head, bias, soft_cap, scale, vocab_start, sharded)
+    if not selection.reads_are_free(keys):  # which groups there are is not known
+        return score_by_whole_head(hidden_states, head, keys, groups)
+    # What several candidates of a context have in common is computed once.
+    context = torch.arange(len(keys)).unsqueeze(1)
+    num_groups = len(groups.starts) - 1
+    flat = (context * num_groups + keys).masked_fill(keys < 0, -1)
+    pairs, place = flat.unique(return_inverse=True)
+    context, group = pairs.div(num_groups, rounding_mode="floor"), pairs % num_groups
+    begin = groups.starts[group].long()
+    counts = (groups.starts[group + 1].long() - begin).where(pairs >= 0, 0)
+    few = counts.where(counts <= LARGE, 0)
+    owner = torch.arange(len(pairs)).repeat_interleave(few)
+    within = torch.arange(len(owner)) - (few.cumsum(0) - few)[owner]
     members = groups.members[begin[owner] + within]
-    r = torch.cat([logits_of(*part) for part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)])
-    return logsumexp_by(r, owner, num_contexts * k).view(num_contexts, k)
+    r = [
+        head.logits((head.rows(part) * hidden_states[context[whose]].float()).sum(-1), part)
+        for whose, part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)
+    ]
+    scores = logsumexp_by(torch.cat(r), owner, len(pairs))
+    is_large = counts > LARGE
+    for g in group[is_large].unique().tolist():
+        its = (is_large & (group == g)).nonzero().flatten()
+        hidden = hidden_states[context[its]].float()
+        members = groups.members[groups.starts[g] : groups.starts[g + 1]]
+        parts = [head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)]
+        scores[its] = torch.cat(parts, 1).logsumexp(-1)
+    return scores[place]
+
+
+def score_by_whole_head(hidden_states: torch.Tensor, head: Head, keys: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """:func:`score_groups` where nothing may be read back: the logits of all tokens, and of all groups."""
+    members, num_groups = groups.members.long(), len(groups.starts) - 1
+    sizes = (groups.starts[1:] - groups.starts[:-1]).long()
+    owner = torch.repeat_interleave(torch.arange(num_groups, device=keys.device), sizes, output_size=len(members))
+    scores = []
+    for hidden in hidden_states.float().split(FEW):
+        r = torch.cat([head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)], 1)
+        whose = owner.expand(len(hidden), -1)
+        most = r.new_full((len(hidden), num_groups), -MAX_LOGIT).scatter_reduce_(1, whose, r, "amax")
+        sums = torch.zeros_like(most).scatter_add_(1, whose, (r - most.gather(1, whose)).exp())
+        scores.append(most + sums.log())
+    return torch.cat(scores).gather(1, keys.clamp(min=0)).masked_fill(keys < 0, NEG_INF)
+
+
+class Head(NamedTuple):
+    """This rank's shard of the reward model's output head, as :func:`score_groups` has it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    soft_cap: float | None
+    scale: float
+    vocab_start: int
+    sharded: bool
+
+    def _local(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        local = tokens.long() - self.vocab_start
+        mine = (local >= 0) & (local < len(self.weight))
+        return local.where(mine, 0), mine
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens, d] float32; those in another shard are any."""
+        return self.weight[self._local(tokens)[0]].float()
+
+    def logits(self, products: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Of what the tokens' rows times hidden states are, [..., tokens]; -inf in another shard."""
+        local, mine = self._local(tokens)
+        if self.bias is not None:
+            products = products + self.bias[local].float()
+        r = cap_and_scale(products, self.soft_cap, self.scale)
+        return r.where(mine, NEG_INF) if self.sharded else r
 
 
 def logsumexp_by(values: torch.Tensor, owner: torch.Tensor, size: int) -> torch.Tensor:

@@ -353,7 +353,7 @@ def device_groups(tables: TokenTables, device: torch.device) -> Groups:
         to_device(members, device, torch.int32),
         to_device(starts, device, torch.int32),
         int((starts[1:] - starts[:-1]).max()),
-        bool((tables.key == NO_OPINION).any()),
+        any_silent=bool((tables.key == NO_OPINION).any()),
     )
 
 
