@@ -18,9 +18,9 @@ from .fused import capped
 
 LARGE = 512
 """Members of a group that has programs of its own."""
-BLOCK_M, BLOCK_C, BLOCK_D = 64, 16, 64
+BLOCK_M, BLOCK_C, BLOCK_D = 64, 16, 32
 """Members and contexts of a program, and elements of their rows that it multiplies at a time."""
-WARPS = 4
+WARPS = 8
 
 
 class LargeGroups(NamedTuple):
