@@ -19,8 +19,8 @@ REASONS = CHATML.replace(
 )
 HARMONY = (
     "{% for m in messages %}<|start|>{{ m.role }}{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}"
-    "<|end|><|start|>assistant{% endif %}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m.content }}"
-    "{{ '</s>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "<|end|><|start|>assistant{% endif %}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}{{ '</s>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
