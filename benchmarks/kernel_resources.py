@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pad_vllm.kernels import controls as undoing
-from pad_vllm.kernels import fused, fused_groups, mixture
+from pad_vllm.kernels import fused, fused_groups, large_groups, mixture
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,15 +39,19 @@ TYPES = {
     **dict.fromkeys(("output_rows_ptr", "output_begin_ptr", "output_end_ptr"), "*i64"),
     **dict.fromkeys(("num_bias_ptr", "bias_ids_ptr", "prompt_mask_ptr", "output_ptr", "draft_ids_ptr"), "*i32"),
     **dict.fromkeys(("key_ptr", "groups_ptr", "members_ptr", "starts_ptr"), "*i32"),
+    **dict.fromkeys(("large_ptr", "large_starts_ptr", "wanted_ptr", "blocks_ptr"), "*i32"),
+    **dict.fromkeys(("large_scores_ptr",), "*fp32"),
     **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
     **dict.fromkeys(("soft_cap", "scale"), "fp32"),
+    "no_opinion_ptr": "*i1",
+    "key_offsets_ptr": "*i64",
 }
 """Of the arguments; all others are int32."""
 
 
 def configurations(K: int):
     """(name, kernel, compile-time arguments, warps), as the launcher calls them."""
-    one = {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "weights_ptr": None}
+    one = {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "weights_ptr": None, "no_opinion_ptr": None}
     score = {
         "K": K,
         "NUM_KEYS": SLICES * K,
@@ -63,6 +67,8 @@ def configurations(K: int):
     yield "mix", mixture.mix_kernel, {"BLOCK": mixture.BLOCK}, mixture.WARPS
     capped = mixed | {"HAS_SOFT_CAP": True, "BLOCK_D": fused.TILE // 2 // K}
     yield "score, mixed, cap", fused.score_kernel, capped, fused.SCORE_WARPS
+    silent = {k: v for k, v in capped.items() if k != "no_opinion_ptr"}
+    yield "score, mixed, cap, silent", fused.score_kernel, silent, fused.SCORE_WARPS
     yield "score, sharded", fused.score_kernel, score | {"bias_ptr": None, "NORMALIZE": False}, fused.SCORE_WARPS
     keys = {"K": K, "NUM_KEYS": SLICES * K}
     undo = keys | {"BLOCK": undoing.TILE // K, "HAS_PENALTIES": True}
@@ -77,12 +83,22 @@ def configurations(K: int):
 
 def group_configurations(K: int, keys: dict):
     """As :func:`configurations`, for a reward model with another tokenizer."""
-    yield "gather groups", fused_groups.gather_groups_kernel, keys, fused_groups.GATHER_WARPS
+    yield (
+        "gather groups",
+        fused_groups.gather_groups_kernel,
+        keys | {"key_offsets_ptr": None},
+        fused_groups.GATHER_WARPS,
+    )
     score = {"K": K, "PARTS": 1, "BLOCK_M": fused_groups.BLOCK_M, "BLOCK_D": fused_groups.BLOCK_D, "HAS_BIAS": False}
     score |= {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "bias_ptr": None, "contexts_ptr": None, "weights_ptr": None}
     yield "score groups", fused_groups.score_groups_kernel, score, fused_groups.SCORE_WARPS
+    sizes = {"BLOCK_M": large_groups.BLOCK_M, "BLOCK_C": large_groups.BLOCK_C, "BLOCK_D": large_groups.BLOCK_D}
+    large = {name: value for name, value in score.items() if name != "PARTS"} | sizes
+    for precision in ("tf32", "ieee"):
+        name = f"score large groups, {precision}"
+        yield name, large_groups.score_large_kernel, large | {"PRECISION": precision}, large_groups.WARPS
     reweight = keys | {"BLOCK_K": fused_groups.BLOCK_K, "HAS_CONTROLS": False, "HAS_MIXTURE": False}
-    reweight |= {"y_ptr": None, "weights_ptr": None}
+    reweight |= {"ANY_SILENT": True, "y_ptr": None, "weights_ptr": None}
     yield "reweight groups", fused_groups.reweight_groups_kernel, reweight, fused_groups.REWEIGHT_WARPS
 
 

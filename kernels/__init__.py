@@ -59,6 +59,9 @@ def load_guide(name: str, groups: Groups | None = None) -> Callable[..., None]:
     if groups is not None:
         if name == "triton":
             from .fused_groups import guide_groups_
+            from .large_groups import find_large
+
+            groups = groups._replace(large=find_large(groups.starts))
         else:
             from .groups import guide_groups_
         return partial(guide_groups_, groups=groups)

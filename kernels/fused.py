@@ -21,6 +21,7 @@ from .controls import undo_controls
 from .keys import NO_KEY, from_key, to_key
 from .mixture import mix_contexts
 from .reference import Controls, Mixture, map_heads
+from .writing import write_guided
 
 BLOCK_V = 1024
 """Logits that a program of the first launch holds at a time."""
@@ -84,28 +85,6 @@ def capped(scores, soft_cap):
     x = scores / soft_cap
     e = tl.exp(-2.0 * tl.abs(x))
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
-
-
-@triton.jit
-def write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, scale):
-    """Normalize over the candidates of one row and write z'."""
-    r = tl.where(is_candidate, scores * scale, float("-inf"))
-    y = tl.where(is_candidate, y, float("-inf"))
-    r_max, y_max = tl.max(r, 0), tl.max(y, 0)
-    log_r = r - r_max - tl.log(tl.sum(tl.exp(r - r_max), 0))
-    log_y = y - y_max - tl.log(tl.sum(tl.exp(y - y_max), 0))
-    store_guided(row_ptr, ids, z + beta * (log_r - reference * log_y), is_candidate, end_id)
-
-
-@triton.jit
-def store_guided(row_ptr, ids, guided, is_candidate, end_id):
-    """Write z' of one row's candidates; the end token alone where that is no finite number."""
-    num_nan = tl.sum((is_candidate & (guided != guided)).to(tl.int32), 0)
-    largest = tl.max(tl.where(is_candidate & (guided == guided), guided, float("-inf")), 0)
-    if (num_nan == 0) & (tl.abs(largest) < float("inf")):
-        tl.store(row_ptr + ids, guided.to(row_ptr.dtype.element_ty), mask=is_candidate)
-    else:
-        tl.store(row_ptr + end_id, 0.0)
 
 
 @triton.jit
@@ -178,6 +157,7 @@ def score_kernel(
     reference_ptr,  # [R] float32
     reference_stride,
     end_ids_ptr,  # [R] int64
+    no_opinion_ptr,  # [vocab_size] bool, or nothing
     scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap), out unless NORMALIZE
     contexts_ptr,  # [R, J] int64, or nothing
     weights_ptr,  # [R, J] float32, or nothing
@@ -235,7 +215,7 @@ def score_kernel(
             beta = tl.load(beta_ptr + row_idx * beta_stride)
             reference = tl.load(reference_ptr + row_idx * reference_stride)
             end_id = tl.load(end_ids_ptr + row_idx)
-            write_guided(row_ptr, ids, z, z, scores, is_candidate, beta, reference, end_id, scale)
+            write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
         else:
             tl.store(row_keys + place, candidates)
             if not (HAS_MIXTURE and HAS_SOFT_CAP):
@@ -257,6 +237,7 @@ def reweight_kernel(
     reference_ptr,  # [R] float32
     reference_stride,
     end_ids_ptr,  # [R] int64
+    no_opinion_ptr,  # [vocab_size] bool, or nothing
     weights_ptr,  # [R, J] float32, or nothing
     num_contexts,  # J
     soft_cap,
@@ -289,7 +270,7 @@ def reweight_kernel(
         y = z
         if HAS_CONTROLS:
             y = tl.load(y_ptr + row_idx * K + place)
-        write_guided(row_ptr, ids, z, y, scores, is_candidate, beta, reference, end_id, scale)
+        write_guided(row_ptr, ids, z, y, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
 
 
 def cut(num_rows: int, num_cols: int, K: int) -> tuple[int, int]:
@@ -321,23 +302,21 @@ def guide_(
     scale: float = 1.0,
     vocab_start: int = 0,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    no_opinion: torch.Tensor | None = None,
 ) -> None:
     """:func:`.reference.guide_`, by Triton kernels. The last dimensions of ``logits``, ``hidden_states`` and
-    ``lm_head`` must be contiguous; their rows may lie any stride apart.
-
-    The value heads' matrix products are left to the library: a [d, d] product for each head is what it does best.
-    """
+    ``lm_head`` must be contiguous; their rows may lie any stride apart."""
     if (num_rows := len(rows)) == 0:
         return
     if heads is not None:
-        hidden_states = map_heads(hidden_states, *heads)
+        hidden_states = map_heads(hidden_states, *heads)  # a [d, d] product for each is what the library does best
     assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
     K = max(16, triton.next_power_of_2(max_top_k))
     slices, slice_size = cut(num_rows, logits.shape[1], K)
     keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
     row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
-    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids)
+    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids, no_opinion)
     contexts, weights = mixture or (None, None)
     num_contexts = 1 if mixture is None else contexts.shape[1]
     if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture

@@ -15,11 +15,22 @@ import torch
 import triton
 import triton.language as tl
 
+from . import large_groups
 from .controls import undo_controls
-from .fused import BLOCK_V, SELECT_WARPS, capped, cut, dot_candidates, merge, select_kernel, store_guided
+from .fused import (
+    BLOCK_V,
+    SELECT_WARPS,
+    capped,
+    cut,
+    dot_candidates,
+    merge,
+    select_kernel,
+)
 from .groups import Groups, gather_shards
 from .keys import NO_KEY, from_key
+from .large_groups import score_large_kernel
 from .reference import Controls, Mixture, map_heads
+from .writing import keep_shares, store_guided
 
 BLOCK_M, BLOCK_D = 4, 512
 """Members, and elements of their rows, that a program scores at a time: most groups have one or two."""
@@ -37,8 +48,11 @@ def gather_groups_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
     keys_ptr,  # [R, NUM_KEYS] int64; a row's candidates in its first K, out
-    key_ptr,  # [V] int32
-    groups_ptr,  # [R, K] int32, out; -1 where there is no candidate
+    key_ptr,  # [V] int32, or several tables
+    key_offsets_ptr,  # [R] int64, or nothing
+    groups_ptr,  # [R, K] int32, out; -1 where there is no candidate, -2 where the reward model has no opinion of it
+    large_ptr,  # [groups] int32, or nothing
+    wanted_ptr,  # [large] int32, zeros, or nothing; out: 1 for those that the row has
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
 ):
@@ -49,9 +63,14 @@ def gather_groups_kernel(
     if top_k > 0:
         candidates = merge(keys_ptr + row_idx * NUM_KEYS, top_k, K, NUM_KEYS)
         _, ids = from_key(candidates)
+        if key_offsets_ptr is not None:
+            ids += tl.load(key_offsets_ptr + row_idx)
         group = tl.load(key_ptr + ids, mask=candidates > NO_KEY, other=-1)
         tl.store(keys_ptr + row_idx * NUM_KEYS + place, candidates)
         tl.store(groups_ptr + row_idx * K + place, group)
+        if large_ptr is not None:
+            large = tl.load(large_ptr + group, mask=group >= 0, other=-1)
+            tl.store(wanted_ptr + large, tl.full([K], 1, tl.int32), mask=large >= 0)
 
 
 @triton.jit
@@ -68,6 +87,9 @@ def score_groups_kernel(
     groups_ptr,  # [R, K] int32
     members_ptr,  # [M] int32
     starts_ptr,  # [groups + 1] int32
+    large_ptr,  # [groups] int32, or nothing
+    large_starts_ptr,  # [large + 1] int32, or nothing
+    large_scores_ptr,  # [B, R * J] float32, of score_large_kernel, or nothing
     hidden_ptr,  # [C, hidden_size]
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
@@ -107,6 +129,16 @@ def score_groups_kernel(
                 row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + context) * hidden_stride
             begin, end = tl.load(starts_ptr + group), tl.load(starts_ptr + group + 1)
             most, total = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            if large_ptr is not None:
+                large = tl.load(large_ptr + group)
+                if large >= 0:
+                    begin, end = tl.load(large_starts_ptr + large), tl.load(large_starts_ptr + large + 1)
+                    for start in range(begin + part * BLOCK_M, end, PARTS * BLOCK_M):
+                        b = start + tl.arange(0, BLOCK_M)
+                        at = b.to(tl.int64) * tl.num_programs(0) + context
+                        r = tl.load(large_scores_ptr + at, mask=b < end, other=float("-inf"))
+                        most, total = add_exponentials(most, total, r)
+                    end = begin
             for start in range(begin + part * BLOCK_M, end, PARTS * BLOCK_M):
                 m = start + tl.arange(0, BLOCK_M)
                 local = tl.load(members_ptr + m, mask=m < end, other=0).to(tl.int64) - vocab_start
@@ -147,6 +179,7 @@ def reweight_groups_kernel(
     K: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ANY_SILENT: tl.constexpr,
     HAS_CONTROLS: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
 ):
@@ -156,7 +189,7 @@ def reweight_groups_kernel(
         place = tl.arange(0, K)
         candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
         group = tl.load(groups_ptr + row_idx * K + place)
-        is_candidate = group >= 0
+        is_candidate, has_opinion = group != -1, group >= 0
         z, ids = from_key(candidates)
         y = z
         if HAS_CONTROLS:
@@ -186,12 +219,12 @@ def reweight_groups_kernel(
                 most, total = tl.full([K], LOWEST, tl.float32), tl.zeros([K], tl.float32)
                 for part in range(num_parts):
                     at = (part * num_all + context) * K + first
-                    values = tl.load(scores_ptr + at, mask=is_candidate, other=float("-inf"))
+                    values = tl.load(scores_ptr + at, mask=has_opinion, other=float("-inf"))
                     most, total = add_exponentials(most, total, values)
                 scores += weight * (most + tl.log(total))
-        r = tl.where(is_candidate, scores, float("-inf"))
-        r_first = tl.where(is_candidate & (first == place), scores, float("-inf"))
-        y_all = tl.where(is_candidate, y, float("-inf"))
+        r = tl.where(has_opinion, scores, float("-inf"))
+        r_first = tl.where(has_opinion & (first == place), scores, float("-inf"))
+        y_all = tl.where(has_opinion, y, float("-inf"))
         r_max, y_max = tl.max(r_first, 0), tl.max(y_all, 0)
         log_r = r - r_max - tl.log(tl.sum(tl.exp(r_first - r_max), 0))
         log_y = y_group - y_max - tl.log(tl.sum(tl.exp(y_all - y_max), 0))
@@ -199,7 +232,63 @@ def reweight_groups_kernel(
         reference = tl.load(reference_ptr + row_idx * reference_stride)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
         guided = z + beta * (log_r - reference * log_y)
+        if ANY_SILENT:
+            guided = keep_shares(guided, z, has_opinion)
         store_guided(row_ptr, ids, guided, is_candidate, tl.load(end_ids_ptr + row_idx))
+
+
+def score_groups(
+    row_args: tuple,
+    row_groups: torch.Tensor,
+    wanted: torch.Tensor | None,
+    groups: Groups,
+    num_contexts: int,
+    max_top_k: int,
+    head_args: tuple,
+    variant: dict[str, bool],
+) -> torch.Tensor:
+    """The logsumexp of the reward model's logits over the members of each row's groups.
+
+    Args:
+        row_args: top_k and its stride.
+        row_groups: [R, K] int32.
+        wanted: [large] int32, of :func:`gather_groups_kernel`.
+        head_args, variant: what both kernels take, from ``hidden_ptr`` to ``hidden_size``, and ``HAS_BIAS`` and so on.
+
+    Returns:
+        [parts, R * J, K] float32, to be put together; of a group's first candidate, and of contexts with a weight.
+    """
+    num_rows, K = row_groups.shape
+    num_all, device, large, of_large = num_rows * num_contexts, row_groups.device, groups.large, None
+    if large is not None:
+        of_large = torch.empty(len(large.blocks), num_all, device=device)
+        score_large_kernel[(len(large.blocks), triton.cdiv(num_all, large_groups.BLOCK_C))](
+            *(*row_args, row_groups, wanted, large.blocks, groups.members),
+            *(*head_args[:8], num_all, *head_args[8:], of_large),
+            K=K,
+            BLOCK_M=large_groups.BLOCK_M,
+            BLOCK_C=large_groups.BLOCK_C,
+            BLOCK_D=large_groups.BLOCK_D,
+            PRECISION=large_groups.precision(head_args[0], head_args[2]),
+            **variant,
+            num_warps=large_groups.WARPS,
+        )
+    most = groups.most if large is None else min(groups.most, large_groups.LARGE)
+    parts = min(triton.next_power_of_2(triton.cdiv(most, PART)), MAX_PARTS)
+    scores = torch.full((parts, num_all, K), float("-inf"), device=device)
+    score_groups_kernel[(num_all, max_top_k, parts)](
+        *(*row_args, row_groups, groups.members, groups.starts),
+        *((large.index, large.starts, of_large) if large is not None else (None, None, None)),
+        *head_args,
+        scores,
+        K=K,
+        PARTS=parts,
+        BLOCK_M=BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        **variant,
+        num_warps=SCORE_WARPS,
+    )
+    return scores
 
 
 def guide_groups_(
@@ -224,6 +313,7 @@ def guide_groups_(
     vocab_start: int = 0,
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    key_offsets: torch.Tensor | None = None,
 ) -> None:
     """:func:`.groups.guide_groups_`, by Triton kernels; strides as in :func:`.fused.guide_`."""
     if (num_rows := len(rows)) == 0:
@@ -244,26 +334,22 @@ def guide_groups_(
     )
     row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=logits.device)
     row_args, sizes = (top_k, top_k.stride(0)), {"K": K, "NUM_KEYS": slices * K}
-    gather_groups_kernel[(num_rows,)](*row_args, keys, groups.key, row_groups, **sizes, num_warps=GATHER_WARPS)
+    large, wanted = groups.large, None
+    if large is not None:
+        wanted = torch.zeros(len(large.starts) - 1, dtype=torch.int32, device=logits.device)
+    gather_groups_kernel[(num_rows,)](
+        *(*row_args, keys, groups.key, key_offsets, row_groups, large and large.index, wanted),
+        **sizes,
+        num_warps=GATHER_WARPS,
+    )
     contexts, weights = mixture or (None, None)
     num_contexts = 1 if mixture is None else contexts.shape[1]
-    parts = min(triton.next_power_of_2(triton.cdiv(groups.most, PART)), MAX_PARTS)
-    scores = torch.full((parts, num_rows * num_contexts, K), float("-inf"), device=logits.device)
-    score_groups_kernel[(num_rows * num_contexts, max_top_k, parts)](
-        *(*row_args, row_groups, groups.members, groups.starts),
-        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias),
-        *(contexts, weights, num_contexts, soft_cap or 1.0, scale),
-        *(vocab_start, lm_head.shape[0], hidden_states.shape[1]),
-        scores,
-        K=K,
-        PARTS=parts,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        HAS_BIAS=bias is not None,
-        HAS_MIXTURE=mixture is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        num_warps=SCORE_WARPS,
+    head_args = (
+        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias, contexts, weights, num_contexts),
+        *(soft_cap or 1.0, scale, vocab_start, lm_head.shape[0], hidden_states.shape[1]),
     )
+    variant = {"HAS_BIAS": bias is not None, "HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
+    scores = score_groups(row_args, row_groups, wanted, groups, num_contexts, max_top_k, head_args, variant)
     if all_reduce is not None:
         scores = gather_shards(scores, shard, all_reduce).flatten(0, 1)
     y = None if controls is None else undo_controls(keys, top_k, controls)
@@ -273,6 +359,7 @@ def guide_groups_(
         *(beta, beta.stride(0), reference, reference.stride(0), end_ids),
         **sizes,
         BLOCK_K=BLOCK_K,
+        ANY_SILENT=groups.any_silent,
         HAS_CONTROLS=controls is not None,
         HAS_MIXTURE=mixture is not None,
         num_warps=REWEIGHT_WARPS,

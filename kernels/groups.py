@@ -15,7 +15,7 @@ rows of lm_head for the members of the candidates' groups alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -31,21 +31,36 @@ from .reference import (
 )
 from .selection import NEG_INF, select_candidates
 
+if TYPE_CHECKING:
+    from .large_groups import LargeGroups
+
 CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
+LARGE = 256
+"""Members of a group whose rows are gathered once for all contexts that have it, and multiplied with all of these."""
+FEW = 16
+"""Contexts of which all groups are scored together."""
+
+
+NO_OPINION = -2
 
 
 class Groups(NamedTuple):
     """Static tables of two tokenizers."""
 
     key: torch.Tensor
-    """[V] int32: the group of each base token; of those below 0 the logits must be -inf"""
+    """[V] int32: the group of each base token; :data:`NO_OPINION` where the reward model has none; of other negative
+    ones the logits must be -inf. Or as many times V as there are tables, by ``key_offsets``"""
     members: torch.Tensor
     """[M] int32: reward tokens, those of a group together"""
     starts: torch.Tensor
     """[groups + 1] int32: where each group's begin"""
     most: int
     """Members of the largest group, known on the host."""
+    large: LargeGroups | None = None
+    """Those that the Triton kernels have programs of their own for."""
+    any_silent: bool = False
+    """Whether there are candidates that the reward model has no opinion of."""
 
 
 def guide_groups_(
@@ -70,6 +85,7 @@ def guide_groups_(
     vocab_start: int = 0,
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    key_offsets: torch.Tensor | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place, as :func:`.reference.guide_`.
 
@@ -78,11 +94,13 @@ def guide_groups_(
         vocab_size: tokens of the base model that may have a key.
         shard: this rank's number in the tensor-parallel group, and how many ranks there are.
         all_reduce: sums [ranks, C, K] over them.
+        key_offsets: [R] int64, where in ``groups.key`` the candidates' keys begin; None: at 0.
     """
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
-    keys = groups.key[ids.clamp(max=len(groups.key) - 1)].long().masked_fill(z == NEG_INF, -1)
+    places = ids if key_offsets is None else ids + key_offsets.unsqueeze(1)
+    keys = groups.key[places].long().masked_fill(z == NEG_INF, -1)
     scored = keys
     if mixture is not None:
         hidden_states = hidden_states[mixture.contexts.flatten()]
@@ -98,7 +116,8 @@ def guide_groups_(
         scores = torch.where(weights == 0, 0.0, weights * scores).sum(1)
     y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
     reward = reward_groups(keys, y, scores, reference)
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids)
+    has_opinion = keys != NO_OPINION if groups.any_silent else None
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, has_opinion)
 
 
 def gather_shards(
@@ -132,33 +151,77 @@ def score_groups(
     Returns:
         [C, K] float32; -inf where there is no group, or no member in this shard.
     """
-    num_contexts, k = keys.shape
-    begin = groups.starts[keys.clamp(min=0)].long().flatten()
-    counts = groups.starts[keys.clamp(min=0) + 1].long().flatten() - begin
-    counts = counts.where(keys.flatten() >= 0, 0)
-
-    def logits_of(owner: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        local = members.long() - vocab_start
-        mine = (local >= 0) & (local < lm_head.shape[0])
-        local = local.where(mine, 0)
-        r = (lm_head[local].float() * hidden_states[owner // k].float()).sum(-1)
-        if bias is not None:
-            r = r + bias[local].float()
-        r = cap_and_scale(r, soft_cap, scale)
-        return r.where(mine, NEG_INF) if sharded else r
-
-    if not selection.reads_are_free(keys):  # how many members there are is not known
-        owner = torch.arange(num_contexts * k, device=keys.device)
-        total = torch.full((num_contexts * k,), NEG_INF, device=keys.device)
-        for m in range(groups.most):
-            members = groups.members[(begin + m).clamp(max=len(groups.members) - 1)]
-            total = torch.logaddexp(total, logits_of(owner, members).where(m < counts, NEG_INF))
-        return total.view(num_contexts, k)
-    owner = torch.arange(num_contexts * k).repeat_interleave(counts)
-    within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    head = Head(lm_head, bias, soft_cap, scale, vocab_start, sharded)
+    if not selection.reads_are_free(keys):  # which groups there are is not known
+        return score_by_whole_head(hidden_states, head, keys, groups)
+    # What several candidates of a context have in common is computed once.
+    context = torch.arange(len(keys)).unsqueeze(1)
+    num_groups = len(groups.starts) - 1
+    flat = (context * num_groups + keys).masked_fill(keys < 0, -1)
+    pairs, place = flat.unique(return_inverse=True)
+    context, group = pairs.div(num_groups, rounding_mode="floor"), pairs % num_groups
+    begin = groups.starts[group].long()
+    counts = (groups.starts[group + 1].long() - begin).where(pairs >= 0, 0)
+    few = counts.where(counts <= LARGE, 0)
+    owner = torch.arange(len(pairs)).repeat_interleave(few)
+    within = torch.arange(len(owner)) - (few.cumsum(0) - few)[owner]
     members = groups.members[begin[owner] + within]
-    r = torch.cat([logits_of(*part) for part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)])
-    return logsumexp_by(r, owner, num_contexts * k).view(num_contexts, k)
+    r = [
+        head.logits((head.rows(part) * hidden_states[context[whose]].float()).sum(-1), part)
+        for whose, part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)
+    ]
+    scores = logsumexp_by(torch.cat(r), owner, len(pairs))
+    is_large = counts > LARGE
+    for g in group[is_large].unique().tolist():
+        its = (is_large & (group == g)).nonzero().flatten()
+        hidden = hidden_states[context[its]].float()
+        members = groups.members[groups.starts[g] : groups.starts[g + 1]]
+        parts = [head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)]
+        scores[its] = torch.cat(parts, 1).logsumexp(-1)
+    return scores[place]
+
+
+def score_by_whole_head(hidden_states: torch.Tensor, head: Head, keys: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """:func:`score_groups` where nothing may be read back: the logits of all tokens, and of all groups."""
+    members, num_groups = groups.members.long(), len(groups.starts) - 1
+    sizes = (groups.starts[1:] - groups.starts[:-1]).long()
+    owner = torch.repeat_interleave(torch.arange(num_groups, device=keys.device), sizes, output_size=len(members))
+    scores = []
+    for hidden in hidden_states.float().split(FEW):
+        r = torch.cat([head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)], 1)
+        whose = owner.expand(len(hidden), -1)
+        most = r.new_full((len(hidden), num_groups), -MAX_LOGIT).scatter_reduce_(1, whose, r, "amax")
+        sums = torch.zeros_like(most).scatter_add_(1, whose, (r - most.gather(1, whose)).exp())
+        scores.append(most + sums.log())
+    return torch.cat(scores).gather(1, keys.clamp(min=0)).masked_fill(keys < 0, NEG_INF)
+
+
+class Head(NamedTuple):
+    """This rank's shard of the reward model's output head, as :func:`score_groups` has it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    soft_cap: float | None
+    scale: float
+    vocab_start: int
+    sharded: bool
+
+    def _local(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        local = tokens.long() - self.vocab_start
+        mine = (local >= 0) & (local < len(self.weight))
+        return local.where(mine, 0), mine
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens, d] float32; those in another shard are any."""
+        return self.weight[self._local(tokens)[0]].float()
+
+    def logits(self, products: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Of what the tokens' rows times hidden states are, [..., tokens]; -inf in another shard."""
+        local, mine = self._local(tokens)
+        if self.bias is not None:
+            products = products + self.bias[local].float()
+        r = cap_and_scale(products, self.soft_cap, self.scale)
+        return r.where(mine, NEG_INF) if self.sharded else r
 
 
 def logsumexp_by(values: torch.Tensor, owner: torch.Tensor, size: int) -> torch.Tensor:
@@ -172,7 +235,7 @@ def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, ref
 
     Args:
         keys: [R, K] int64, candidates' groups; below 0 where there is none.
-        y: [R, K] float32, candidates' logits; -inf where there is none.
+        y: [R, K] float32, candidates' logits; those without a group do not count.
         scores: [R, K] float32, the reward model's logits of the groups.
         reference: [R] float32.
 
@@ -183,6 +246,7 @@ def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, ref
     ordered, order = keys.sort(stable=True, dim=-1)
     leader = order.gather(1, torch.searchsorted(ordered, keys.contiguous()))
     """the group's first candidate"""
+    y = y.masked_fill(keys < 0, NEG_INF)
     most = torch.full_like(y, NEG_INF).scatter_reduce_(1, leader, y, "amax").clamp(min=-torch.finfo(y.dtype).max)
     sums = torch.zeros_like(y).scatter_add_(1, leader, (y - most.gather(1, leader)).exp())
     y_group = (most + sums.log()).gather(1, leader)

@@ -8,6 +8,11 @@ reward logits r on C:
 
 y are the base model's own logits, z these after what the request did to them by ``logit_bias`` and penalties
 (:class:`Controls`): the reward compares two models, and the controls stay in the sum. Without controls y is z.
+Of some candidates N the reward model may have no opinion, as of ``</think>`` where it does not reason. The others' z'
+is by the rule over these alone, and N keeps the probability among the candidates that the base gave it:
+
+    z'_n = z_n + logsumexp of z' over C without N - logsumexp of z over C without N      (z_n where all of C is N)
+
 A row whose largest z' is no finite number gets its end token and nothing else: it is never left unguided.
 
 The guided decoding of PAD (arXiv 2410.04070), with the candidate-normalized implicit reward of its released code.
@@ -198,6 +203,7 @@ def reweight_(
     beta: torch.Tensor,
     reference: torch.Tensor,
     end_ids: torch.Tensor,
+    has_opinion: torch.Tensor | None = None,
 ) -> None:
     """Write z' into the guided rows of ``logits``, in place; rows of top_k 0 are left alone.
 
@@ -211,10 +217,13 @@ def reweight_(
         beta: [R] float32.
         reference: [R] float32.
         end_ids: [R] int64, what a row without a finite z' is left with.
+        has_opinion: [R, K] bool, of which candidates the reward model has one; None: of all.
     """
-    log_r = scores.masked_fill(z == NEG_INF, NEG_INF).log_softmax(-1)
-    reward = log_r - reference.unsqueeze(1) * y.log_softmax(-1)
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids)
+    scores = scores.masked_fill(z == NEG_INF, NEG_INF)
+    if has_opinion is not None:
+        scores, y = scores.where(has_opinion, NEG_INF), y.where(has_opinion, NEG_INF)
+    reward = scores.log_softmax(-1) - reference.unsqueeze(1) * y.log_softmax(-1)
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, has_opinion)
 
 
 def write_(
@@ -226,9 +235,12 @@ def write_(
     top_k: torch.Tensor,
     beta: torch.Tensor,
     end_ids: torch.Tensor,
+    has_opinion: torch.Tensor | None = None,
 ) -> None:
-    """As :func:`reweight_`, of rewards [R, K] float32."""
+    """As :func:`reweight_`, of rewards [R, K] float32; what these are without an opinion does not matter."""
     guided = torch.where(z > NEG_INF, z + beta.unsqueeze(1) * reward, NEG_INF)
+    if has_opinion is not None:
+        guided = keep_shares(guided, z, has_opinion)
     largest_z = guided.amax(-1, keepdim=True)  # of a NaN and anything it is NaN
     if not selection.reads_are_free(logits) or not math.isfinite(float(largest_z.sum())):
         sound = largest_z.isfinite()
@@ -246,6 +258,14 @@ def write_(
         return
     new = logits.new_full((len(rows), logits.shape[1]), NEG_INF).scatter_(1, ids, guided)
     logits[rows] = torch.where(top_k.unsqueeze(1) > 0, new, logits[rows])
+
+
+def keep_shares(guided: torch.Tensor, z: torch.Tensor, has_opinion: torch.Tensor) -> torch.Tensor:
+    """z' [R, K] with that of the candidates without an opinion, which keep their share of the base's probability."""
+    speaks = has_opinion & (z > NEG_INF)
+    shift = guided.where(speaks, NEG_INF).logsumexp(-1) - z.where(speaks, NEG_INF).logsumexp(-1)
+    shift = shift.where(speaks.any(-1), 0.0)
+    return guided.where(has_opinion, z + shift.unsqueeze(1))
 
 
 def guide_(
@@ -268,6 +288,7 @@ def guide_(
     scale: float = 1.0,
     vocab_start: int = 0,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    no_opinion: torch.Tensor | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place; rows that ``rows`` does not name are not touched.
 
@@ -283,7 +304,7 @@ def guide_(
             ``base`` 1, or the sum of the contexts' weights; else 0.
         end_ids: [R] int64, the token that ends each row's request where guidance gives nothing finite.
         max_top_k: K >= every top_k, known on the host.
-        vocab_size: tokens that base and reward model share; others are never candidates.
+        vocab_size: tokens that base and reward model share, or that ``no_opinion`` names; others are never candidates.
         controls: what requests did to their logits by bias and penalties; None where none of them did.
         mixture: the contexts of each row; None: one each, in the rows' order.
         bias: [V'] of the output head, or None.
@@ -291,16 +312,18 @@ def guide_(
         soft_cap, scale: of the reward model's logits, where its architecture has them.
         vocab_start: first token of this rank's shard.
         all_reduce: sums the [R, K] scores over a tensor-parallel group; None on one device.
+        no_opinion: [vocab_size] bool, of which tokens the reward model has no opinion, nor needs a row; None: of none.
     """
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
     ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
-    scored, bias_weight = ids, None
+    has_opinion = None if no_opinion is None else ~no_opinion[ids]
+    scored, bias_weight = ids if has_opinion is None else ids.where(has_opinion, vocab_start), None
     if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
         hidden_states, bias_weight = mix_contexts(hidden_states, mixture), mixture.weights.sum(1, keepdim=True)
     elif mixture is not None:
         hidden_states = hidden_states[mixture.contexts.flatten()]
-        scored = ids.repeat_interleave(mixture.contexts.shape[1], 0)
+        scored = scored.repeat_interleave(mixture.contexts.shape[1], 0)
     scores = score_candidates(
         hidden_states, lm_head, scored, bias, vocab_start, sharded=all_reduce is not None, bias_weight=bias_weight
     )
@@ -310,4 +333,4 @@ def guide_(
     if mixture is not None and soft_cap is not None:
         scores = torch.bmm(mixture.weights.unsqueeze(1), scores.unflatten(0, mixture.contexts.shape)).squeeze(1)
     y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
-    reweight_(logits, rows, ids, z, y, scores, top_k, beta, reference, end_ids)
+    reweight_(logits, rows, ids, z, y, scores, top_k, beta, reference, end_ids, has_opinion)

@@ -19,13 +19,19 @@ A reward model with another tokenizer (:class:`Groups`): C has no token without 
     reward_g = sum_j w_j log_softmax_G(r_j)_g - W ref_g       ref: log_softmax_G(y), log_softmax_G(r_0), or 0
     z'_c     = z_c + beta * reward_key(c)
 
-and its contexts grow by the pieces of each generated token.
+and its contexts grow by the pieces of each generated token. The first one may have keys, members and pieces of its own
+(``Groups.first``).
+
+Candidates N that the reward model has no opinion of, as ``</think>`` where it does not reason: z' of the others is by
+the rule over these alone, and N keeps the probability among the candidates that the base gave it:
+
+    z'_n = z_n + logsumexp of z' over C without N - logsumexp of z over C without N      (z_n where all of C is N)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,11 +43,13 @@ class Groups(NamedTuple):
     """What the base's tokens are to a reward model with another tokenizer."""
 
     key: list[int]
-    """By base token; below 0: no candidate"""
+    """By base token; -1: no candidate; -2: a candidate that the reward model has no opinion of"""
     members: list[list[int]]
     """By reward token"""
     pieces: list[list[int]]
     """By base token, reward tokens"""
+    first: Groups | None = None
+    """Of an answer's first token, where that is another's"""
 
 
 def guided_logits(
@@ -54,16 +62,23 @@ def guided_logits(
     weights: Sequence[float] | None = None,
     r_0: torch.Tensor | None = None,
     groups: Groups | None = None,
+    no_opinion: Collection[int] = (),
 ) -> torch.Tensor:
     """z' of one position. z, y: [vocab] float, the base model's logits; y None: it is z. r: [vocab], the reward model's
     logits, or such for each preference. weights None: 1/m each. r_0: [vocab], where reference is ``neutral``.
-    groups: of a reward model with another tokenizer."""
+    groups: of a reward model with another tokenizer. no_opinion: tokens that the reward model has none of."""
     y = z if y is None else y
     r = r if isinstance(r, list) else [r]
     weights = [1 / len(r)] * len(r) if weights is None else weights
     values = z.tolist()
-    finite = [i for i in range(len(values)) if math.isfinite(values[i]) and (groups is None or groups.key[i] >= 0)]
-    candidates = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
+    finite = [i for i in range(len(values)) if math.isfinite(values[i]) and (groups is None or groups.key[i] != -1)]
+    best = sorted(finite, key=lambda i: (-values[i], i))[:top_k]
+    silent = [c for c in best if c in no_opinion or (groups is not None and groups.key[c] == -2)]
+    candidates = [c for c in best if c not in silent]
+    guided = torch.full_like(z, NEG_INF)
+    guided[silent] = z[silent]
+    if not candidates:
+        return guided
     if groups is None:
         r, y, r_0 = [r_j[candidates] for r_j in r], y[candidates], None if r_0 is None else r_0[candidates]
     else:
@@ -81,8 +96,8 @@ def guided_logits(
         assert reference == "none"
     if groups is not None:
         reward = reward[[distinct.index(key) for key in keys]]
-    guided = torch.full_like(z, NEG_INF)
     guided[candidates] = z[candidates] + beta * reward
+    guided[silent] += torch.logsumexp(guided[candidates], dim=0) - torch.logsumexp(z[candidates], dim=0)
     return guided
 
 
@@ -140,6 +155,8 @@ def generate(
     groups: Groups | None = None,
     neutral_prompt_ids: list[int] | None = None,
     behind: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    no_opinion: Mapping[int, int] | None = None,
+    force: Callable[[list[int]], int | None] | None = None,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
     are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
@@ -147,7 +164,8 @@ def generate(
 
     ``mask``: (y [vocab], generated tokens) -> y with some at -inf; or what another logits processor before PAD makes of
     it, which nothing can tell from the base model's own. ``behind``: z' [vocab] -> what one behind PAD makes of it.
-    ``penalties``: presence, frequency, repetition.
+    ``penalties``: presence, frequency, repetition. ``no_opinion``: tokens that the reward model has none of -> what it
+    reads for each. ``force``: generated tokens -> the next one, whatever the logits are, or None.
     """
     contexts = reward_prompt_ids or prompt_ids
     contexts = contexts if isinstance(contexts[0], list) else [contexts]
@@ -158,17 +176,28 @@ def generate(
             y = mask(y, output)
         z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)
         if reward is not None:
-            seen = output if groups is None else [piece for token in output for piece in groups.pieces[token]]
+            seen = reads(output, groups, no_opinion or {})
             r = [reward_logits(reward, context + seen, head) for context in contexts]
             neutral = neutral_prompt_ids or prompt_ids
             r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
-            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, groups)
+            of_first = groups is not None and groups.first is not None and not output
+            now = groups.first if of_first else groups
+            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, now, no_opinion or ())
         if behind is not None:
             z = behind(z)
-        output.append(int(z.argmax()))
+        forced = force(output) if force is not None else None
+        output.append(int(z.argmax()) if forced is None else forced)
         if output[-1] == eos_token_id:
             break
     return output
+
+
+def reads(output: list[int], groups: Groups | None, no_opinion: Mapping[int, int]) -> list[int]:
+    """The reward model's tokens for generated ones."""
+    if groups is None:
+        return [no_opinion.get(token, token) for token in output]
+    tables = [groups.first or groups, *[groups] * len(output)]
+    return [piece for token, table in zip(output, tables, strict=False) for piece in table.pieces[token]]
 
 
 def mixed_head(tensors: dict[str, torch.Tensor], weights: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,9 +41,14 @@ class Chat(NamedTuple):
 
 
 class Translated(NamedTuple):
-    """The reward model's ids of a prompt. ``is_misread``: it begins as a chat of the base's, and was not understood."""
+    """A prompt as the reward model's.
+
+    ``begins_answer``: it is a chat whose next token is the first of an answer. ``is_misread``: it begins as a chat of
+    the base's, and was not understood.
+    """
 
     ids: list[int]
+    begins_answer: bool = False
     is_misread: bool = False
 
 
@@ -78,7 +83,7 @@ class PromptTranslator:
             chat = self._conversation(structure, text)
             ids = chat and self._translate_chat(chat)
             if ids:
-                return Translated(ids)
+                return Translated(ids, begins_answer=chat.answer == "")
             is_misread = structure.looks_like_chat(text)
             if is_misread and self._kinds.is_new(structure.kind(text)):
                 why = "is none that the base model's chat template writes"
@@ -86,7 +91,7 @@ class PromptTranslator:
                     roles = ", ".join(message.role for message in chat.messages)
                     why = f"is a chat that the reward model's chat template refuses ({roles})"
                 logger.warning("A prompt %s: it is translated as text.", why)
-        return Translated(self._translate_plain(text), is_misread)
+        return Translated(self._translate_plain(text), is_misread=is_misread)
 
     @cached_property
     def structure(self) -> ChatStructure | None:

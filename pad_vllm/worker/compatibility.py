@@ -39,7 +39,7 @@ class Fit:
     tokenizer_args: dict[str, Any]
     """Of ``AutoTokenizer.from_pretrained``."""
     vocab_size: int
-    """Tokens that both models have; of these, ``tokens.foreign`` are not the same."""
+    """Of :func:`~pad_vllm.worker.tokens.check_vocabulary`."""
     template: PromptTemplate | None
     """None where the engine runs without a tokenizer: then there are no text preferences."""
     max_preference_tokens: int
@@ -99,7 +99,8 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         "trust_remote_code": config.trust_remote_code,
     }
     num_rows = model_config.get_vocab_size()
-    tokens = load_tokenizer(config, tokenizer_args, base, model_config, num_rows)
+    reasoning = reasoning_ids(vllm_config)
+    tokens = load_tokenizer(config, tokenizer_args, base, model_config, num_rows, reasoning)
     vocab_size = check_vocabulary(config.reward_model, num_rows, base.get_vocab_size(), tokens)
     template = None
     if tokens.tokenizer is not None:
@@ -142,8 +143,21 @@ def check_chat(config: PADConfig, template: PromptTemplate, tokens: SharedTokens
     if has_template and is_lost and not config.insert_after:
         raise ValueError(
             "pad.chat='strict': where the base model's chat template puts messages cannot be found; set "
-            "or pad.chat to 'auto'"
+            "pad.insert_after, or pad.chat to 'auto'"
         )
+
+
+def reasoning_ids(vllm_config: VllmConfig) -> set[int]:
+    """The tokens with which vLLM begins and ends the base's reasoning, where its configuration says so."""
+    reasoning = vllm_config.reasoning_config
+    if reasoning is None:
+        return set()
+    parts = (
+        reasoning.reasoning_start_token_ids,
+        reasoning.reasoning_end_token_ids,
+        reasoning.natural_reasoning_end_token_ids,
+    )
+    return {i for ids in parts for i in ids or ()}
 
 
 def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
@@ -194,7 +208,7 @@ def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig
     """The reward model's VllmConfig. Raises ValueError for what vLLM refuses."""
     most = min(DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
-        rows_per_token = 1 if tokens.pair is None else int(tokens.pair.tables.num_pieces.max())
+        rows_per_token = 1 if tokens.pair is None else tokens.pair.tables.max_pieces
         return derive_vllm_config(vllm_config, model_config, config.max_num_batched_tokens or most, rows_per_token)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error

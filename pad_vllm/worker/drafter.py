@@ -101,6 +101,10 @@ class Drafter:
         self.whole: WholeTokens | None = None
         if guidance.pair is not None:
             self.whole = WholeTokens(guidance.pair.tables, device)
+        tokens, last = guidance.fit.tokens, guidance.reward_vocab_size
+        unknown = [i for i in (*tokens.foreign, *tokens.no_opinion) if i < last]
+        self.not_drafted = to_device(unknown, device, torch.int64) if unknown else None
+        """tokens with a row that the reward model does not know"""
         num_kept = 0 if self.whole else num_drafts
         self.kept = torch.zeros(self.engine.no_slot + 1, num_kept, hidden_size, dtype=dtype, device=device)
         """[contexts + 1, num_drafts, hidden_size]: hidden states of the tokens from which drafts were made"""
@@ -197,8 +201,8 @@ class Drafter:
             logits = logits[:, self.whole.columns]
         else:
             logits = logits[:, : guidance.vocab_size]
-            if guidance.foreign_ids is not None:
-                logits = logits.index_fill(1, guidance.foreign_ids, float("-inf"))
+            if self.not_drafted is not None:
+                logits = logits.index_fill(1, self.not_drafted, float("-inf"))
         # What an unguided row leaves out is drawn by verification.
         most = guidance.config.max_top_k if params.num_unguided else params.max_top_k
         values, ids = logits.topk(min(most, logits.shape[1]))

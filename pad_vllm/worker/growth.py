@@ -13,6 +13,7 @@ nowhere; how long a context is, the host learns a step or two later, and until t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +38,24 @@ class Growth:
     """
 
     def __init__(self, tables: TokenTables, engine: RewardEngine, num_slots: int, max_rows_per_request: int) -> None:
-        self.tables, self.engine = tables, engine
-        self.num_pieces = tables.num_pieces.astype(np.int64)
-        self.max_pieces = int(self.num_pieces.max())
+        self.engine = engine
         self.max_len = engine.model.max_model_len
         device = engine.model.device
-        self.device_pieces = to_device(tables.pieces, device, torch.int32)
-        self.piece_starts = to_device(tables.piece_starts, device, torch.int64)
+        self.vocab_size = len(tables.key)
+        self.has_first = tables.first is not None
+        """Whether an answer's first token c has pieces, and a key, of its own: those of c + ``vocab_size``"""
+        self.pieces, self.starts = tables.pieces, tables.piece_starts
+        if self.has_first:
+            self.pieces = np.concatenate([tables.pieces, tables.first.pieces])
+            self.starts = np.concatenate([tables.piece_starts[:-1], tables.first.piece_starts + len(tables.pieces)])
+        self.num_pieces = np.diff(self.starts).astype(np.int64)
+        self.max_pieces = int(self.num_pieces.max())
+        self.device_pieces = to_device(self.pieces, device, torch.int32)
+        self.piece_starts = to_device(self.starts, device, torch.int64)
+        self.host_first = np.zeros(num_slots, np.int64)
+        """[slots] what is added to the first generated token: ``vocab_size``, where it begins an answer"""
+        self.first = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        """[slots] likewise"""
         self.host_prompt_len = np.zeros(num_slots, np.int64)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.is_new = np.zeros(num_slots, bool)
@@ -57,8 +69,11 @@ class Growth:
         """[slots, 2] as ``known``, of the settled token of the last step"""
         self.news = News(self.latest)
 
-    def begin(self, slot: int, prompt_len: int) -> None:
-        """A request begins in a slot; ``prompt_len`` of the base's prompt."""
+    def begin(self, slot: int, prompt_len: int, begins_answer: bool) -> None:
+        """A request begins in a slot; ``prompt_len`` of the base's prompt. ``begins_answer``: its first token begins an
+        answer in a chat."""
+        self.host_first[slot] = self.vocab_size if begins_answer and self.has_first else 0
+        self.first[slot] = int(self.host_first[slot])
         self.host_prompt_len[slot] = prompt_len
         self.prompt_len[slot] = prompt_len
         self.is_new[slot] = True
@@ -80,14 +95,33 @@ class Growth:
             hidden_states = hidden_states.masked_fill(is_full.unsqueeze(1), float("nan"))
         return hidden_states
 
-    def _total(self, token_ids: list[int]) -> int:
-        ids = np.clip(np.array(token_ids, np.int64), 0, len(self.num_pieces) - 1)
-        return int(self.num_pieces[ids].sum())
+    def key_offsets(self, batch: GuidedBatch) -> torch.Tensor | None:
+        """[R] int64: what is added to the candidates of each row, where some tokens have another key at the beginning
+        of an answer; None where none has."""
+        if not self.has_first:
+            return None
+        row_slots, slots = batch.layout.row_slots, batch.layout.slots
+        are_past = batch.exact and bool((batch.num_tokens > self.host_prompt_len[slots]).all())
+        if are_past or not self.host_first[slots].any():
+            return torch.zeros_like(row_slots)
+        is_first = batch.device_positions() + 1 == self.prompt_len[row_slots]
+        return self.first[row_slots].where(is_first, 0)
+
+    def _places(self, token_ids: Sequence[int], slot: int) -> np.ndarray:
+        """[tokens] int64: where in the tables a request's generated tokens stand, all from the first."""
+        places = np.clip(np.array(token_ids, np.int64), 0, self.vocab_size - 1)
+        places[:1] += self.host_first[slot]
+        return places
+
+    def _total(self, token_ids: Sequence[int], slot: int) -> int:
+        return int(self.num_pieces[self._places(token_ids, slot)].sum())
 
     def _history(self, batch: GuidedBatch, slot: int) -> list[int]:
         """Of :class:`ContextRows`."""
-        generated = list(batch.output_ids(slot // MAX_CONTEXTS))
-        return [*self.tables.pieces_of(generated[:-1]), *self.tables.pieces_of(generated[-1:])[:1]]
+        slot //= MAX_CONTEXTS
+        places = self._places(list(batch.output_ids(slot)), slot).tolist()
+        ids = [int(u) for i in places[:-1] for u in self.pieces[self.starts[i] : self.starts[i + 1]]]
+        return ids + [int(self.pieces[self.starts[i]]) for i in places[-1:]]
 
     def _on_host(
         self, batch: GuidedBatch, params: RowParams
@@ -96,13 +130,14 @@ class Growth:
         and which contexts are full (None: none is)."""
         slots, contexts = batch.layout.slots, params.contexts
         generated = batch.num_tokens - self.host_prompt_len[slots]
-        last_ids = batch.last_ids.clip(0, len(self.num_pieces) - 1)
+        last_ids = batch.last_ids.clip(0, self.vocab_size - 1) + np.where(generated == 1, self.host_first[slots], 0)
         n = np.where(generated > 0, self.num_pieces[last_ids], 0)
         num_known, totals = self.known[slots].T
         totals = totals + np.where(generated == num_known + 1, n, 0)
         is_irregular = self.is_new[slots] | (generated < num_known) | (generated > num_known + 1)
         for i in np.flatnonzero(is_irregular):
-            totals[i] = self._total(list(batch.output_ids(int(slots[i])))[: generated[i]])
+            slot = int(slots[i])
+            totals[i] = self._total(list(batch.output_ids(slot))[: generated[i]], slot)
         self.known[slots, 0], self.known[slots, 1], self.is_new[slots] = generated, totals, False
 
         device = self.piece_starts.device
@@ -112,7 +147,7 @@ class Growth:
         owner = np.repeat(np.arange(len(requests)), counts)
         last = np.cumsum(counts) - 1
         back = last[owner] - np.arange(len(owner))
-        piece = self.tables.pieces[self.tables.piece_starts[last_ids[requests]][owner] + counts[owner] - 1 - back]
+        piece = self.pieces[self.starts[last_ids[requests]][owner] + counts[owner] - 1 - back]
         positions = np.minimum(ends[owner] - back, self.max_len - 1)
         owner_, token_ids = to_device(np.stack([owner, piece]), device, torch.int64).unbind()
         in_prompt = totals[requests] == 0
@@ -147,9 +182,10 @@ class Growth:
         for slot in batch.layout.slots[self.is_new[batch.layout.slots]].tolist():
             self._count_new(slot, batch.output_ids(slot))
         row_slots, contexts, width = batch.layout.row_slots, params.contexts, self.max_pieces
-        tokens = batch.token_ids.clamp(0, len(self.num_pieces) - 1).long()
+        tokens, base_positions = batch.token_ids.clamp(0, self.vocab_size - 1).long(), batch.device_positions()
+        if self.has_first:
+            tokens = tokens + self.first[row_slots].where(base_positions == self.prompt_len[row_slots], 0)
         starts = self.piece_starts[tokens]
-        base_positions = batch.device_positions()
         n = (self.piece_starts[tokens + 1] - starts).where(base_positions >= self.prompt_len[row_slots], 0)
         totals = self._count(batch, base_positions, n)
         offset, last_prompt_id = contexts.ints.offset, contexts.ints.last_prompt_id
@@ -175,7 +211,7 @@ class Growth:
 
     def _count_new(self, slot: int, generated: list[int]) -> None:
         before = len(generated) - 1
-        total = self._total(generated[:-1])
+        total = self._total(generated[:-1], slot)
         self.totals[slot] = total
         self.known[slot] = max(before, 0), total
         self.news.forget(slot)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -23,7 +24,7 @@ from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.reward.template import Composed
-from pad_vllm.reward.token_tables import TokenTables
+from pad_vllm.reward.token_tables import NO_OPINION, TokenTables
 from pad_vllm.stats import Stats
 from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
@@ -32,6 +33,7 @@ from pad_vllm.worker.compatibility import fit
 from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
+from pad_vllm.worker.tokens import SharedTokens
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,9 +64,8 @@ class Guidance:
         self.max_model_len = base.max_model_len
         for warning in start.warnings(self.fit):
             logger.warning(warning)
-        foreign = [i for i in self.fit.tokens.no_candidates if i < self.vocab_size]
-        self.foreign_ids = to_device(foreign, device, torch.int64) if foreign else None
-        """tokens below ``vocab_size`` that are no candidates"""
+        tokens = self.fit.tokens
+        self.foreign_ids, self.no_opinion = candidate_tables(tokens, self.vocab_size, self.reward_vocab_size, device)
         heads = self.fit.heads
         self.heads = heads and ValueHeads(heads.names, heads.weight.to(device), heads.bias.to(device))
         self.model = PagedModel(
@@ -81,7 +82,7 @@ class Guidance:
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
         max_num_contexts = scheduler.max_num_seqs * MAX_CONTEXTS
-        rows_per_token = 1 if self.pair is None else int(self.pair.tables.num_pieces.max())
+        rows_per_token = 1 if self.pair is None else self.pair.tables.max_pieces
         self.engine = RewardEngine(
             self.model, max_num_batched_tokens, max_num_contexts, max_num_rows * rows_per_token * MAX_CONTEXTS
         )
@@ -92,6 +93,11 @@ class Guidance:
         self.stats = Stats()
         # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further.
         self.may_be_foreign = self.max_rows_per_request > 1 or self.base_vocab_size > self.reward_vocab_size
+        self.reads, self.device_reads = tokens.reads, None
+        if self.reads:
+            table = torch.arange(self.base_vocab_size)
+            table[list(self.reads)] = torch.tensor(list(self.reads.values()))
+            self.device_reads = to_device(table, device, torch.int64)
         self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
         self._params: RowParams | None = None
         self.has_written = False
@@ -139,9 +145,10 @@ class Guidance:
         Raises:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
-        contexts, read_ids, text_len, is_misread = params.contexts(), prompt_ids, len(prompt_ids), False
+        contexts, read_ids, text_len = params.contexts(), prompt_ids, len(prompt_ids)
+        begins_answer = is_misread = False
         if self.growth is not None:
-            (read_ids, is_misread), text_len = self.pair.translator.read(prompt_ids), 1
+            (read_ids, begins_answer, is_misread), text_len = self.pair.translator.read(prompt_ids), 1
         composed = [self._compose(read_ids, preference) for preference in contexts]
         if params.guides and (is_misread or any(prompt.is_misread for prompt in composed)):
             self.stats.plain_prompts += 1
@@ -150,7 +157,7 @@ class Guidance:
         check_logit_bias(controls.logit_bias)
         self._write_slot(slot, params, text_len, composed, list(contexts.values()), end_id)
         if self.growth is not None:
-            self.growth.begin(slot, len(prompt_ids))
+            self.growth.begin(slot, len(prompt_ids), begins_answer)
         self.slots.write_controls(slot, controls, prompt_ids)
         if self.drafter is not None:
             self.drafter.begin(slot, params)
@@ -172,6 +179,8 @@ class Guidance:
                 f"its prompt is {len(composed.ids)} of the reward model's tokens, and a context holds "
                 f"{self.model.max_model_len}"
             )
+        if self.reads:
+            composed = composed._replace(ids=[self.reads.get(i, i) for i in composed.ids])
         low, high = min(composed.ids), max(composed.ids)
         if low < 0 or high >= self.reward_vocab_size:
             raise ValueError(
@@ -204,8 +213,9 @@ class Guidance:
             controls = None
             if params.control:
                 controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
+            key_offsets = None if self.growth is None else self.growth.key_offsets(batch)
             self.has_written = True
-            self.guide(logits, hidden_states, layout.rows, params, controls)
+            self.guide(logits, hidden_states, layout.rows, params, controls, key_offsets)
             self.has_written = False
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
@@ -231,6 +241,8 @@ class Guidance:
         contexts, token_ids = params.contexts, batch.token_ids
         if contexts.rows is not None:
             token_ids = token_ids[contexts.rows]
+        if self.device_reads is not None:
+            token_ids = self.device_reads[token_ids.clamp(0, self.base_vocab_size - 1).long()]
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
@@ -266,9 +278,12 @@ class Guidance:
         params.rows, params.room = rows if params.past_prompts else None, max(room, 0)
         return rows
 
-    @staticmethod
-    def _history(batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
-        return lambda slot: batch.output_ids(slot // MAX_CONTEXTS)
+    def _history(self, batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
+        def history(slot: int) -> Sequence[int]:
+            ids, last = batch.output_ids(slot // MAX_CONTEXTS), self.reward_vocab_size - 1
+            return [min(self.reads.get(i, i), last) for i in ids] if self.reads or self.may_be_foreign else ids
+
+        return history
 
     def _count(self, params: RowParams) -> None:
         layout, stats = params.layout, self.stats
@@ -301,6 +316,7 @@ class Guidance:
         rows: torch.Tensor,
         params: RowParams,
         controls: Controls | None = None,
+        key_offsets: torch.Tensor | None = None,
     ) -> None:
         """The rule, for rows whose hidden states are there.
 
@@ -310,6 +326,7 @@ class Guidance:
             rows: [R] int64, rows of ``logits``.
             params: what they ask for.
             controls: what their requests did to the logits; None: nothing.
+            key_offsets: [R] int64, of :meth:`Growth.key_offsets`.
         """
         head = self.lm_head
         if self.foreign_ids is not None:
@@ -334,7 +351,11 @@ class Guidance:
             scale=head.scale,
             vocab_start=head.vocab_start,
             all_reduce=head.all_reduce,
-            **({} if self.pair is None else {"shard": head.shard}),
+            **(
+                {"no_opinion": self.no_opinion}
+                if self.pair is None
+                else {"shard": head.shard, "key_offsets": key_offsets}
+            ),
         )
 
     def _write_slot(
@@ -356,11 +377,39 @@ class Guidance:
 
 
 def device_groups(tables: TokenTables, device: torch.device) -> Groups:
-    """What the guidance step needs of the tables of two tokenizers."""
-    starts = tables.member_starts
+    """What the guidance step needs of the tables of two tokenizers: those of an answer's first token, where there are
+    such, behind the others, with groups of their own."""
+    key, members, starts = tables.key, tables.members, tables.member_starts
+    if (first := tables.first) is not None:
+        shifted = np.where(first.key >= 0, first.key + len(starts) - 1, first.key)
+        key, members = np.concatenate([key, shifted]), np.concatenate([members, first.members])
+        starts = np.concatenate([starts[:-1], first.member_starts + starts[-1]])
     return Groups(
-        to_device(tables.key, device, torch.int32),
-        to_device(tables.members, device, torch.int32),
+        to_device(key, device, torch.int32),
+        to_device(members, device, torch.int32),
         to_device(starts, device, torch.int32),
         int((starts[1:] - starts[:-1]).max()),
+        any_silent=bool((tables.key == NO_OPINION).any()),
     )
+
+
+def candidate_tables(
+    tokens: SharedTokens, vocab_size: int, num_rows: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which tokens below ``vocab_size`` are no candidates, and which the reward model has no opinion of.
+
+    Args:
+        num_rows: of the reward model's output head.
+
+    Returns:
+        [n] int64 ids, and [vocab_size] bool where tokens are the same; None where there are none.
+    """
+    foreign = {i for i in tokens.no_candidates if i < vocab_size}
+    if tokens.pair is None:
+        foreign |= set(range(num_rows, vocab_size)) - tokens.no_opinion.keys()
+    foreign_ids = to_device(sorted(foreign), device, torch.int64) if foreign else None
+    if not tokens.no_opinion:
+        return foreign_ids, None
+    no_opinion = torch.zeros(vocab_size, dtype=torch.bool)
+    no_opinion[list(tokens.no_opinion)] = True
+    return foreign_ids, to_device(no_opinion, device, torch.bool)

@@ -16,6 +16,7 @@ from pad_vllm.reward.paged_model import LMHead, PagedModel
 from pad_vllm.worker.batch import Layout
 from pad_vllm.worker.compatibility import Fit
 from pad_vllm.worker.slots import RowParams
+from pad_vllm.worker.tokens import listed
 
 if TYPE_CHECKING:
     from pad_vllm.worker.guidance import Guidance
@@ -29,7 +30,7 @@ LOGITS_BYTES = 2**30
 def warnings(fits: Fit) -> Iterator[str]:
     """What an operator should know of a reward model that fits."""
     if fits.tokens.foreign:
-        yield f"Guided requests never generate what the reward model does not know: {fits.tokens}."
+        yield f"Guided requests never generate what the reward model does not know: {listed(fits.tokens.foreign)}."
     if fits.warning is not None:
         yield fits.warning
 
@@ -55,11 +56,12 @@ def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: i
     tokens = torch.zeros(1, 1, dtype=torch.int32, device=guidance.device)
     drafts = tokens.expand(num_rows, guidance.max_rows_per_request - 1).contiguous()
     output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
+    offsets = nowhere if guidance.growth is not None and guidance.growth.has_first else None
     for controls in (None, *(guidance.slots.controls(params.layout.row_slots, seen) for seen in (None, output))):
-        guidance.guide(logits, hidden_states, rows, params, controls)
+        guidance.guide(logits, hidden_states, rows, params, controls, offsets)
     every = nowhere.unsqueeze(1).repeat(1, MAX_CONTEXTS)
     params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
-    guidance.guide(logits, hidden_states, rows, params)
+    guidance.guide(logits, hidden_states, rows, params, key_offsets=offsets)
 
 
 @torch.inference_mode()
@@ -119,5 +121,7 @@ def log_summary(guidance: Guidance) -> None:
         )
     if guidance.pair is not None:
         logger.info("PAD: the reward model has %s.", guidance.pair)
+    elif guidance.fit.tokens.no_opinion:
+        logger.info("PAD: the reward model has no opinion of %s.", listed(guidance.fit.tokens.no_opinion))
     if guidance.template is not None:
         logger.info("PAD: what the reward model reads: %r", guidance.fit.example())

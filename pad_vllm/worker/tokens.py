@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,11 @@ from vllm.config import ModelConfig
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.reward.byte_tokens import ByteTokens, added_ids, same_ordinary_tokens
+from pad_vllm.reward.first_space import first_space
 from pad_vllm.reward.markers import answer_end, marker_tokens
-from pad_vllm.reward.token_tables import TokenTables, load_tables
+from pad_vllm.reward.token_tables import NO_KEY, NO_OPINION, TokenTables, load_tables
 from pad_vllm.reward.translation import PromptTranslator
+from pad_vllm.worker.answers import answer_tokens
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Pair:
 
     tables: TokenTables
     translator: PromptTranslator
+    no_opinion: dict[int, str] = field(default_factory=dict)
+    """As :attr:`SharedTokens.no_opinion`"""
 
     @property
     def stretch(self) -> float:
@@ -32,12 +37,15 @@ class Pair:
 
     def __str__(self) -> str:
         tables = self.tables
-        is_candidate = tables.key >= 0
+        is_candidate = tables.key != NO_KEY
         num_pieces = tables.num_pieces[is_candidate]
+        silent = f"; it has no opinion of {listed(self.no_opinion)}" if self.no_opinion else ""
+        if tables.first is not None:
+            silent += "; an answer's first token has a space in one model and none in the other"
         return (
             f"another tokenizer: {is_candidate.sum():,} of the base model's {len(is_candidate):,} tokens can be "
             f"candidates, {(num_pieces == 1).mean():.0%} of them one token of the reward model's, and at most "
-            f"{num_pieces.max()}"
+            f"{num_pieces.max()}{silent}"
         )
 
 
@@ -49,6 +57,11 @@ class SharedTokens:
     """None where the engine runs without one (skip_tokenizer_init) and there is none."""
     foreign: dict[int, str] = field(default_factory=dict)
     """Added and special tokens of the base model without a counterpart: never candidates."""
+    no_opinion: dict[int, str] = field(default_factory=dict)
+    """Such tokens that the base writes inside an answer (:mod:`.answers`): candidates, which keep their share of the
+    base's probability."""
+    reads: dict[int, int] = field(default_factory=dict)
+    """What the reward model reads for each of these: its own token of that name, or else a line break"""
     chat_tokenizer: PreTrainedTokenizerBase | None = None
     """The one whose chat template renders what the reward model reads: the base's, where it has a template; with a
     tokenizer of its own, the reward model's."""
@@ -59,27 +72,39 @@ class SharedTokens:
     def no_candidates(self) -> list[int]:
         """Tokens of the base model that guided requests never generate."""
         if self.pair is not None:
-            return np.flatnonzero(self.pair.tables.key < 0).tolist()
+            return np.flatnonzero(self.pair.tables.key == NO_KEY).tolist()
         return list(self.foreign)
 
     def __str__(self) -> str:
         if self.pair is not None:
             return str(self.pair)
-        shown = ", ".join(f"{token!r} ({i})" for i, token in list(self.foreign.items())[:20])
-        more = f" and {len(self.foreign) - 20} more" if len(self.foreign) > 20 else ""
-        return f"same tokens but {shown}{more}" if shown else "same tokens"
+        same = f"same tokens but {listed(self.foreign)}" if self.foreign else "same tokens"
+        return f"{same}; no opinion of {listed(self.no_opinion)}" if self.no_opinion else same
+
+
+def listed(tokens: Mapping[int, str]) -> str:
+    """Tokens and their ids, for a log."""
+    shown = ", ".join(f"{token!r} ({i})" for i, token in list(tokens.items())[:20])
+    return f"{shown} and {len(tokens) - 20} more" if len(tokens) > 20 else shown
 
 
 def load_tokenizer(
-    config: PADConfig, tokenizer_args: dict[str, Any], base: ModelConfig, reward: ModelConfig, num_rows: int
+    config: PADConfig,
+    tokenizer_args: dict[str, Any],
+    base: ModelConfig,
+    reward: ModelConfig,
+    num_rows: int,
+    reasoning: Collection[int] = (),
 ) -> SharedTokens:
     """The reward model's tokenizer, and what the base model's tokens are to it.
 
     Where ordinary tokens are the same, added and special ones may differ, as they do between members of a family: a
-    token that the reward model does not know is no candidate. Where ordinary tokens differ, tables say what each is.
+    token that the reward model does not know is no candidate, or, where the base writes it inside an answer, one that
+    the reward model has no opinion of. Where ordinary tokens differ, tables say what each is.
 
     Args:
         num_rows: of the reward model's output head.
+        reasoning: tokens that begin or end the base's reasoning, as vLLM knows them.
 
     Raises:
         ValueError: there is none, one of two different ones cannot say what its tokens stand for, or guided requests
@@ -106,7 +131,8 @@ def load_tokenizer(
         ) from error
     ours, added = tokenizer.get_vocab(), added_ids(theirs)
     if not same_ordinary_tokens(theirs, tokenizer):
-        return SharedTokens(tokenizer, {}, tokenizer, pair_of(config, tokenizer, base, theirs, reward, num_rows))
+        pair = pair_of(config, tokenizer, base, theirs, reward, num_rows, reasoning)
+        return SharedTokens(tokenizer, chat_tokenizer=tokenizer, pair=pair)
     roles, their_roles = token_roles(tokenizer), token_roles(theirs)
     foreign = {
         i: token
@@ -128,8 +154,17 @@ def load_tokenizer(
             f"({written}) behind an answer, which the reward model does not know, so a guided request would never end "
             "there; take a reward model with the same end of turn"
         )
-    has_template = bool(getattr(theirs, "chat_template", None))
-    return SharedTokens(tokenizer, foreign, theirs if has_template else tokenizer)
+    answers = answer_tokens(theirs, ends, reasoning)
+    no_opinion = {i: token for i, token in answers.items() if i in foreign}
+    line_break = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    reads = {i: ours.get(token, num_rows) for i, token in no_opinion.items()}
+    return SharedTokens(
+        tokenizer,
+        {i: token for i, token in foreign.items() if i not in no_opinion},
+        no_opinion,
+        {i: read if read < num_rows else line_break for i, read in reads.items()},
+        theirs if getattr(theirs, "chat_template", None) else tokenizer,
+    )
 
 
 def pair_of(
@@ -139,6 +174,7 @@ def pair_of(
     theirs: PreTrainedTokenizerBase,
     reward: ModelConfig,
     num_rows: int,
+    reasoning: Collection[int] = (),
 ) -> Pair:
     """Two tokenizers whose ordinary tokens differ; ``theirs`` is the base's. Raises ValueError where one cannot be
     translated into the other."""
@@ -150,13 +186,26 @@ def pair_of(
             whose = "base model" if reward_ends else "reward model"
             raise ValueError(f"no token ends an answer of the {whose}, so guided requests would never end")
         base_tokens, reward_tokens = ByteTokens(theirs, base.model), ByteTokens(tokenizer, config.reward_model)
-        tables = load_tables(base_tokens, ends, reward_tokens, reward_ends)
+        answers = answer_tokens(theirs, ends, reasoning)
+        known = {i: reward_tokens.vocabulary.get(token, num_rows) for i, token in answers.items()}
+        # What ends the reward model's answer does not stand inside one.
+        counterparts = {
+            i: known[i] if known[i] < num_rows and known[i] not in reward_ends else token
+            for i, token in answers.items()
+        }
+        tables = load_tables(
+            base_tokens, ends, reward_tokens, reward_ends, counterparts, first_space(base_tokens, reward_tokens)
+        )
     except ValueError as error:
         raise ValueError(
             f"pad.reward_model={config.reward_model!r}: its tokenizer is not that of the base model {base.model!r}, "
             f"and cannot be translated from that: {error}"
         ) from None
-    return Pair(tables, PromptTranslator(base_tokens, reward_tokens, dict.fromkeys(ends, reward_ends[0])))
+    return Pair(
+        tables,
+        PromptTranslator(base_tokens, reward_tokens, dict.fromkeys(ends, reward_ends[0])),
+        {i: token for i, token in answers.items() if tables.key[i] == NO_OPINION},
+    )
 
 
 def token_roles(tokenizer: PreTrainedTokenizerBase) -> dict[int, set[str]]:
@@ -183,7 +232,8 @@ def all_end_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[i
 
 
 def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTokens) -> int:
-    """How many token ids base and reward model share; of these, ``tokens.foreign`` are not the same.
+    """How many token ids base and reward model share, or up to the last that the reward model has no opinion of; of
+    these, those that ``tokens.foreign`` has, and those without a row, are no candidates.
 
     The two may pad their embeddings differently; what lies beyond the tokenizer stands for no token.
 
@@ -208,4 +258,4 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTo
             f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {needed} tokens to score; PAD scores "
             "the base model's own tokens, so the reward model needs a row for each"
         )
-    return min(reward, base)
+    return max(min(reward, base), 1 + max(tokens.no_opinion, default=-1))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pad_vllm.kernels import Mixture
+from pad_vllm.kernels import groups as in_torch
 from pad_vllm.kernels.groups import Groups
+from pad_vllm.kernels.large_groups import find_large
 from tests import oracle
 from tests.kernels.test_kernels import control, ends, interpreter, problem, run  # noqa: F401 (fixtures)
 
@@ -68,8 +71,6 @@ def test_groups_of_one_token_are_the_ordinary_rule(run):  # noqa: F811
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_rows_of_several_contexts(soft_cap, run):  # noqa: F811
     """Each context's groups by themselves, with a bias, a cap and a scale; what is not a row's may be NaN."""
-    from pad_vllm.kernels import Mixture
-
     logits, _, lm_head, groups, plain = grouped(3)
     hidden = torch.randn(7, 16, generator=torch.Generator().manual_seed(7))
     hidden[6] = float("nan")
@@ -128,4 +129,52 @@ def test_shapes(run, vocab_size, reward_vocab, hidden_size, top_k):  # noqa: F81
     out = run(logits, hidden, lm_head, top_k=top_k, beta=0.8, groups=groups)
     for i in range(2):
         expected = oracle.guided_logits(logits[i], lm_head @ hidden[i], top_k, 0.8, groups=plain)
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("soft_cap", "dtype"), [(None, torch.bfloat16), (2.0, torch.float32)], ids=str)
+def test_large_groups_are_read_once_for_all_rows(soft_cap, dtype, run, monkeypatch):  # noqa: F811
+    """More contexts than a program has, blocks that do not fill, members on two ranks; a context of no row is NaN."""
+    monkeypatch.setattr(in_torch, "LARGE", 30)
+    num_rows = 10
+    logits, _, lm_head, groups, plain = grouped(num_rows, hidden_size=100, reward_vocab=700, dtype=dtype)
+    large = find_large(groups.starts, 30)
+    assert large is not None
+    assert len(large.blocks) > 2 * (len(large.starts) - 1)
+    groups = groups._replace(large=large)
+    hidden = torch.randn(2 * num_rows + 1, 100, generator=torch.Generator().manual_seed(7)).to(dtype)
+    hidden[-1] = float("nan")
+    bias = torch.randn(700, generator=torch.Generator().manual_seed(5)).to(dtype)
+    contexts = torch.arange(2 * num_rows).view(num_rows, 2)
+    weights = torch.tensor([[0.8, -0.5]]).repeat(num_rows, 1)
+    contexts[3, 1], weights[3, 1] = 2 * num_rows, 0.0
+    top_k = torch.arange(num_rows) * 2
+    for num_shards in (1, 2):
+        out = run(
+            logits, hidden, lm_head, top_k=top_k, beta=0.8, reference=weights.sum(1), bias=bias, groups=groups,
+            soft_cap=soft_cap, mixture=Mixture(contexts, weights), num_shards=num_shards,
+        )  # fmt: skip
+        assert torch.equal(out[0], logits[0])
+        for i in range(1, num_rows):
+            r = [lm_head.float() @ hidden[c].float() + bias.float() for c in contexts[i].tolist()]
+            r = [soft_cap * torch.tanh(r_j / soft_cap) if soft_cap else r_j for r_j in r]
+            parts = {"weights": weights[i].tolist()} if i != 3 else {"weights": [weights[i, 0].item()]}
+            expected = oracle.guided_logits(
+                logits[i], r[: len(parts["weights"])], int(top_k[i]), 0.8, groups=plain, **parts
+            )
+            torch.testing.assert_close(out[i].softmax(0), expected.softmax(0), rtol=1e-3, atol=1e-5)
+    has = groups.key[logits[1:].topk(18).indices]
+    assert (large.index[has.clamp(min=0)] >= 0).any()
+
+
+def test_keys_of_each_row(run):  # noqa: F811
+    """An answer's first token has another table."""
+    logits, hidden, lm_head, groups, plain = grouped(3)
+    other = groups.key.roll(7).where(groups.key >= 0, -1).clamp(max=REWARD_VOCAB - 1)
+    other = other.where((groups.key < 0) | (other >= 0), 1)
+    both = groups._replace(key=torch.cat([groups.key, other]))
+    out = run(logits, hidden, lm_head, top_k=10, groups=both, key_offsets=torch.tensor([97, 0, 97]))
+    for i in range(3):
+        now = plain if i == 1 else plain._replace(key=other.tolist())
+        expected = oracle.guided_logits(logits[i], lm_head @ hidden[i], 10, 1.0, groups=now)
         torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -29,14 +31,14 @@ END = 20
 def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
     """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
     rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
-    from pad_vllm.kernels import fused, fused_groups, groups
+    from pad_vllm.kernels import fused, fused_groups, groups, selection
     from pad_vllm.kernels import reference as in_torch
 
     if "groups" in kwargs:
         step = fused_groups.guide_groups_ if implementation == "triton" else groups.guide_groups_
     else:
         step = fused.guide_ if implementation == "triton" else in_torch.guide_
-    in_torch.reads_are_free = lambda tensor: implementation == "reference"
+    as_on_a_device = patch.object(selection, "reads_are_free", lambda tensor: implementation == "reference")
     num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
     partial, outputs, bias_of_all = [], [], kwargs.pop("bias", None)
     for collect in (True, False) if num_shards > 1 else (False,):
@@ -54,7 +56,8 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
                     else (lambda scores: sum(partial))
                 )
             bias = None if bias_of_all is None else bias_of_all[mine]
-            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
+            with as_on_a_device:
+                step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
             outputs.append(out.clone())
             assert (wide[:, :20] == SENTINEL).all()
             assert (wide[:, 20 + num_cols :] == SENTINEL).all()

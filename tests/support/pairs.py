@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.reward.token_tables import make_tables
+from pad_vllm.reward.token_tables import FirstSpace, TokenTables, make_tables
 from tests import oracle
 from tests.support.models import make_heads, make_model
 from tests.support.tokenizers import like_gemma, like_qwen, make
@@ -26,19 +26,46 @@ class Kind(NamedTuple):
     name: str
     vocab_size: int
 
-    def make(self) -> PreTrainedTokenizerFast:
+    def make(self, template: str | None = None) -> PreTrainedTokenizerFast:
         special = {"like Qwen's": like_qwen, "like Gemma's": like_gemma}.get(self.name)
-        return make(self.name, self.vocab_size) if special is None else special()
+        return make(self.name, self.vocab_size, template) if special is None else special()
+
+
+def plain(tables: TokenTables) -> oracle.Groups:
+    """Tables as the oracle reads them."""
+    return oracle.Groups(
+        tables.key.tolist(),
+        [tables.members[i:j].tolist() for i, j in itertools.pairwise(tables.member_starts.tolist())],
+        [tables.pieces_of([c]) for c in range(len(tables.key))],
+        tables.first and plain(tables.first),
+    )
 
 
 class TokenPair:
     """Random models on disk, and as the oracle reads them. What the reward model reads is written here without our
-    translator, as text by its own tokenizer. ``positions``: of the reward model."""
+    translator, as text by its own tokenizer.
 
-    def __init__(self, root: Path, base: Kind, reward: Kind, positions: int = 512) -> None:
-        tokenizers = [base.make(), reward.make()]
+    Args:
+        positions: of the reward model.
+        templates: chat templates of the two.
+        tags: added tokens of the base that are not special, and that its template names.
+        first_space: as the two templates have it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        base: Kind,
+        reward: Kind,
+        positions: int = 512,
+        templates: tuple[str | None, str | None] = (None, None),
+        tags: tuple[str, ...] = (),
+        first_space: FirstSpace = None,
+    ) -> None:
+        tokenizers = [kind.make(template) for kind, template in zip((base, reward), templates, strict=True)]
+        tokenizers[0].add_tokens(list(tags))
         ends = [tokenizer.eos_token_id for tokenizer in tokenizers]
-        self.base = make_model(root / "base", seed=0, vocab_size=base.vocab_size, eos_token_id=ends[0])
+        self.base = make_model(root / "base", seed=0, vocab_size=base.vocab_size + len(tags), eos_token_id=ends[0])
         self.reward = make_model(
             root / "reward",
             seed=1,
@@ -52,14 +79,11 @@ class TokenPair:
         self.base_tokenizer, self.reward_tokenizer = map(AutoTokenizer.from_pretrained, (self.base, self.reward))
         self.base_model = AutoModelForCausalLM.from_pretrained(self.base)
         self.reward_model = AutoModelForCausalLM.from_pretrained(self.reward)
+        self.tags = {tag: self.base_tokenizer.convert_tokens_to_ids(tag) for tag in tags}
         base_tokens, reward_tokens = ByteTokens(self.base_tokenizer, "base"), ByteTokens(self.reward_tokenizer, "r")
-        tables = make_tables(base_tokens, [ends[0]], reward_tokens, [ends[1]])
-        starts = tables.member_starts.tolist()
-        self.groups = oracle.Groups(
-            tables.key.tolist(),
-            [tables.members[i:j].tolist() for i, j in itertools.pairwise(starts)],
-            [tables.pieces_of([c]) for c in range(len(tables.key))],
-        )
+        answers = {i: tag for tag, i in self.tags.items()}
+        tables = make_tables(base_tokens, [ends[0]], reward_tokens, [ends[1]], answers, first_space)
+        self.groups = plain(tables)
         self._compose = PromptTemplate(self.reward_tokenizer).compose
 
     def prompt(self, text: str) -> list[int]:
@@ -68,6 +92,13 @@ class TokenPair:
     def read(self, text: str) -> list[int]:
         bos = self.reward_tokenizer.bos_token if self.base_tokenizer.bos_token else None
         return self.reward_tokenizer.encode((bos or "") + text)
+
+    def chat(self, question: str, answer: str = "", own: bool = False) -> list[int]:
+        """A question and the beginning of an answer, as the base's prompt, or, ``own``, as the reward model's."""
+        tokenizer = self.reward_tokenizer if own else self.base_tokenizer
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text + answer, add_special_tokens=False)
 
     @functools.cache  # noqa: B019 (few instances, as long as the tests)
     def expect(
@@ -81,7 +112,30 @@ class TokenPair:
         **asked,
     ) -> list[int]:
         """The oracle's answer; ``asked`` as a request's arguments."""
-        prompt = self.read(text)
+        return self.answer(
+            self.prompt(text),
+            self.read(text),
+            max_tokens,
+            preference,
+            preference_weights,
+            weights,
+            eos_token_id,
+            **asked,
+        )
+
+    def answer(
+        self,
+        prompt: list[int],
+        read: list[int],
+        max_tokens: int,
+        preference=(),
+        preference_weights=None,
+        weights=None,
+        eos_token_id=None,
+        begins_answer: bool = False,
+        **asked,
+    ) -> list[int]:
+        """As :meth:`expect`, of the base's prompt and what the reward model reads of it."""
         preferences = [preference] if isinstance(preference, str) else preference
         head = None
         if weights is not None:
@@ -89,14 +143,14 @@ class TokenPair:
             head = oracle.mixed_head(tensors, dict(zip(HEADS, weights, strict=True)))
         return oracle.generate(
             self.base_model,
-            self.prompt(text),
+            prompt,
             max_tokens,
             reward=self.reward_model,
-            reward_prompt_ids=[self._compose(prompt, part) for part in preferences] or prompt,
+            reward_prompt_ids=[self._compose(read, part) for part in preferences] or read,
             weights=preference_weights,
             head=head,
-            groups=self.groups,
-            neutral_prompt_ids=prompt,
+            groups=self.groups if begins_answer else self.groups._replace(first=None),
+            neutral_prompt_ids=read,
             eos_token_id=eos_token_id,
             **asked,
         )
