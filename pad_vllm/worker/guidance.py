@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -16,7 +15,7 @@ from vllm.logger import init_logger
 from pad_vllm import kernels
 from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
-from pad_vllm.kernels import Controls, Groups
+from pad_vllm.kernels import Controls
 from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.device import to_device
@@ -24,16 +23,15 @@ from pad_vllm.reward.engine import ContextRows, RewardEngine
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.reward.template import Composed
-from pad_vllm.reward.token_tables import NO_OPINION, TokenTables
 from pad_vllm.stats import Stats
 from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
+from pad_vllm.worker.device_tables import candidate_tables, device_groups
 from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
-from pad_vllm.worker.tokens import SharedTokens
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -374,42 +372,3 @@ class Guidance:
         ints = IntColumns(len(contexts), params.top_k, end_id)
         floats = [params.beta, params.base_weight, *mix]
         self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)
-
-
-def device_groups(tables: TokenTables, device: torch.device) -> Groups:
-    """What the guidance step needs of the tables of two tokenizers: those of an answer's first token, where there are
-    such, behind the others, with groups of their own."""
-    key, members, starts = tables.key, tables.members, tables.member_starts
-    if (first := tables.first) is not None:
-        shifted = np.where(first.key >= 0, first.key + len(starts) - 1, first.key)
-        key, members = np.concatenate([key, shifted]), np.concatenate([members, first.members])
-        starts = np.concatenate([starts[:-1], first.member_starts + starts[-1]])
-    return Groups(
-        to_device(key, device, torch.int32),
-        to_device(members, device, torch.int32),
-        to_device(starts, device, torch.int32),
-        int((starts[1:] - starts[:-1]).max()),
-        any_silent=bool((tables.key == NO_OPINION).any()),
-    )
-
-
-def candidate_tables(
-    tokens: SharedTokens, vocab_size: int, num_rows: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which tokens below ``vocab_size`` are no candidates, and which the reward model has no opinion of.
-
-    Args:
-        num_rows: of the reward model's output head.
-
-    Returns:
-        [n] int64 ids, and [vocab_size] bool where tokens are the same; None where there are none.
-    """
-    foreign = {i for i in tokens.no_candidates if i < vocab_size}
-    if tokens.pair is None:
-        foreign |= set(range(num_rows, vocab_size)) - tokens.no_opinion.keys()
-    foreign_ids = to_device(sorted(foreign), device, torch.int64) if foreign else None
-    if not tokens.no_opinion:
-        return foreign_ids, None
-    no_opinion = torch.zeros(vocab_size, dtype=torch.bool)
-    no_opinion[list(tokens.no_opinion)] = True
-    return foreign_ids, to_device(no_opinion, device, torch.bool)
