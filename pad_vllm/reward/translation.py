@@ -171,11 +171,12 @@ class PromptTranslator:
 
     def _translate_chat(self, chat: Chat) -> list[int] | None:
         for messages in self._as_others_know_them(chat.messages):
-            literals = self._render(self._shape(messages), chat.answer is not None)
-            if literals is not None:
+            rendered = self._render(self._shape(messages), chat.answer is not None)
+            if rendered is not None:
                 break
         else:
             return None
+        order, literals = rendered
         items: list[int | str] = []
         for i, literal in enumerate(literals):
             at = 0
@@ -183,8 +184,8 @@ class PromptTranslator:
                 items += [literal[at : marker.start()], self.reward.markers[marker[0]]]
                 at = marker.end()
             items.append(literal[at:])
-            if i < len(messages):
-                items.append(messages[i].content.strip())
+            if i < len(order):
+                items.append(messages[order[i]].content.strip())
         items.append(chat.answer or "")
         if self._adds_space[1] and (first := next((i for i, item in enumerate(items) if item != ""), None)) is not None:
             items[first:first] = [" "] if isinstance(items[first], str) else []
@@ -211,15 +212,22 @@ class PromptTranslator:
             for role, text in messages
         )
 
-    def _render_literals(self, shape: tuple[tuple[str, str, str], ...], generate: bool) -> list[str] | None:
-        """What the reward model's template writes before, between and after contents, their white space included."""
+    def _render_literals(
+        self, shape: tuple[tuple[str, str, str], ...], generate: bool
+    ) -> tuple[list[int], list[str]] | None:
+        """In which order the reward model's template writes contents (some put the system text into the last turn), and
+        what it writes before, between and after them, their white space included."""
         marks = [f"{CONTENTS[0]}{'x' * (i + 1)}{CONTENTS[1]}" for i in range(len(shape))]
         messages = [
             {"role": role, "content": f"{left}{mark}{right}"}
             for (role, left, right), mark in zip(shape, marks, strict=True)
         ]
         text = render(self.reward.tokenizer, messages, generate)
-        return None if text is None else split_at(text, marks)
+        if text is None:
+            return None
+        order = sorted(range(len(marks)), key=lambda i: text.find(marks[i]))
+        literals = split_at(text, [marks[i] for i in order])
+        return None if literals is None else (order, literals)
 
     def _encode(self, items: Sequence[int | str]) -> list[int]:
         """Token ids, and texts between them, each encoded as a whole."""

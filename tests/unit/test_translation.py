@@ -105,3 +105,19 @@ def test_plain_text(kind):
     assert both.reward.decode(translated).lstrip() == b"a\xe6\x9d"
     assert translated[-1] == 1
     assert both.translate([]) != []
+
+
+SYSTEM_LAST = (  # as Mistral Nemo's: the system text opens the last user's turn
+    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<start_of_turn>{{ system ~ '\n\n' if system and loop.last else '' }}{{ m.content }}"
+    "<end_of_turn>{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("roles", TALKS, ids=" ".join)
+def test_contents_stand_where_the_reward_models_template_puts_them(roles):
+    """Also in another order."""
+    both = translator(("byte-level", 600, CHATML), ("replace", 900, SYSTEM_LAST))
+    talk = messages(roles)
+    ids = both.translate(render(both.base.tokenizer, talk, add_generation_prompt=True))
+    assert as_text(both, ids) == both.reward.tokenizer.apply_chat_template(talk, tokenize=False)
