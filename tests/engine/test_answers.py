@@ -25,9 +25,11 @@ INST = (  # or the template writes the space
     "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}"
     "<|im_start|>{{ m.content }}<|im_end|>Say:{% endif %}{% endfor %}"
 )
+IM_END = 4
+"""ChatML's, of byte-level tokenizers."""
 PAIRS = {
-    "drop": (Kind("metaspace", 700), Kind("byte-level", 900), (BARE + KNOWS_TAGS, CHATML)),
-    "add": (Kind("byte-level", 900), Kind("byte-level", 600), (CHATML + KNOWS_TAGS, INST)),
+    "drop": (Kind("metaspace", 700), Kind("byte-level", 900), (BARE + KNOWS_TAGS, CHATML), ([], [IM_END])),
+    "add": (Kind("byte-level", 900), Kind("byte-level", 600), (CHATML + KNOWS_TAGS, INST), ([IM_END], [])),
 }
 MAX_TOKENS = 24
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
@@ -55,9 +57,9 @@ def lists(asked: dict) -> dict:
 def case(request, tmp_path_factory):
     """A pair; prompts, their parameters and what is expected: answers that begin, some with a bias that makes
     ``</think>`` likely, answers that reason on a budget, and a prompt that is no chat."""
-    base, reward, templates = PAIRS[request.param]
+    base, reward, templates, ends = PAIRS[request.param]
     root = tmp_path_factory.mktemp("answers")
-    pair = TokenPair(root, base, reward, templates=templates, tags=TAGS, first_space=request.param)
+    pair = TokenPair(root, base, reward, templates=templates, tags=TAGS, first_space=request.param, more_ends=ends)
     start, end = pair.tags.values()
     prompts, params, expected = [], [], []
     for i, asked in enumerate(MODES):

@@ -50,6 +50,7 @@ class TokenPair:
         templates: chat templates of the two.
         tags: added tokens of the base that are not special, and that its template names.
         first_space: as the two templates have it.
+        more_ends: what the two templates write behind an answer, where that is no EOS.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class TokenPair:
         templates: tuple[str | None, str | None] = (None, None),
         tags: tuple[str, ...] = (),
         first_space: FirstSpace = None,
+        more_ends: tuple[list[int], list[int]] = ([], []),
     ) -> None:
         tokenizers = [kind.make(template) for kind, template in zip((base, reward), templates, strict=True)]
         tokenizers[0].add_tokens(list(tags))
@@ -82,7 +84,8 @@ class TokenPair:
         self.tags = {tag: self.base_tokenizer.convert_tokens_to_ids(tag) for tag in tags}
         base_tokens, reward_tokens = ByteTokens(self.base_tokenizer, "base"), ByteTokens(self.reward_tokenizer, "r")
         answers = {i: tag for tag, i in self.tags.items()}
-        tables = make_tables(base_tokens, [ends[0]], reward_tokens, [ends[1]], answers, first_space)
+        base_ends, reward_ends = ([end, *more] for end, more in zip(ends, more_ends, strict=True))
+        tables = make_tables(base_tokens, base_ends, reward_tokens, reward_ends, answers, first_space)
         self.groups = plain(tables)
         self._compose = PromptTemplate(self.reward_tokenizer).compose
 

@@ -109,7 +109,8 @@ def test_plain_text(kind):
 
 SYSTEM_LAST = (  # as Mistral Nemo's: the system text opens the last user's turn
     "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
-    "{% for m in messages %}{% if m.role == 'user' %}<start_of_turn>{{ system ~ '\n\n' if system and loop.last else '' }}{{ m.content }}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}<start_of_turn>{{ system ~ '\n\n' if system and loop.last else '' }}{{ m.content }}"
     "<end_of_turn>{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 
