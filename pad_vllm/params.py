@@ -24,7 +24,7 @@ MAX_CONTEXTS = MAX_PREFERENCES + 1
 """That the reward model reads for one request: one for each preference, and one without."""
 MAX_TEXT_CHARS = 32_768
 """Of any text; a persona's preference may be so long, if an engine holds its tokens."""
-MAX_PREFERENCE_CHARS = 4096
+MAX_PREFERENCE_CHARS = 8192
 """Of a request's preferences together: a first bound, since all other requests wait while they are tokenized."""
 MAX_NUMBERS = 1024
 """In a list of weights."""

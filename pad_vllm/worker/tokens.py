@@ -156,7 +156,7 @@ def load_tokenizer(
         )
     answers = answer_tokens(theirs, ends, reasoning)
     no_opinion = {i: token for i, token in answers.items() if i in foreign}
-    line_break = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    line_break = next(iter(tokenizer.encode("\n", add_special_tokens=False)[::-1]), 0)
     reads = {i: ours.get(token, num_rows) for i, token in no_opinion.items()}
     return SharedTokens(
         tokenizer,

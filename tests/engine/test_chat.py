@@ -56,7 +56,7 @@ def test_a_prompt_that_is_none_of_the_template_is_refused_where_that_is_asked_fo
     engine = Engine("v1", chat_model, max_model_len=128, max_num_seqs=4, **pad_config(chat_model, chat="strict"))
     try:
         refused, *answered = engine.generate(prompts, [greedy(8, preference="formal")] * 3)
-        assert refused == [tokenizer.eos_token_id]
+        assert refused == [tokenizer.eos_token_id] * 8
         assert all(len(answer) == 8 for answer in answered)
         assert engine.call(plain_and_failed) == (1, 1)
     finally:

@@ -204,7 +204,7 @@ def test_a_cancelled_stream_leaves_nothing(encode, expect, server, client):
         ({"pad_top_k": 21}, "pad_top_k=21: must be between 1 and 20"),
         ({"pad_weights": [1, 2]}, f"pad_weights: 2 weights for 3 value heads ({', '.join(HEADS)})"),
         ({"pad_preference": "word " * 400}, "tokens, at most"),
-        ({"pad_preference": "word " * 4000}, "characters, at most 2048 are allowed"),
+        ({"pad_preference": "word " * 4000}, "characters, at most 8192 are allowed"),
         ({"pad_preference": " "}, "must not be empty"),
     ],
 )

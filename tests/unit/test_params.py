@@ -258,9 +258,9 @@ def test_an_unknown_name_is_compared_to_few():
 
 
 def test_a_request_brings_a_page_along_and_a_persona_a_book():
-    check_num_chars(["a" * 1024] * 2)
+    check_num_chars(["a" * 4096] * 2)
     with pytest.raises(
-        ValueError, match="4097 characters, at most 4096 are allowed in a request; longer texts are for"
+        ValueError, match="8193 characters, at most 8192 are allowed in a request; longer texts are for"
     ):
-        check_num_chars(["a" * 1024, "a" * 1025])
+        check_num_chars(["a" * 4096, "a" * 4097])
     assert config(personas={"a": {"preference": "a" * 30_000}}).personas["a"].preference == "a" * 30_000
