@@ -36,7 +36,8 @@ from pad_vllm.demo.measures import DIRECTIONS, OPPOSITES
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, DemoModels, build, build_untrained
 from pad_vllm.evaluation.engine import Answers, Request, generate
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import answer_ids, prompt_ids, write_records
+from pad_vllm.training.data import answer_ids, prompt_ids
+from pad_vllm.training.records import write_records
 
 from .language_rivals import best_of, fit_user, tune_user
 

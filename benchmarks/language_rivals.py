@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
 from pad_vllm.evaluation.engine import Answers, Request, generate
-from pad_vllm.training.data import Example, write_records
+from pad_vllm.training.data import Example
+from pad_vllm.training.records import write_records
 
 if TYPE_CHECKING:
     from .language import Bench
