@@ -109,8 +109,11 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], marker
         text = render(tokenizer, messages)
         if text is None:
             continue
-        behind = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
+        head, _, tail = text.rpartition(ANSWER)
+        before, behind = (tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))
         end = next((i for i in behind if i in markers), None)
+        if end not in ends and end == next((i for i in before[::-1] if i in markers), None):
+            continue  # what opens an answer: the generation prompt, from a template that writes it always
         # Where another turn follows, it may be that turn's first.
         if end is not None and (len(messages) == 2 or end in ends):
             return end

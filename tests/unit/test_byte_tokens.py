@@ -185,6 +185,9 @@ def test_running_text_raises_nothing_but_value_errors(wrong):
         running(written | wrong, frozenset(), True)
 
 
+ALWAYS_BEGUN = "{% for m in messages %}<tool_call>{{ m.content }}{% endfor %}<tool_call>"
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "end"),
     [
@@ -193,6 +196,8 @@ def test_running_text_raises_nothing_but_value_errors(wrong):
         (MAKERS["deepseek"](), "<eos>"),
         (like_qwen(chat_template=None), None),
         (like_qwen(chat_template="{{ raise_exception('no') }}"), None),
+        # the next answer is always begun
+        (like_qwen(chat_template=ALWAYS_BEGUN), None),
         # nothing behind the last answer; what follows one is an end, if it is known for one, or opens the next turn
         (like_qwen(chat_template="{{ messages | map(attribute='content') | join('<|im_end|>') }}"), "<|im_end|>"),
         (like_qwen(chat_template="{{ messages | map(attribute='content') | join('<|im_start|>') }}"), None),
