@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SPACE = "▁"
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+KINDS = ("BPE", "Unigram")
+"""Models that can say which bytes their tokens stand for."""
 NOWHERE = "\ufdd0"
 """A character that is none; where a text has it all the same, it is written byte by byte."""
 ODD = f"([\udc80-\udcff{SPACE}{NOWHERE}]|<(?=0x[0-9A-F]{{2}}>))"
@@ -83,19 +85,22 @@ class ByteTokens:
         self.tokenizer, self.name = tokenizer, name
         self.vocabulary = tokenizer.get_vocab()
         self.size = 1 + max(self.vocabulary.values())
-        if any(all(names[byte] in self.vocabulary for byte in TEXT_BYTES) for names in (BYTE_CHARACTERS, BYTE_NAMES)):
-            check_reading(tokenizer, name)  # it could write any text
         written = backend.to_str()
         with no_collection():
             settings = json.loads(written)
-        self.is_byte_level = any("ByteLevel" in types_of(settings[key]) for key in ("pre_tokenizer", "decoder"))
         model = settings["model"]
+        writes_bytes = any(
+            all(names[byte] in self.vocabulary for byte in TEXT_BYTES) for names in (BYTE_CHARACTERS, BYTE_NAMES)
+        )
+        if writes_bytes and model["type"] in KINDS:
+            check_reading(tokenizer, name)  # it could write any text
+        self.is_byte_level = any("ByteLevel" in types_of(settings[key]) for key in ("pre_tokenizer", "decoder"))
         if not self.is_byte_level and not model.get("byte_fallback"):
             raise ValueError(
                 f"the tokenizer of {name!r} ({model['type']}) has no tokens for single bytes, so it cannot write "
                 "every text that the other model writes"
             )
-        if model["type"] not in ("BPE", "Unigram"):
+        if model["type"] not in KINDS:
             raise ValueError(f"the tokenizer of {name!r} is a {model['type']} model; BPE and Unigram are supported")
         self.markers = marker_tokens(tokenizer)
         """By what they are written as: the tokens that only mark"""
