@@ -61,15 +61,9 @@ class Announcement:
     max_preference_tokens: int = 0
     tokenizer: dict[str, Any] | None = None
     """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
-    base_tokenizer: dict[str, Any] | None = None
-    """Likewise of the base model, where that is another one."""
-    max_context_len: int = 0
-    """Tokens that a context of the reward model holds."""
     prompt_template: str = ""
     num_preferences: tuple[int, ...] = ()
     """Of each persona."""
-    num_preference_tokens: tuple[int, ...] = ()
-    """That the longest preference of each persona adds to a prompt."""
     default_persona: str | None = None
     """That of requests which ask for nothing."""
     instance_id: str = ""
@@ -78,6 +72,12 @@ class Announcement:
     """Where the server's machines meet, if it has several; which its frontends know on all of them."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
+    base_tokenizer: dict[str, Any] | None = None
+    """As ``tokenizer``, of the base model, where that is another one."""
+    max_context_len: int = 0
+    """Tokens that a context of the reward model holds; 0: nobody says."""
+    num_preference_tokens: tuple[int, ...] = ()
+    """That the longest preference of each persona adds to a prompt."""
 
     @property
     def guides_all(self) -> bool:

@@ -78,7 +78,7 @@ def _validate_unasked(
 ) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
     for engine in engines.own(vllm_config).values():
-        if engine.guides_all and prompt_ids is not None:
+        if engine.guides_all and engine.max_context_len and prompt_ids is not None:
             check_prompt_len(engine, PAD(), vllm_config, prompt_ids)
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
     if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guides_all(vllm_config):
@@ -132,7 +132,7 @@ def check(
         personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
         name = announcement.default_persona if asked.persona is None else asked.persona
         check_preference_weights(asked.preference_weights, personas.get(name, 0))
-    if prompt_ids is not None:
+    if prompt_ids is not None and announcement.max_context_len:
         check_prompt_len(announcement, asked, vllm_config, prompt_ids)
 
 

@@ -80,17 +80,18 @@ def server(vllm_config: VllmConfig) -> Server:
 
 def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
     """What the engines of ``vllm_config``'s server announced, by their files; without it, those of every server that
-    this process is a frontend of."""
+    this process is a frontend of. One of several API servers on a machine knows no ids: to it, all are its own."""
     servers = _servers if vllm_config is None else {server(vllm_config)}
     found = announced()
     if not servers:
         return found
     ids, addresses = {one for one, _ in servers}, {address for _, address in servers if address}
-    return {
+    mine = {
         path: engine
         for path, engine in found.items()
         if _without_rank(engine.instance_id) in ids or engine.data_parallel_address in addresses
     }
+    return mine if mine or addresses else found
 
 
 def _without_rank(instance_id: str) -> str:

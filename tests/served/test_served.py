@@ -59,7 +59,7 @@ def server(models, tmp_path_factory, runner):
     server = Server(
         models.base,
         root / "log",
-        *("--max-model-len", "512", "--root-path", "/api", "--logits-processors", *PLUGIN),
+        *("--max-model-len", "512", "--root-path", "/api", "--enable-scale-out", "--logits-processors", *PLUGIN),
         *("--additional-config", json.dumps({"pad": str(root / "pad.json")})),
         # A random model may write white space for ever.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
