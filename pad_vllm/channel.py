@@ -98,6 +98,8 @@ _locks: dict[Path, int] = {}
 """Folders of which this process, or one that it was forked from, holds the lock."""
 _failure = ""
 """Why this process has no folder."""
+_served: set[str] = set()
+"""Ids of the engines that this process is the frontend of, without their data-parallel ranks: they end with it."""
 
 
 def make_folder() -> None:
@@ -156,9 +158,20 @@ def _join(folder: Path) -> int:
     raise OSError(f"{folder} cannot be joined")
 
 
+def serve(instance_id: str) -> str:
+    """Note that this process is an engine's frontend; returns the engine's id without its data-parallel rank."""
+    _served.add(name := instance_id.partition("_dp")[0])
+    return name
+
+
 def _leave(folder: Path) -> None:
     os.close(_locks.pop(folder))
     _remove_if_left(folder)
+    # Engines of this process's own end with it, and may not come to remove anything.
+    engines = [engine for path, engine in announced().items() if path.parent == folder]
+    names = {engine.instance_id.partition("_dp")[0] for engine in engines}
+    if engines and names <= _served:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
