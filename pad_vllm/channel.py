@@ -158,9 +158,14 @@ def _join(folder: Path) -> int:
     raise OSError(f"{folder} cannot be joined")
 
 
+def without_rank(instance_id: str) -> str:
+    """vLLM gives each rank of data parallelism an id of its own."""
+    return instance_id.partition("_dp")[0]
+
+
 def serve(instance_id: str) -> str:
     """Note that this process is an engine's frontend; returns the engine's id without its data-parallel rank."""
-    _served.add(name := instance_id.partition("_dp")[0])
+    _served.add(name := without_rank(instance_id))
     return name
 
 
@@ -169,7 +174,7 @@ def _leave(folder: Path) -> None:
     _remove_if_left(folder)
     # Engines of this process's own end with it, and may not come to remove anything.
     engines = [engine for path, engine in announced().items() if path.parent == folder]
-    names = {engine.instance_id.partition("_dp")[0] for engine in engines}
+    names = {without_rank(engine.instance_id) for engine in engines}
     if engines and names <= _served:
         shutil.rmtree(folder, ignore_errors=True)
 

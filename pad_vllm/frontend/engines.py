@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.channel import Announcement, announced, data_parallel_address, serve
+from pad_vllm.channel import Announcement, announced, data_parallel_address, serve, without_rank
 from pad_vllm.config import read_pad
 
 if TYPE_CHECKING:
@@ -89,14 +89,9 @@ def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
     mine = {
         path: engine
         for path, engine in found.items()
-        if _without_rank(engine.instance_id) in ids or engine.data_parallel_address in addresses
+        if without_rank(engine.instance_id) in ids or engine.data_parallel_address in addresses
     }
     return mine if mine or addresses else found
-
-
-def _without_rank(instance_id: str) -> str:
-    """vLLM gives each rank of data parallelism an id of its own."""
-    return instance_id.partition("_dp")[0]
 
 
 def may_run_code(tokenizer: Mapping[str, Any], vllm_config: VllmConfig | None) -> bool:

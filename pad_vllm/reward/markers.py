@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError
 from tokenizers import Tokenizer
 
+from pad_vllm.reward.rendering import bounded_render
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +87,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Collection[dict]) -> st
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     for form in (list(messages), parts):  # some templates read texts, some lists of parts
         try:
-            text = tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=False)
+            text = bounded_render(tokenizer, form, add_generation_prompt=False)
         except Exception:  # a template raises what it likes
             continue
         if ANSWER in text:
