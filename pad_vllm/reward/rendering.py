@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 2.0
-"""Of a processor's time for one rendering, which takes a millisecond as a rule. A template that once took longer is not
-rendered again."""
+"""Of a processor's time for one rendering, which takes a millisecond as a rule."""
+PATIENCE = (1, 3)
+"""Times that, for one rendering: what took too long is tried again before the template is blamed, for a machine that
+stood still counts as its time. A template that took too long each time is not rendered again."""
 _LENGTH = struct.Struct("<Q")
 _SCRIPT = Path(__file__).with_name("rendering_process.py")
 
@@ -41,7 +43,7 @@ def bounded_render(
 
     Args:
         messages: of one conversation; what JSON can hold.
-        seconds: at most; :data:`RENDER_SECONDS` when None.
+        seconds: at most, and three times that where it takes longer; :data:`RENDER_SECONDS` when None.
         variables: for the template, such as ``tools`` and ``add_generation_prompt``; what JSON can hold. A function,
             such as ``strftime_now``, is asked once, for "%d %b %Y", and always gives the template that answer.
 
@@ -71,18 +73,21 @@ class _Renderer:
 
     def render(self, template: str, variables: Mapping[str, Any], seconds: float) -> str:
         try:
-            request = json.dumps({"template": template, "seconds": seconds, **variables}).encode()
+            values = json.dumps({"template": template, **variables})
         except (TypeError, RecursionError) as error:
             raise ValueError(f"the conversation cannot be written as JSON ({error})") from None
         with self._lock:
             if template in self._refused:
                 raise ValueError(self._refused[template])
-            status, answer = self._ask(request)
-            if status == 0:  # it had been idle for long, and ended as it was asked
-                status, answer = self._ask(request)
+            statuses = []
+            for times in PATIENCE:
+                status, answer = self._ask(f'{{"seconds": {seconds * times}, {values[1:]}'.encode())
+                if status is None:
+                    break
+                statuses.append(status)  # 0: it had been idle for long, and ended as it was asked
             if status in (-signal.SIGPROF, -signal.SIGALRM):
                 words = f"the chat template did not end within {seconds:g} seconds"
-                if status == -signal.SIGPROF:  # and not for all else that the machine had to do
+                if set(statuses) == {-signal.SIGPROF}:  # and not for all else that the machine had to do
                     self._refused[template] = words
                 raise ValueError(words)
         if status is not None:

@@ -78,7 +78,7 @@ def test_check_shows_where_the_preference_stands(models, capsys):
     pad = {"reward_model": str(models.reward), "personas": {"terse": {"preference": "be concise"}}, "reference": "base"}
     assert check(json.dumps(pad), str(models.base), 256) == 0
     out = capsys.readouterr().out
-    assert "reads: '<s><|user|>[Guidelines] Your task" in out
+    assert "reads: '<s><|user|>[Guidelines] Your task" in out, out  # pytest cuts it
     assert "[Principles] be concise [Instruction] How do I keep tomatoes fresh?<|assistant|>'" in out
     assert "warning: With pad.reference 'base' and pad.beta 1 the reward model alone" in out
     assert check(json.dumps(pad | {"beta": 0.8}), str(models.base), 256) == 0

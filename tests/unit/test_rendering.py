@@ -134,6 +134,22 @@ def test_the_process_is_started_again_and_is_not_shared_by_a_fork(tokenizer):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("ends", [signal.SIGPROF, signal.SIGALRM, signal.SIGKILL])
+def test_a_rendering_that_a_machine_held_up_is_tried_again(ends, tokenizer):
+    """A virtual machine that stands still for seconds counts them as the process's own; nothing is lost by it."""
+    tokenizer.chat_template = (
+        "{% for i in range(9999) %}{% for j in range(60) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    )
+    assert bounded_render(tokenizer, [{"role": "user", "content": "warm"}]) == "warm"
+    process = rendering._renderer._process
+    timer = threading.Timer(0.01, process.send_signal, [ends])
+    timer.start()
+    assert bounded_render(tokenizer, TALK) == TALK[0]["content"]
+    timer.join()
+    assert process.poll() == -ends
+    assert bounded_render(tokenizer, TALK) == TALK[0]["content"]
+
+
 def test_no_process_outlives_the_one_that_asked():
     """Whoever asked is gone: one whose template never ends has its time, and one that waits hears it by its pipe."""
     values = {"template": NEVER[0], "seconds": 0.5, "values": {}, "answers": {}}
