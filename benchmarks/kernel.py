@@ -1,38 +1,120 @@
 """What the guidance step costs on a GPU, against PyTorch and against the bytes that it must move.
 
-    python -m benchmarks.kernel [--output benchmarks/results/kernel-<gpu>.json] [--plot kernel.png]
+    python -m benchmarks.kernel [--quick] [--only guide,groups] [--rows 1,64] [--k 10] [--reference]
+        [--output benchmarks/results/h100/kernel.json] [--plot benchmarks/results/h100/kernel.png]
 
-Needs torch, triton and a GPU; vLLM is not imported. For every shape, medians of interleaved calls on fresh copies of
-the logits (the step works in place), with the L2 cache flushed before each:
+Needs torch, triton and a GPU; vLLM is not imported. In parts:
+
+- guide: a reward model with the base's tokenizer;
+- controls: the same, of requests with a bias and penalties;
+- mixture: the same, of three contexts a row;
+- groups: a reward model with another tokenizer. Groups have one or two members; every eighth row needs one of 2,000.
+
+For every shape, microseconds a step:
 
 - fused: the Triton kernels;
-- reference: the same step in PyTorch (``pad_vllm.kernels.reference``);
-- composite: the obvious one: topk, the whole lm_head product, gather, log_softmax, scatter;
-- limit: one read and one write of the guided logits and k rows of lm_head each, at the bandwidth that a copy reaches on
-  this card.
+- limit: one read and one write of the guided logits, one read of the hidden states and of k rows of lm_head for each
+  guided row (with groups, of the distinct members that all rows need), at the rate at which a copy moves bytes;
+- composite, of guide: the obvious one: topk, the whole lm_head product, gather, log_softmax, scatter;
+- reference, with ``--reference``: the same step in PyTorch (``reference``, ``groups`` of ``pad_vllm.kernels``).
 
-Values are checked first, against the reference in float64.
+Replays of CUDA graphs are timed, so that the host's launches are not: a graph copies several buffers of logits, since
+the step works in place, and flushes the L2 cache; another goes on with a step on each. The difference of their medians,
+over the steps. Values are checked first, against float64. ``--device cpu`` runs all of it in Triton's interpreter, for
+a test: its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
+import functools
 import itertools
 import json
+import multiprocessing
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from pad_vllm.kernels import fused, reference
+from pad_vllm.kernels import Controls, Groups, Mixture, OutputTokens, fused, fused_groups, groups, reference
+from pad_vllm.kernels.large_groups import find_large
 
-ROWS = (1, 8, 64, 256)
-VOCABULARY = (32_000, 128_256, 256_000)
-HIDDEN = (2048, 4096)
-TOP_K = (10, 40)
-FLUSH_BYTES = 2**28
+PARTS = ("guide", "controls", "mixture", "groups")
+ROWS, TOP_K = (1, 8, 64, 256), (10, 40, 64)
+VOCABULARY, HIDDEN = (32_000, 128_256, 256_000), (2048, 4096)
+QUICK = ((128_256,), (2048,))
+"""Of the other parts, and of all with ``--quick``."""
+LOGITS_BYTES, MOST_STEPS = 300_000_000, {"reference": 1, "composite": 4}
+"""Of the buffers of a graph together, about; and of steps in it that take long."""
+WEIGHTS = (0.7, 0.5, -0.2)  # of a mixture's contexts
+NUM_BIAS, NUM_OUTPUT, PENALTIES = 16, 512, (0.5, 0.3, 1.2)
+"""Of a row's controls: biased tokens, generated tokens; presence, frequency, repetition."""
+LARGE_GROUPS, LARGE, EVERY = 64, 2000, 8
+"""Large groups, their members, and of how many rows one needs such a group."""
+
+
+class GraphTimer:
+    """Replays of CUDA graphs, between events of the device."""
+
+    device, most_buffers = "cuda", 48
+    copy_bytes, flush_bytes = 2**30, 2**28
+
+    def __init__(self) -> None:
+        self.hardware = torch.cuda.get_device_name()
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
+        """A replay of ``run``."""
+        run()  # compiles, and lets libraries allocate
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def elapsed(self, replay: Callable[[], None]) -> float:
+        """Microseconds."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)  # the device is busy until the graph is launched
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+
+class WallTimer:
+    """Calls, by the clock on the wall."""
+
+    device, hardware, most_buffers = "cpu", "Triton's interpreter: no measurement", 1
+    copy_bytes, flush_bytes = 2**10, 2**10
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        return run
+
+    def elapsed(self, replay: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        replay()
+        return (time.perf_counter() - begin) * 1e6
+
+
+Timer = GraphTimer | WallTimer
+
+
+class Problem(NamedTuple):
+    """Arguments of a step on any of several buffers of logits; the values of the first are checked."""
+
+    step: Callable[..., None]
+    sources: list[torch.Tensor]  # [R, V] float32 each
+    args: tuple[torch.Tensor, ...]
+    kwargs: dict[str, Any]
+    y: torch.Tensor  # the first of them, before its controls
+    moved: int  # bytes, by a step
 
 
 def composite_(logits, hidden_states, lm_head, rows, top_k, beta, reference, end_ids, *, max_top_k, vocab_size):
@@ -44,138 +126,274 @@ def composite_(logits, hidden_states, lm_head, rows, top_k, beta, reference, end
     logits[rows] = guided
 
 
-STEPS = {"fused": fused.guide_, "reference": reference.guide_, "composite": composite_}
+@functools.lru_cache(maxsize=1)
+def output_head(vocab_size: int, hidden_size: int, device: str) -> torch.Tensor:
+    return torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, device=device) / hidden_size**0.5
 
 
-def problem(num_rows: int, vocab_size: int, hidden_size: int, top_k: int, device: str, dtype=torch.bfloat16):
-    """Arguments of a step, without the logits; and the logits."""
-    logits = 3 * torch.randn(num_rows, vocab_size, device=device)
-    hidden = torch.randn(num_rows, hidden_size, device=device).to(dtype)
-    lm_head = (torch.randn(vocab_size, hidden_size, device=device) / hidden_size**0.5).to(dtype)
+def control(y: torch.Tensor) -> tuple[torch.Tensor, Controls]:
+    """What requests with a bias and all penalties make of their logits, as vLLM does it; a request a row."""
+    (num_rows, vocab_size), device = y.shape, y.device
+    biased = y.topk(min(NUM_BIAS, vocab_size)).indices
+    bias = 4 * torch.rand(biased.shape, device=device) - 2
+    output = torch.randint(0, vocab_size, (num_rows, NUM_OUTPUT), device=device)
+    output[:, :4] = biased[:, :4]
+    prompted = torch.rand(y.shape, device=device) < 0.01
+    counts = torch.zeros_like(y).scatter_add_(1, output, torch.ones(output.shape, device=device))
+    presence, frequency, repetition = PENALTIES
+    z = y.scatter_add(1, biased, bias)
+    z = torch.where(prompted | (counts > 0), torch.where(z > 0, z / repetition, z * repetition), z)
+    z = z - frequency * counts - presence * (counts > 0)
+    bits = torch.nn.functional.pad(prompted, (0, -vocab_size % 32)).view(num_rows, -1, 32).long()
+    mask = (bits << torch.arange(32, device=device)).sum(-1).int()
+    index = torch.arange(num_rows, device=device)
+    no_drafts = torch.full((num_rows, 1), -1, dtype=torch.int32, device=device)
+    seen = OutputTokens(output.int(), index, torch.zeros_like(index), torch.full_like(index, NUM_OUTPUT), no_drafts)
+    num_bias = torch.full_like(index, biased.shape[1]).int()
+    penalties = torch.tensor(PENALTIES, device=device).repeat(num_rows, 1)
+    return z, Controls(index, num_bias, biased.int(), bias, penalties, mask, seen)
+
+
+def tables(sources: list[torch.Tensor]) -> Groups:
+    """Groups of one or two members each, and some large ones. Of every eighth row of logits the first candidate's is
+    large, another one from step to step; of every row the second and third candidate share one."""
+    vocab_size, device = sources[0].shape[1], sources[0].device
+    each = torch.arange(vocab_size, device=device)
+    has_two = torch.rand(vocab_size, device=device) < 0.5
+    small = torch.stack([each, each.roll(vocab_size // 3)], 1)[torch.stack([torch.ones_like(has_two), has_two], 1)]
+    size = max(1, min(LARGE, vocab_size // 4))
+    large = torch.rand(LARGE_GROUPS, vocab_size, device=device).topk(size).indices.sort().values
+    counts = torch.cat([has_two + 1, torch.full((LARGE_GROUPS,), size, device=device)])
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    key = torch.randperm(vocab_size, device=device)
+    for i, logits in enumerate(sources):
+        ids = logits.topk(3).indices
+        key[ids[:, 1]] = key[ids[:, 2]]
+        first = ids[::EVERY, 0]
+        key[first] = vocab_size + (i * len(first) + torch.arange(len(first), device=device)) % LARGE_GROUPS
+    starts, members = starts.int(), torch.cat([small, large.flatten()]).int()
+    return Groups(key.int(), members, starts, max(2, size), find_large(starts))
+
+
+def problem(
+    part: str, num_rows: int, vocab_size: int, hidden_size: int, top_k: int, device: str, most_buffers: int = 1
+) -> Problem:
+    """Random logits of which the reward model's are as large, and a step's other arguments."""
+    lm_head = output_head(vocab_size, hidden_size, device)
+    num_buffers = min(most_buffers, max(4, LOGITS_BYTES // (4 * num_rows * vocab_size)))
+    sources = [3 * torch.randn(num_rows, vocab_size, device=device) for _ in range(num_buffers)]
+    num_contexts = len(WEIGHTS) if part == "mixture" else 1
+    hidden = torch.randn(num_rows * num_contexts, hidden_size, dtype=torch.bfloat16, device=device)
     rows = torch.arange(num_rows, device=device)
-    k = torch.full_like(rows, top_k)
     beta = torch.full((num_rows,), 0.8, device=device)
-    args = (hidden, lm_head, rows, k, beta, torch.ones_like(beta), torch.zeros_like(rows))
-    return args, {"max_top_k": top_k, "vocab_size": vocab_size}, logits
+    of_base, y = torch.ones_like(beta), sources[0]
+    kwargs: dict[str, Any] = {"max_top_k": top_k, "vocab_size": vocab_size}
+    num_scored, step = num_rows * top_k, fused.guide_
+    moved = 2 * y.nbytes + hidden.nbytes
+    if part == "controls":
+        sources[0], kwargs["controls"] = control(y)
+        moved += num_rows * (8 * NUM_BIAS + 4 * NUM_OUTPUT)
+    elif part == "mixture":
+        contexts = torch.arange(num_rows * num_contexts, device=device).view(num_rows, num_contexts)
+        kwargs["mixture"] = Mixture(contexts, torch.tensor(WEIGHTS, device=device).repeat(num_rows, 1))
+        of_base = kwargs["mixture"].weights.sum(1)
+    elif part == "groups":
+        kwargs["groups"], step = tables(sources), fused_groups.guide_groups_
+        key, members, starts = kwargs["groups"][:3]
+        needed = torch.zeros(len(starts) - 1, dtype=torch.bool, device=device)
+        needed[key[y.topk(top_k).indices].long().flatten()] = True
+        num_scored = len(members[needed.repeat_interleave(starts.diff())].unique())
+    moved += num_scored * hidden_size * lm_head.element_size()
+    args = (hidden, lm_head, rows, torch.full_like(rows, top_k), beta, of_base, torch.zeros_like(rows))
+    return Problem(step, sources, args, kwargs, y, moved)
 
 
-def check(args, kwargs, logits) -> float:
-    """Largest difference from the float64 reference, over the candidates; which must be the same ones."""
-    hidden, lm_head, _, _, beta, ref, _ = args
-    ours = logits.clone()
-    fused.guide_(ours, *args, **kwargs)
-    z, ids = logits.double().topk(kwargs["max_top_k"], dim=-1)
-    r = torch.einsum("rkd,rd->rk", lm_head[ids].double(), hidden.double())
-    expected = z + beta.double().unsqueeze(1) * (r.log_softmax(-1) - ref.double().unsqueeze(1) * z.log_softmax(-1))
-    assert ((ours > float("-inf")).sum(-1) == kwargs["max_top_k"]).all()
-    difference = (ours.gather(1, ids).double() - expected).abs().max().item()
+def expected(of: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidates of the first buffer [R, k], and their guided logits in float64."""
+    hidden, lm_head, _, _, beta, of_base, _ = of.args
+    z, ids = (found[:, : of.kwargs["max_top_k"]] for found in of.sources[0].sort(descending=True, stable=True))
+    r, key = hidden.double() @ lm_head.double().T, ids
+    if "groups" in of.kwargs:
+        key_of, members, starts = of.kwargs["groups"][:3]
+        key, most = key_of[ids].long(), r.amax(1, keepdim=True)
+        owner = torch.arange(len(starts) - 1, device=r.device).repeat_interleave(starts.diff())
+        sums = r.new_zeros(len(r), len(starts) - 1).index_add_(1, owner, (r - most).exp()[:, members.long()])
+        r = most + sums.log()
+    if "mixture" in of.kwargs:
+        contexts, weights = of.kwargs["mixture"]
+        r = (weights.double().unsqueeze(-1) * r[contexts]).sum(1)
+    r, y = r.gather(1, key), of.y.double().gather(1, ids)
+    same = key.unsqueeze(2) == key.unsqueeze(1)
+    is_first = ~same.tril(-1).any(-1)  # of its group
+    y_group = torch.where(same, y.unsqueeze(1), float("-inf")).logsumexp(-1)
+    log_r = r - r.masked_fill(~is_first, float("-inf")).logsumexp(-1, keepdim=True)
+    reward = log_r - of_base.double().unsqueeze(1) * (y_group - y.logsumexp(-1, keepdim=True))
+    return ids, z.double() + beta.double().unsqueeze(1) * reward
+
+
+def check(of: Problem) -> float:
+    """Largest difference from float64, over the candidates; which must be the same ones."""
+    ours = of.sources[0].clone()
+    of.step(ours, *of.args, **of.kwargs)
+    ids, guided = expected(of)
+    assert ((ours > float("-inf")).sum(-1) == ids.shape[1]).all()
+    difference = (ours.gather(1, ids).double() - guided).abs().max().item()
     assert difference < 1e-3, difference
     return difference
 
 
-def bandwidth(device: str) -> float:
-    """Bytes per second, read and written together, of a large copy."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.nbytes / milliseconds * 1e3
-
-
-def measure(args, kwargs, logits, repeats: int) -> dict[str, float]:
-    """Median microseconds of each step, in turns."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=logits.device)
-    times: dict[str, list[float]] = {name: [] for name in STEPS}
-    for repeat in range(repeats + 3):
-        for name, step in STEPS.items():
-            work = logits.clone()
-            flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # Behind a kernel that keeps the device busy, so that launching is not what is measured.
-            torch.cuda._sleep(200_000)
-            begin.record()
-            step(work, *args, **kwargs)
-            end.record()
-            torch.cuda.synchronize()
-            if repeat >= 3:
-                times[name].append(begin.elapsed_time(end) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def check_graph(args, kwargs, logits) -> None:
+def check_graph(of: Problem, timer: Timer) -> None:
     """The step can be captured in a CUDA graph, and replayed on other logits."""
-    static, expected = logits.clone(), logits.flip(1).contiguous()
-    fused.guide_(static, *args, **kwargs)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fused.guide_(static, *args, **kwargs)
-    static.copy_(expected)
-    graph.replay()
-    fused.guide_(expected, *args, **kwargs)
-    assert torch.equal(static, expected)
+    static, other = of.sources[0].clone(), of.sources[0].flip(1).contiguous()
+    replay = timer.capture(lambda: of.step(static, *of.args, **of.kwargs))
+    static.copy_(other)
+    replay()
+    of.step(other, *of.args, **of.kwargs)
+    assert torch.equal(static, other)
 
 
-def main() -> None:
+def bandwidth(timer: Timer, repeats: int) -> float:
+    """Bytes per second, read and written together, of a large copy."""
+    source = torch.zeros(timer.copy_bytes, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    replay = timer.capture(lambda: target.copy_(source))
+    return 2 * source.nbytes / statistics.median(timer.elapsed(replay) for _ in range(repeats + 1)) * 1e6
+
+
+def measure(of: Problem, steps: dict[str, Callable[..., None]], timer: Timer, repeats: int) -> dict[str, float]:
+    """Microseconds of each step: by medians of replays, in turns."""
+    work = [torch.empty_like(source) for source in of.sources]
+    flush = torch.empty(timer.flush_bytes, dtype=torch.uint8, device=timer.device)
+
+    def run(step: Callable[..., None], num_steps: int) -> None:
+        for logits, source in zip(work, of.sources, strict=True):
+            logits.copy_(source)
+        flush.zero_()
+        for logits in work[:num_steps]:
+            step(logits, *of.args, **of.kwargs)
+
+    counts = {name: min(MOST_STEPS.get(name, len(work)), len(work)) for name in steps}
+    replays = {"nothing": timer.capture(lambda: run(of.step, 0))}
+    replays |= {name: timer.capture(functools.partial(run, step, counts[name])) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for repeat in range(repeats + 1):
+        for name, replay in replays.items():
+            if name != "reference" or repeat <= 3:
+                times[name].append(timer.elapsed(replay))
+    medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
+    return {name: (medians[name] - medians["nothing"]) / counts[name] for name in steps}
+
+
+def compile_step(part: str, top_k: int, vocab_size: int, hidden_size: int) -> None:
+    of = problem(part, 1, vocab_size, hidden_size, top_k, GraphTimer.device)
+    of.step(of.sources[0], *of.args, **of.kwargs)
+    torch.cuda.synchronize()
+
+
+def compile_all(shapes: list[tuple[str, int, int, int, int]]) -> None:
+    """In processes side by side, into Triton's cache. What fails in one of them fails here later, and is seen."""
+    d = min(hidden_size for _, _, hidden_size, _, _ in shapes)
+    jobs = {(part, max(16, triton.next_power_of_2(k)), V): (part, k, V, d) for part, V, _, _, k in shapes}
+    with concurrent.futures.ProcessPoolExecutor(min(len(jobs), 8), multiprocessing.get_context("spawn")) as pool:
+        concurrent.futures.wait([pool.submit(compile_step, *job) for job in jobs.values()])
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help="parts, as guide,groups")
+    parser.add_argument("--rows", type=numbers, default=ROWS)
+    parser.add_argument("--k", type=numbers, default=TOP_K)
+    parser.add_argument("--vocabulary", type=numbers, help="of all parts")
+    parser.add_argument("--hidden", type=numbers, help="of all parts")
+    parser.add_argument("--quick", action="store_true", help="128,256 tokens and a hidden size of 2048 alone")
+    parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too, which takes minutes")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: TRITON_INTERPRET=1")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
-    parser.add_argument("--repeats", type=int, default=30)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    args = parser.parse_args(argv)
+    if unknown := set(args.only) - set(PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: must be of {','.join(PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.kernel times kernels on a GPU, and there is none here")
-    device = "cuda"
-    bytes_per_second = bandwidth(device)
-    record = {
-        "hardware": torch.cuda.get_device_name(),
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, begun = parse(argv), time.monotonic()
+    timer = GraphTimer() if args.device == "cuda" else WallTimer()
+    shapes: list[tuple[str, int, int, int, int]] = []
+    for part in args.only:
+        vocabulary, hidden = (VOCABULARY, HIDDEN) if part == "guide" and not args.quick else QUICK
+        every = (args.vocabulary or vocabulary, args.hidden or hidden, args.rows, args.k)
+        shapes += [(part, *shape) for shape in itertools.product(*every)]
+    if args.device == "cuda":
+        compile_all(shapes)
+    torch.manual_seed(0)
+    bytes_per_second = bandwidth(timer, args.repeats)
+    record: dict[str, Any] = {
+        "hardware": timer.hardware,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_bytes_per_second": bytes_per_second,
-        "unit": "microseconds, medians",
+        "unit": "microseconds a step",
+        "method": "medians of replays: (copies, flush of L2, steps) - (copies, flush of L2), over the steps",
         "results": [],
     }
-    print(f"{record['hardware']}: a copy moves {bytes_per_second / 1e12:.2f} TB/s")
-    head = ("rows", "V", "d", "k", *STEPS, "limit", "limit/fused", "composite/fused", "error")
-    print(("{:>15}" * len(head)).format(*head))
-    for num_rows, vocab_size, hidden_size, top_k in itertools.product(ROWS, VOCABULARY, HIDDEN, TOP_K):
-        step_args, kwargs, logits = problem(num_rows, vocab_size, hidden_size, top_k, device)
-        error = check(step_args, kwargs, logits)
-        check_graph(step_args, kwargs, logits)
-        times = measure(step_args, kwargs, logits, args.repeats)
-        moved = 2 * logits.nbytes + num_rows * (top_k + 1) * hidden_size * step_args[1].element_size()
-        limit = moved / bytes_per_second * 1e6
-        row = {"rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "top_k": top_k}
-        row |= times | {"limit": limit, "error": error}
+    print(f"{timer.hardware}: a copy moves {bytes_per_second / 1e12:.2f} TB/s [{time.monotonic() - begun:.0f} s]")
+    names = ("fused", "limit", "limit/fused", "error", "composite", "reference")
+    print(("{:>9}" * 5 + "{:>12}" * 6).format("part", "rows", "V", "d", "k", *names), flush=True)
+    for part, vocab_size, hidden_size, num_rows, top_k in shapes:
+        of = problem(part, num_rows, vocab_size, hidden_size, top_k, timer.device, timer.most_buffers)
+        error = check(of)
+        if part not in {row["part"] for row in record["results"]}:
+            check_graph(of, timer)
+        steps = {"fused": of.step} | ({"composite": composite_} if part == "guide" else {})
+        if args.reference:
+            steps["reference"] = groups.guide_groups_ if part == "groups" else reference.guide_
+        times = measure(of, steps, timer, args.repeats)
+        limit = of.moved / bytes_per_second * 1e6
+        row: dict[str, Any] = {"part": part, "rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size}
+        row |= {"top_k": top_k, **times, "limit": limit, "fraction": limit / times["fused"], "error": error}
         record["results"].append(row)
+        others = "".join(f"{times[name]:12.1f}" if name in times else " " * 12 for name in names[4:])
         print(
-            ("{:>15}" * 4).format(num_rows, vocab_size, hidden_size, top_k)
-            + "".join(f"{value:15.1f}" for value in (*times.values(), limit))
-            + f"{limit / times['fused']:15.2f}{times['composite'] / times['fused']:15.2f}{error:15.1e}"
+            f"{part:>9}{num_rows:9}{vocab_size:9}{hidden_size:9}{top_k:9}"
+            f"{times['fused']:12.1f}{limit:12.1f}{row['fraction']:12.2f}{error:12.1e}{others}",
+            flush=True,
         )
-    if args.output:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        if args.output:  # as far as it has come
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{time.monotonic() - begun:.0f} s")
     if args.plot:
         plot(record, args.plot)
 
 
-def plot(record: dict, path: Path) -> None:
+def plot(record: dict[str, Any], path: Path) -> None:
     """Fraction of the byte limit over rows, a line for each shape."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(STEPS), figsize=(15, 4.5), sharey=True)
-    for axis, name in zip(axes, STEPS, strict=True):
-        for vocab_size, hidden_size, top_k in itertools.product(VOCABULARY, HIDDEN, TOP_K):
-            shape = (vocab_size, hidden_size, top_k)
-            points = [r for r in record["results"] if (r["vocab_size"], r["hidden_size"], r["top_k"]) == shape]
-            label = f"V {vocab_size:,} d {hidden_size} k {top_k}"
-            axis.plot([r["rows"] for r in points], [r["limit"] / r[name] for r in points], marker="o", label=label)
-        axis.set(title=name, xlabel="guided rows", xscale="log", ylim=(0, 1.05))
-    axes[0].set_ylabel("fraction of the byte limit")
-    axes[-1].legend(fontsize=6)
+    parts = list(dict.fromkeys(row["part"] for row in record["results"]))
+    figure = Figure(figsize=(4 * len(parts) + 1, 4.5), layout="tight")
+    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)
+    for axis, part in zip(axes[0], parts, strict=True):
+        lines: dict[tuple[int, ...], dict[int, float]] = {}
+        for row in (row for row in record["results"] if row["part"] == part):
+            shape = (row["vocab_size"], row["hidden_size"], row["top_k"])
+            lines.setdefault(shape, {})[row["rows"]] = row["fraction"]
+        for line, points in lines.items():
+            axis.plot(*zip(*points.items(), strict=True), marker="o", label="V {:,} d {} k {}".format(*line))
+        axis.set(title=part, xlabel="guided rows", xscale="log", ylim=(0, 1.05))
+        axis.legend(fontsize=6)
+    axes[0][0].set_ylabel("fraction of the byte limit")
     figure.suptitle(f"The guidance step on {record['hardware']}, {record['date']}")
-    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

@@ -1,16 +1,19 @@
 """The guidance step on a GPU: two launches, in place, no host synchronization.
 
-:func:`select_kernel` scans a slice of a guided row, keeps the slice's largest logits and writes -inf over all of it:
-one read and one write of the row. :func:`score_kernel`, one program a row, merges the slices' candidates, gathers their
-rows of lm_head, takes the dot products with the hidden state in float32, normalizes over the candidates and writes the
-k new logits. With tensor parallelism it stops before it normalizes, and the partial scores are summed over the ranks;
-where requests have a bias or penalties, it stops too, and :mod:`.controls` takes these out of the candidates' logits;
-then :func:`reweight_kernel` goes on. Where rows have several contexts, :mod:`.mixture` mixes them before. The semantics
-are :mod:`.reference`'s, to the tie; shapes and names too. A candidate is one int64 key (:mod:`.keys`).
+:mod:`.fused_selection`'s launch writes -inf over the guided rows and leaves, of each slice of a row, the few logits
+that may be candidates. :func:`score_kernel` has a program for each few candidates of a row: it merges the slices'
+candidates, gathers its own ones' rows of lm_head and takes the dot products with the hidden state in float32; the last
+of a row's programs normalizes over the candidates and writes the k new logits. With tensor parallelism they stop
+before, and the partial scores are summed over the ranks; where requests have a bias or penalties, they stop too, and
+:mod:`.controls` takes these out of the candidates' logits; then :func:`reweight_kernel` goes on. Where rows have
+several contexts, :mod:`.mixture` mixes them before. The semantics are :mod:`.reference`'s, to the tie; shapes and names
+too. What is compiled depends on the number of rows in one thing: up to FEW_ROWS, :func:`score_kernel` has another
+size.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -18,65 +21,25 @@ import triton
 import triton.language as tl
 
 from .controls import undo_controls
-from .keys import NO_KEY, from_key, to_key
+from .fused_selection import IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
+from .keys import NO_KEY, from_key
 from .mixture import mix_contexts
 from .reference import Controls, Mixture, map_heads
 from .writing import write_guided
 
-BLOCK_V = 1024
-"""Logits that a program of the first launch holds at a time."""
-MIN_SLICE = 2048
-"""Fewer logits than this are not worth a program."""
-PROGRAMS = 1024
-"""In the first launch, about: enough to keep every multiprocessor of today's GPUs reading."""
-MAX_KEYS = 4096
-"""Of a row's slices together, which the second launch merges."""
-TILE = 4096
-"""Elements of lm_head that a program of the second launch holds at a time, [K, TILE / K]."""
-SELECT_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 8, 1
-
-
-@triton.jit
-def select_kernel(
-    logits_ptr,  # [N, num_cols]
-    logits_stride,
-    rows_ptr,  # [R] int64
-    top_k_ptr,  # [R] int64
-    top_k_stride,
-    keys_ptr,  # [R, num_slices, K] int64, out
-    vocab_size,
-    num_cols,
-    slice_size,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The largest keys of each slice of each guided row, in no order; and -inf in their place."""
-    row_idx = tl.program_id(0).to(tl.int64)
-    slice_idx = tl.program_id(1)
-    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
-    place = tl.arange(0, K)
-    # Places beyond the row's k are never the smallest, and so never taken.
-    best = tl.where(place < top_k, NO_KEY, 2**63 - 1)
-    if top_k > 0:
-        row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
-        begin = slice_idx * slice_size
-        end = tl.minimum(begin + slice_size, num_cols)
-        smallest = tl.min(best, 0)
-        for start in range(begin, end, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            values = tl.load(row_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
-            finite = (tl.abs(values) < float("inf")) & (ids < vocab_size)  # false for NaN
-            keys = tl.where(finite, to_key(values, ids), NO_KEY)
-            tl.store(row_ptr + ids, tl.full([BLOCK], float("-inf"), logits_ptr.dtype.element_ty), mask=ids < end)
-            keys = tl.where(keys > smallest, keys, NO_KEY)
-            largest = tl.max(keys, 0)
-            while largest > NO_KEY:
-                best = tl.where(place == tl.argmin(best, 0), largest, best)
-                smallest = tl.min(best, 0)
-                keys = tl.where((keys < largest) & (keys > smallest), keys, NO_KEY)
-                largest = tl.max(keys, 0)
-    best = tl.where(place < top_k, best, NO_KEY)
-    tl.store(keys_ptr + (row_idx * tl.num_programs(1) + slice_idx) * K + place, best)
+FEW, BLOCK_D = 16, 512
+"""Candidates that a program of the second launch scores at a time, and elements of their rows of lm_head that it holds
+at a time."""
+FEW_ROWS, FEW_OF_FEW, BLOCK_D_OF_FEW = 16, 4, 2048
+"""Up to so many rows, or with the fewest candidates, these instead: a multiprocessor alone reads slowly."""
+PROGRAMS = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 512
+"""In the second launch, about, as far as there are candidates for so many: each merges its row again, which the
+interpreter does one after the other."""
+SCORE_WARPS, REWEIGHT_WARPS = 8, 1
+SCORE_REGISTERS = 128
+"""Of a thread, at most, on GPUs of NVIDIA: so that two programs fit on a multiprocessor."""
+ROW_POINTERS = ["rows_ptr", "top_k_ptr", "beta_ptr", "reference_ptr", "end_ids_ptr", "contexts_ptr", "weights_ptr"]
+"""A program reads one element of these: how they are aligned need not be compiled in."""
 
 
 @triton.jit
@@ -85,19 +48,6 @@ def capped(scores, soft_cap):
     x = scores / soft_cap
     e = tl.exp(-2.0 * tl.abs(x))
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
-
-
-@triton.jit
-def merge(keys_ptr, top_k, K: tl.constexpr, NUM_KEYS: tl.constexpr):
-    """The largest ``top_k`` of a row's keys, in order; [K] int64."""
-    keys = tl.load(keys_ptr + tl.arange(0, NUM_KEYS))
-    place = tl.arange(0, K)
-    candidates = tl.full([K], NO_KEY, tl.int64)
-    for i in range(top_k):
-        largest = tl.max(keys, 0)
-        candidates = tl.where(place == i, largest, candidates)
-        keys = tl.where(keys < largest, keys, NO_KEY)
-    return candidates
 
 
 @triton.jit
@@ -124,7 +74,7 @@ def dot_candidates(
 ):
     """[K] float32: the rows ``local`` of lm_head times a hidden state, and the bias so many times; 0 where they are not
     this shard's."""
-    scores = tl.zeros([K], tl.float32)
+    products = tl.zeros([K, BLOCK_D], tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden_ptr + d, mask=d < hidden_size, other=0.0).to(tl.float32)
@@ -133,20 +83,25 @@ def dot_candidates(
             mask=is_mine[:, None] & (d < hidden_size)[None, :],
             other=0.0,
         ).to(tl.float32)
-        scores += tl.sum(weight * h[None, :], 1)
+        products += weight * h[None, :]
+    scores = tl.sum(products, 1)
     if HAS_BIAS:
         scores += bias_weight * tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "num_contexts"], do_not_specialize_on_alignment=ROW_POINTERS)
 def score_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
     rows_ptr,  # [R] int64
     top_k_ptr,  # [R] int64
     top_k_stride,
-    keys_ptr,  # [R, num_slices, K] int64
+    keys_ptr,  # [R, num_keys] int64
+    num_keys,
+    kept_ptr,  # [R, num_parts, CAPACITY] int64, the programs' own room
+    candidates_ptr,  # [R, K] int64, out
+    arrivals_ptr,  # [R] int32, 0 at first, if NORMALIZE
     hidden_ptr,  # [R, hidden_size]; [C, hidden_size] for a mixture with a soft cap
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
@@ -158,7 +113,7 @@ def score_kernel(
     reference_stride,
     end_ids_ptr,  # [R] int64
     no_opinion_ptr,  # [vocab_size] bool, or nothing
-    scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap), out unless NORMALIZE
+    scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap, unless NORMALIZE), out
     contexts_ptr,  # [R, J] int64, or nothing
     weights_ptr,  # [R, J] float32, or nothing
     num_contexts,  # J
@@ -168,68 +123,88 @@ def score_kernel(
     shard_size,
     hidden_size,
     K: tl.constexpr,
+    FEW: tl.constexpr,
+    CAPACITY: tl.constexpr,
     NUM_KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
-    """Merge a row's candidates, score them, and either write the row or leave keys and partial scores."""
-    row_idx = tl.program_id(0).to(tl.int64)
-    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
+    """Merge a row's candidates and score a part of them. Then the last of the row's programs writes the row; or all of
+    them leave candidates and partial scores."""
+    part, num_parts = tl.program_id(0), tl.num_programs(0)
+    row_idx = tl.program_id(1).to(tl.int64)
+    top_k = tl.load(top_k_ptr + row_idx * top_k_stride).to(tl.int32)
+    if NORMALIZE:  # here, where nothing waits for them
+        row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
+        beta = tl.load(beta_ptr + row_idx * beta_stride)
+        reference = tl.load(reference_ptr + row_idx * reference_stride)
+        end_id = tl.load(end_ids_ptr + row_idx)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # what the launches before wrote is seen from here on
     if top_k > 0:
-        place = tl.arange(0, K)
-        row_keys = keys_ptr + row_idx * NUM_KEYS
-        candidates = merge(row_keys, top_k, K, NUM_KEYS)
-        is_candidate = candidates > NO_KEY
-        z, ids = from_key(candidates)
-
-        local = ids - vocab_start
-        is_mine = is_candidate & (local >= 0) & (local < shard_size)
-        local = tl.where(is_mine, local, 0)
+        row_candidates_ptr = candidates_ptr + row_idx * K
+        part_kept_ptr = kept_ptr + (row_idx * num_parts + part) * CAPACITY
+        kept, rank = merge(
+            keys_ptr + row_idx * num_keys, num_keys, part_kept_ptr, top_k, CAPACITY, NUM_KEYS, WIDTH
+        )  # fmt: skip
+        if part == 0:
+            store_candidates(row_candidates_ptr, kept, rank, top_k, K)
         begin, end = row_idx * num_contexts, (row_idx + 1) * num_contexts
-        if HAS_MIXTURE and HAS_SOFT_CAP:
-            scores = tl.zeros([K], tl.float32)
-            for i in range(begin, end):
-                row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
-                partial = dot_candidates(
-                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, K, BLOCK_D,
-                    HAS_BIAS,
+        for first in range(part * FEW, top_k, num_parts * FEW):
+            place = first + tl.arange(0, FEW)
+            mine = tl.where((rank[:, None] == place[None, :]) & (place < top_k)[None, :], kept[:, None], NO_KEY)
+            candidates = tl.max(mine, 0)
+            _, ids = from_key(candidates)
+            local = ids - vocab_start
+            is_mine = (candidates > NO_KEY) & (local >= 0) & (local < shard_size)
+            local = tl.where(is_mine, local, 0)
+            if HAS_MIXTURE and HAS_SOFT_CAP:
+                scores = tl.zeros([FEW], tl.float32)
+                for i in range(begin, end):
+                    row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
+                    partial = dot_candidates(
+                        row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, FEW,
+                        BLOCK_D, HAS_BIAS,
+                    )  # fmt: skip
+                    if NORMALIZE:
+                        scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
+                    else:
+                        tl.store(scores_ptr + i * K + place, partial)
+            else:
+                bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
+                row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
+                scores = dot_candidates(
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size,
+                    FEW, BLOCK_D, HAS_BIAS,
                 )  # fmt: skip
-                if NORMALIZE:
-                    scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
-                else:
-                    tl.store(scores_ptr + i * K + place, partial)
-        else:
-            bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
-            row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
-            scores = dot_candidates(
-                row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size, K,
-                BLOCK_D, HAS_BIAS,
-            )  # fmt: skip
-            if NORMALIZE and HAS_SOFT_CAP:
-                scores = capped(scores, soft_cap)
-        if NORMALIZE:
-            row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
-            beta = tl.load(beta_ptr + row_idx * beta_stride)
-            reference = tl.load(reference_ptr + row_idx * reference_stride)
-            end_id = tl.load(end_ids_ptr + row_idx)
-            write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
-        else:
-            tl.store(row_keys + place, candidates)
-            if not (HAS_MIXTURE and HAS_SOFT_CAP):
+                if NORMALIZE and HAS_SOFT_CAP:
+                    scores = capped(scores, soft_cap)
+            if NORMALIZE or not (HAS_MIXTURE and HAS_SOFT_CAP):
                 tl.store(scores_ptr + row_idx * K + place, scores)
+        if NORMALIZE:
+            tl.debug_barrier()  # all threads' scores are out before their program is counted
+            if tl.atomic_add(arrivals_ptr + row_idx, 1, sem="acq_rel") == num_parts - 1:
+                place = tl.arange(0, K)
+                candidates = tl.load(row_candidates_ptr + place, cache_modifier=".cg")
+                scores = tl.load(scores_ptr + row_idx * K + place, cache_modifier=".cg")
+                is_candidate = candidates > NO_KEY
+                z, ids = from_key(candidates)
+                write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_contexts"], do_not_specialize_on_alignment=ROW_POINTERS)
 def reweight_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
     rows_ptr,  # [R] int64
     top_k_ptr,  # [R] int64
     top_k_stride,
-    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
+    candidates_ptr,  # [R, K] int64
     y_ptr,  # [R, K] float32, or nothing
     scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap)
     beta_ptr,  # [R] float32
@@ -243,7 +218,6 @@ def reweight_kernel(
     soft_cap,
     scale,
     K: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
     HAS_CONTROLS: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -252,7 +226,7 @@ def reweight_kernel(
     row_idx = tl.program_id(0).to(tl.int64)
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
-        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
+        candidates = tl.load(candidates_ptr + row_idx * K + place)
         is_candidate = candidates > NO_KEY
         z, ids = from_key(candidates)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
@@ -271,15 +245,6 @@ def reweight_kernel(
         if HAS_CONTROLS:
             y = tl.load(y_ptr + row_idx * K + place)
         write_guided(row_ptr, ids, z, y, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
-
-
-def cut(num_rows: int, num_cols: int, K: int) -> tuple[int, int]:
-    """Into how many slices the first launch cuts a row, a power of two, so that few variants are compiled; and how
-    large each is."""
-    most = max(1, min(num_cols // MIN_SLICE, MAX_KEYS // K))
-    wanted = max(1, PROGRAMS // num_rows)
-    slices = 1 << (min(most, wanted).bit_length() - 1)
-    return slices, triton.cdiv(triton.cdiv(num_cols, slices), BLOCK_V) * BLOCK_V
 
 
 def guide_(
@@ -305,57 +270,66 @@ def guide_(
     no_opinion: torch.Tensor | None = None,
 ) -> None:
     """:func:`.reference.guide_`, by Triton kernels. The last dimensions of ``logits``, ``hidden_states`` and
-    ``lm_head`` must be contiguous; their rows may lie any stride apart."""
+    ``lm_head`` must be contiguous; their rows may lie any stride apart.
+
+    The value heads' matrix products are left to the library: a [d, d] product for each head is what it does best.
+    """
     if (num_rows := len(rows)) == 0:
         return
     if heads is not None:
-        hidden_states = map_heads(hidden_states, *heads)  # a [d, d] product for each is what the library does best
+        hidden_states = map_heads(hidden_states, *heads)
     assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
-    K = max(16, triton.next_power_of_2(max_top_k))
-    slices, slice_size = cut(num_rows, logits.shape[1], K)
-    keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
-    row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0), keys)
-    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids, no_opinion)
     contexts, weights = mixture or (None, None)
     num_contexts = 1 if mixture is None else contexts.shape[1]
     if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
         hidden_states = mix_contexts(hidden_states, contexts, weights)
-    tile = TILE // (1 if mixture is None or soft_cap is None else 2)  # or registers would spill
+    K, device = pad_k(max_top_k), logits.device
+    is_whole = all_reduce is None and controls is None
+    arrivals = torch.empty(num_rows, dtype=torch.int32, device=device) if is_whole else None
+    keys, sizes = select(logits, rows, top_k, K, vocab_size, arrivals)
+    is_few = num_rows <= FEW_ROWS or K == MIN_K
+    few, block_d = (FEW_OF_FEW, BLOCK_D_OF_FEW) if is_few else (FEW, BLOCK_D)
+    parts = min(triton.cdiv(max_top_k, few), max(1, PROGRAMS // num_rows))
+    overlap = can_overlap(device)
+    kept = torch.empty(num_rows, parts, sizes["CAPACITY"], dtype=torch.int64, device=device)
+    candidates = torch.empty(num_rows, K, dtype=torch.int64, device=device)
+    if is_whole:
+        scores = torch.empty(num_rows, K, device=device)
+    else:  # of which the ranks' sum is read, also where there are no candidates
+        scores = torch.zeros(num_rows * (num_contexts if soft_cap else 1), K, device=device)
+    row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0))
+    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids, no_opinion)
     cap_args = (num_contexts, soft_cap or 1.0, scale)
     variant = {"HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
-    select_kernel[(num_rows, slices)](
-        *row_args, vocab_size, logits.shape[1], slice_size, K=K, BLOCK=BLOCK_V, num_warps=SELECT_WARPS
-    )
-    is_whole = all_reduce is None and controls is None
-    scores = None if is_whole else torch.zeros(num_rows * (num_contexts if soft_cap else 1), K, device=logits.device)
-    score_kernel[(num_rows,)](
-        *row_args,
+    score_kernel[(parts, num_rows)](
+        *(*row_args, keys, keys.shape[1], kept, candidates, arrivals),
         *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias),
         *rule_args,
         *(scores, contexts, weights),
         *cap_args,
         *(vocab_start, lm_head.shape[0], hidden_states.shape[1]),
         K=K,
-        NUM_KEYS=slices * K,
-        BLOCK_D=max(tile // K, 16),
+        FEW=few,
+        **sizes,
+        BLOCK_D=block_d if mixture is None or soft_cap is None else block_d // 2,  # or registers would spill
         HAS_BIAS=bias is not None,
         **variant,
         NORMALIZE=is_whole,
+        OVERLAP=overlap,
         num_warps=SCORE_WARPS,
+        **({"maxnreg": SCORE_REGISTERS} if SCORE_REGISTERS and IS_NVIDIA and device.type == "cuda" else {}),
+        **({"launch_pdl": True} if overlap else {}),
     )
     if is_whole:
         return
-    y = None if controls is None else undo_controls(keys, top_k, controls)
+    y = None if controls is None else undo_controls(candidates.unsqueeze(1), top_k, controls)
     reweight_kernel[(num_rows,)](
-        *row_args,
-        y,
-        scores if all_reduce is None else all_reduce(scores),
+        *(*row_args, candidates, y, scores if all_reduce is None else all_reduce(scores)),
         *rule_args,
         weights,
         *cap_args,
         K=K,
-        NUM_KEYS=slices * K,
         HAS_CONTROLS=controls is not None,
         **variant,
         num_warps=REWEIGHT_WARPS,

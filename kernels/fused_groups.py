@@ -17,15 +17,8 @@ import triton.language as tl
 
 from . import large_groups
 from .controls import undo_controls
-from .fused import (
-    BLOCK_V,
-    SELECT_WARPS,
-    capped,
-    cut,
-    dot_candidates,
-    merge,
-    select_kernel,
-)
+from .fused import capped, dot_candidates
+from .fused_selection import MERGE_WARPS, merge, pad_k, select, store_candidates
 from .groups import Groups, gather_shards
 from .keys import NO_KEY, from_key
 from .large_groups import score_large_kernel
@@ -39,34 +32,43 @@ PART = 256
 """Programs of a group, at most, and so many members of the largest for each."""
 BLOCK_K = 16
 """Candidates with which all are compared at a time."""
-GATHER_WARPS, SCORE_WARPS, REWEIGHT_WARPS = 4, 4, 4
+SCORE_WARPS, REWEIGHT_WARPS = 4, 4
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"], do_not_specialize_on_alignment=["top_k_ptr"])
 def gather_groups_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
-    keys_ptr,  # [R, NUM_KEYS] int64; a row's candidates in its first K, out
+    keys_ptr,  # [R, num_keys] int64
+    num_keys,
+    kept_ptr,  # [R, CAPACITY] int64, the programs' own room
+    candidates_ptr,  # [R, K] int64, out
     key_ptr,  # [V] int32, or several tables
     key_offsets_ptr,  # [R] int64, or nothing
     groups_ptr,  # [R, K] int32, out; -1 where there is no candidate, -2 where the reward model has no opinion of it
     large_ptr,  # [groups] int32, or nothing
     wanted_ptr,  # [large] int32, zeros, or nothing; out: 1 for those that the row has
     K: tl.constexpr,
+    CAPACITY: tl.constexpr,
     NUM_KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Merge a row's candidates, and find their groups."""
     row_idx = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, K)
-    top_k = tl.load(top_k_ptr + row_idx * top_k_stride)
+    top_k = tl.load(top_k_ptr + row_idx * top_k_stride).to(tl.int32)
     if top_k > 0:
-        candidates = merge(keys_ptr + row_idx * NUM_KEYS, top_k, K, NUM_KEYS)
+        kept, rank = merge(
+            keys_ptr + row_idx * num_keys, num_keys, kept_ptr + row_idx * CAPACITY, top_k, CAPACITY, NUM_KEYS, WIDTH
+        )  # fmt: skip
+        store_candidates(candidates_ptr + row_idx * K, kept, rank, top_k, K)
+        tl.debug_barrier()  # what other threads wrote is read
+        candidates = tl.load(candidates_ptr + row_idx * K + place)
         _, ids = from_key(candidates)
         if key_offsets_ptr is not None:
             ids += tl.load(key_offsets_ptr + row_idx)
         group = tl.load(key_ptr + ids, mask=candidates > NO_KEY, other=-1)
-        tl.store(keys_ptr + row_idx * NUM_KEYS + place, candidates)
         tl.store(groups_ptr + row_idx * K + place, group)
         if large_ptr is not None:
             large = tl.load(large_ptr + group, mask=group >= 0, other=-1)
@@ -164,7 +166,7 @@ def reweight_groups_kernel(
     rows_ptr,  # [R] int64
     top_k_ptr,  # [R] int64
     top_k_stride,
-    keys_ptr,  # [R, NUM_KEYS] int64, a row's candidates in its first K
+    candidates_ptr,  # [R, K] int64
     groups_ptr,  # [R, K] int32
     y_ptr,  # [R, K] float32, or nothing
     scores_ptr,  # [num_parts, R * J, K] float32
@@ -177,7 +179,6 @@ def reweight_groups_kernel(
     reference_stride,
     end_ids_ptr,  # [R] int64
     K: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ANY_SILENT: tl.constexpr,
     HAS_CONTROLS: tl.constexpr,
@@ -187,7 +188,7 @@ def reweight_groups_kernel(
     row_idx = tl.program_id(0).to(tl.int64)
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
-        candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
+        candidates = tl.load(candidates_ptr + row_idx * K + place)
         group = tl.load(groups_ptr + row_idx * K + place)
         is_candidate, has_opinion = group != -1, group >= 0
         z, ids = from_key(candidates)
@@ -202,7 +203,7 @@ def reweight_groups_kernel(
             if HAS_CONTROLS:
                 their_y = tl.load(y_ptr + row_idx * K + others)
             else:
-                their_y, _ = from_key(tl.load(keys_ptr + row_idx * NUM_KEYS + others))
+                their_y, _ = from_key(tl.load(candidates_ptr + row_idx * K + others))
             first = tl.minimum(first, tl.min(tl.where(same, others[None, :], K), 1))
             theirs = tl.where(same, their_y[None, :], float("-inf"))
             larger = tl.maximum(most, tl.max(theirs, 1))
@@ -322,25 +323,21 @@ def guide_groups_(
         hidden_states = map_heads(hidden_states, *heads)
     assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
-    K = max(16, triton.next_power_of_2(max_top_k))
-    slices, slice_size = cut(num_rows, logits.shape[1], K)
-    keys = torch.empty(num_rows, slices, K, dtype=torch.int64, device=logits.device)
-    select_kernel[(num_rows, slices)](
-        *(logits, logits.stride(0), rows, top_k, top_k.stride(0), keys),
-        *(vocab_size, logits.shape[1], slice_size),
-        K=K,
-        BLOCK=BLOCK_V,
-        num_warps=SELECT_WARPS,
-    )
-    row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=logits.device)
-    row_args, sizes = (top_k, top_k.stride(0)), {"K": K, "NUM_KEYS": slices * K}
+    K, device = pad_k(max_top_k), logits.device
+    keys, sizes = select(logits, rows, top_k, K, vocab_size)
+    kept = torch.empty(num_rows, sizes["CAPACITY"], dtype=torch.int64, device=device)
+    candidates = torch.empty(num_rows, K, dtype=torch.int64, device=device)
+    row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=device)
+    row_args = (top_k, top_k.stride(0))
     large, wanted = groups.large, None
     if large is not None:
-        wanted = torch.zeros(len(large.starts) - 1, dtype=torch.int32, device=logits.device)
+        wanted = torch.zeros(len(large.starts) - 1, dtype=torch.int32, device=device)
     gather_groups_kernel[(num_rows,)](
-        *(*row_args, keys, groups.key, key_offsets, row_groups, large and large.index, wanted),
+        *(*row_args, keys, keys.shape[1], kept, candidates),
+        *(groups.key, key_offsets, row_groups, large and large.index, wanted),
+        K=K,
         **sizes,
-        num_warps=GATHER_WARPS,
+        num_warps=MERGE_WARPS,
     )
     contexts, weights = mixture or (None, None)
     num_contexts = 1 if mixture is None else contexts.shape[1]
@@ -352,12 +349,12 @@ def guide_groups_(
     scores = score_groups(row_args, row_groups, wanted, groups, num_contexts, max_top_k, head_args, variant)
     if all_reduce is not None:
         scores = gather_shards(scores, shard, all_reduce).flatten(0, 1)
-    y = None if controls is None else undo_controls(keys, top_k, controls)
+    y = None if controls is None else undo_controls(candidates.unsqueeze(1), top_k, controls)
     reweight_groups_kernel[(num_rows,)](
-        *(logits, logits.stride(0), rows, *row_args, keys, row_groups, y),
+        *(logits, logits.stride(0), rows, *row_args, candidates, row_groups, y),
         *(scores, scores.shape[0], weights, num_contexts),
         *(beta, beta.stride(0), reference, reference.stride(0), end_ids),
-        **sizes,
+        K=K,
         BLOCK_K=BLOCK_K,
         ANY_SILENT=groups.any_silent,
         HAS_CONTROLS=controls is not None,

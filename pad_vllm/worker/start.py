@@ -10,7 +10,7 @@ import torch
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
-from pad_vllm.kernels import Mixture, OutputTokens
+from pad_vllm.kernels import Controls, Mixture, OutputTokens
 from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.paged_model import LMHead, PagedModel
 from pad_vllm.worker.batch import Layout
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+MANY_ROWS = 17
+"""Kernels may be compiled apart for fewer."""
 LOGITS_BYTES = 2**30
 """vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
 
@@ -37,31 +39,46 @@ def warnings(fits: Fit) -> Iterator[str]:
 
 @torch.inference_mode()
 def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: int) -> None:
-    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; with controls, and
-    with several contexts, whose kernels would otherwise be compiled under the first request that has them.
+    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and what requests would
+    otherwise compile: with controls, with several contexts, for few rows and many, for each number of candidates that
+    kernels are compiled for.
 
     Args:
         hidden_states: [1, hidden_size].
         max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
     """
-    num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * guidance.base_vocab_size)))
+    num_rows, most = max(1, min(max_rows, LOGITS_BYTES // (4 * guidance.base_vocab_size))), guidance.config.max_top_k
     logits = torch.rand(num_rows, guidance.base_vocab_size, device=guidance.device)
-    rows = torch.arange(num_rows, device=guidance.device)
-    layout = Layout(np.array([guidance.no_slot]), rows, torch.full_like(rows, guidance.no_slot))
-    params = RowParams(layout, guidance.slots, num_rows)
-    params.ints.top_k.fill_(guidance.config.max_top_k)
-    params.max_top_k, params.mix_heads = guidance.config.max_top_k, guidance.heads is not None
-    hidden_states = hidden_states.expand(num_rows, -1)
-    nowhere = torch.zeros_like(rows)
+    has_first = guidance.growth is not None and guidance.growth.has_first
+
+    def guide(top_k: int, params: RowParams, controls: Controls | None = None) -> None:
+        rows = params.layout.rows
+        params.ints.top_k.fill_(top_k)
+        params.max_top_k, params.mix_heads = top_k, guidance.heads is not None
+        offsets = torch.zeros_like(rows) if has_first else None
+        guidance.guide(logits, hidden_states.expand(len(rows), -1), rows, params, controls, offsets)
+
+    few = sorted({1, min(num_rows, MANY_ROWS)})
+    for top_k in sorted({most} | {2**n for n in range(4, most.bit_length()) if 2**n < most}):
+        for num in few:
+            guide(top_k, _no_requests(guidance, num))
+    params = _no_requests(guidance, num_rows)
+    nowhere = torch.zeros(num_rows, dtype=torch.int64, device=guidance.device)
     tokens = torch.zeros(1, 1, dtype=torch.int32, device=guidance.device)
     drafts = tokens.expand(num_rows, guidance.max_rows_per_request - 1).contiguous()
     output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
-    offsets = nowhere if guidance.growth is not None and guidance.growth.has_first else None
     for controls in (None, *(guidance.slots.controls(params.layout.row_slots, seen) for seen in (None, output))):
-        guidance.guide(logits, hidden_states, rows, params, controls, offsets)
+        guide(most, params, controls)
     every = nowhere.unsqueeze(1).repeat(1, MAX_CONTEXTS)
     params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
-    guidance.guide(logits, hidden_states, rows, params, key_offsets=offsets)
+    guide(most, params)
+
+
+def _no_requests(guidance: Guidance, num_rows: int) -> RowParams:
+    """Rows of the slot that stands for no request."""
+    rows = torch.arange(num_rows, device=guidance.device)
+    layout = Layout(np.array([guidance.no_slot]), rows, torch.full_like(rows, guidance.no_slot))
+    return RowParams(layout, guidance.slots, num_rows)
 
 
 @torch.inference_mode()

@@ -195,8 +195,9 @@ def test_a_plugin_that_is_not_configured_changes_nothing(models, encode, plain_e
 @pytest.mark.one_release
 def test_guided_request_stops_at_eos(encode, expect, named_engine):
     """The released loop has no EOS stop; we have. The token that ends it is made the only candidate's."""
-    prompts = [encode(text) for text in PROMPTS]
+    prompts = [encode(text) for text in PROMPTS[:4]]
     expected = [expect(p, preference="formal", top_k=50, beta=1.5, max_tokens=128, eos_token_id=1) for p in prompts]
+    assert min(map(len, expected)) < 128
     params = {"temperature": 0.0, "max_tokens": 128} | guided(preference="formal", top_k=50, beta=1.5)
     assert named_engine.generate(prompts, params) == expected
 
@@ -212,7 +213,7 @@ def test_not_configured_refuses_guidance(encode, plain_engine):
 def test_sampled_distribution(models, encode, compose, named_engine, runner):
     """Temperature 0.8: next tokens of seeded requests against the oracle's softmax, by chi-squared at 0.1%."""
     prompt, preference, temperature = encode(PROMPTS[0]), "formal", 0.8
-    num_samples = 2000 if runner == "v1" else 500
+    num_samples = 1000 if runner == "v1" else 300
     z = models.base_model(torch.tensor([prompt])).logits[0, -1].detach()
     r = oracle.reward_logits(models.reward_model, compose(prompt, preference)).detach()
     expected = torch.softmax(oracle.guided_logits(z, r, top_k=10, beta=0.3) / temperature, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from unittest.mock import patch
 
 import pytest
@@ -486,12 +487,46 @@ def test_adversarial_rows(interpreter):
     interpreter.run(fuzz_fused, 150)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values, and a CUDA graph's capture and replay")
-@pytest.mark.parametrize("num_rows", [1, 64])
-def test_on_a_gpu(num_rows):
-    from benchmarks.kernel import check, check_graph
-    from benchmarks.kernel import problem as on_gpu
+def run_benchmark(argv: list[str]) -> None:
+    from benchmarks import kernel
 
-    arguments = on_gpu(num_rows, 128_256, 4096, 10, "cuda")
-    check(*arguments)
-    check_graph(*arguments)
+    kernel.main(argv)
+
+
+def run_benchmark_of_a_wrong_step(argv: list[str]) -> None:
+    from benchmarks import kernel
+
+    def almost(logits, hidden, lm_head, rows, top_k, beta, *args, **kwargs):
+        kernel.reference.guide_(logits, hidden, lm_head, rows, top_k, 1.01 * beta, *args, **kwargs)
+
+    with patch.object(kernel.fused, "guide_", almost):
+        kernel.main(argv)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_checks_values(interpreter, tmp_path):
+    """What times the kernels on a GPU, on tiny shapes: every part of it, but for the graphs."""
+    output, plot = tmp_path / "results" / "kernel.json", tmp_path / "kernel.png"
+    tiny = ["--device", "cpu", "--vocabulary", "97", "--hidden", "24", "--rows", "2", "--k", "5", "--repeats", "0"]
+    interpreter.run(run_benchmark, [*tiny, "--reference", "--output", str(output), "--plot", str(plot)])
+    rows = json.loads(output.read_text())["results"]
+    assert [row["part"] for row in rows] == ["guide", "controls", "mixture", "groups"]
+    for row in rows:
+        assert row["error"] < 1e-5
+        assert row["fused"] > 0
+        assert row["reference"] > 0
+        assert ("composite" in row) == (row["part"] == "guide")
+    assert plot.stat().st_size > 0
+    with pytest.raises(AssertionError):
+        interpreter.run(run_benchmark_of_a_wrong_step, [*tiny, "--only", "guide"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values, and a CUDA graph's capture and replay")
+@pytest.mark.parametrize("part", ["guide", "controls", "mixture", "groups"])
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_on_a_gpu(num_rows, part):
+    from benchmarks import kernel
+
+    problem = kernel.problem(part, num_rows, 128_256, 4096, 10, "cuda")
+    kernel.check(problem)
+    kernel.check_graph(problem, kernel.GraphTimer())
