@@ -3,9 +3,9 @@
     python -m benchmarks.admission [--output FILE]
 
 Each text is checked as a request's preference is, under a tokenizer of 6,000 added tokens that is made here (as many as
-Gemma 3 has); and composed with a chat, as the engine's worker does. Every time is the best of several first sights:
-what was seen before is kept. A body is read beside ``json.loads`` of it, which vLLM does too. The exit status is 1
-where a request takes more than 5 ms of CPU.
+Gemma 3 has); and composed with a chat, as the engine's worker does. Prompts are read as ``pad.chat: strict`` has it.
+Every time is the best of several first sights: what was seen before is kept. A body is read beside ``json.loads`` of
+it, which vLLM does too. The exit status is 1 where a request takes more than 5 ms of CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pad_vllm.frontend.http import _read
 from pad_vllm.params import MAX_PREFERENCE_CHARS, MAX_PREFERENCE_TOKENS, PAD, check_num_chars
+from pad_vllm.reward.chat import HEAD
 from pad_vllm.reward.template import PromptTemplate
 
 NUM_ADDED = 6000
@@ -84,6 +85,18 @@ def bodies(rng: random.Random) -> Iterator[tuple[str, str]]:
     yield "names given twice", '{"pad": 1, ' + ", ".join(['"a": 1'] * 10_000) + "}"
 
 
+def prompts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, list[int]]]:
+    """Of as many tokens as are read as a whole, and of many more."""
+    critic, user, system = (tokenizer.encode(f"<|open|>{role}\n") for role in ("critic", "user", "system"))
+    spaces = tokenizer.encode(" " * 64)
+    for n in (HEAD, 100 * HEAD):
+        yield "any tokens", [rng.randrange(len(tokenizer)) for _ in range(n)]
+        yield "no message", [*critic, *(rng.randrange(8000) for _ in range(n))][:n]
+        yield "one message", [*user, *(rng.randrange(8000) for _ in range(n))][:n]
+        yield "system messages", (system * n)[:n]
+        yield "spaces", [*system, *(spaces * n)][:n]
+
+
 def milliseconds(run: Callable[[], object], repeats: int = 7) -> tuple[float, str]:
     """Of CPU, the least; and what became of it."""
     best, said = float("inf"), "accepted"
@@ -101,6 +114,17 @@ def admit(template: PromptTemplate, text: str) -> None:
     asked = PAD.from_extra_args({"pad_preference": text})
     check_num_chars(asked.preferences)
     template._encode_preference(text)
+
+
+def first_reading(template: PromptTemplate, ids: list[int]) -> float:
+    """Milliseconds of CPU, the least of some, with every token unknown."""
+    best, marked = float("inf"), template.chat.marked
+    for _ in range(7):
+        marked._pieces = dict(marked.atoms)
+        start = time.thread_time()
+        template.is_misread(ids)
+        best = min(best, time.thread_time() - start)
+    return 1000 * best
 
 
 def compose(template: PromptTemplate, text: str) -> None:
@@ -137,6 +161,11 @@ def main() -> int:
             f"{name:24s} {len(text):6d} characters {took:7.2f} ms  {said[:70]}",
             f"worker {worker:.2f} ms" if worker else "",
         )
+    for name, ids in prompts(rng, tokenizer):
+        took = first_reading(template, ids)
+        worst = max(worst, took)
+        rows.append({"prompt": name, "tokens": len(ids), "ms": took})
+        print(f"prompt: {name:16s} {len(ids):8d} tokens {took:7.2f} ms")
     for name, text in bodies(rng):
         body = text.encode()
         ours, _ = milliseconds(lambda body=body: _read(body, "/v1/chat/completions"))
@@ -145,7 +174,7 @@ def main() -> int:
         print(f"body: {name:18s} {len(body):8d} bytes {ours:7.2f} ms, json.loads {theirs:.2f} ms")
     if args.output:
         args.output.write_text(json.dumps({"max_ms": MAX_MS, "rows": rows}, indent=2) + "\n")
-    print(f"the longest preference check: {worst:.2f} ms of at most {MAX_MS:g}")
+    print(f"the longest check: {worst:.2f} ms of at most {MAX_MS:g}")
     return int(worst > MAX_MS)
 
 

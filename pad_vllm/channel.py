@@ -78,6 +78,10 @@ class Announcement:
     """Tokens that a context of the reward model holds; 0: nobody says."""
     num_preference_tokens: tuple[int, ...] = ()
     """That the longest preference of each persona adds to a prompt."""
+    chat: str = "auto"
+    """As :attr:`~pad_vllm.config.PADConfig.chat`."""
+    insert_after: str | None = None
+    """As :attr:`~pad_vllm.config.PADConfig.insert_after`."""
 
     @property
     def guides_all(self) -> bool:

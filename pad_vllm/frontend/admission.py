@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
@@ -28,6 +28,7 @@ from pad_vllm.params import (
     check_weights,
     shown,
 )
+from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ NOT_LOADED = (
 )
 LONG_TOKEN = 4
 """Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
+
+Misreads = Callable[[Sequence[int]], bool]
+"""Whether a prompt begins as a chat, and is none that the chat template writes."""
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -78,8 +82,8 @@ def _validate_unasked(
 ) -> None:
     """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
     for engine in engines.own(vllm_config).values():
-        if engine.guides_all and engine.max_context_len and prompt_ids is not None:
-            check_prompt_len(engine, PAD(), vllm_config, prompt_ids)
+        if engine.guides_all and prompt_ids is not None:
+            check_prompt(engine, PAD(), vllm_config, prompt_ids)
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
     if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guides_all(vllm_config):
         check_logit_bias(sampling_params.logit_bias)
@@ -132,8 +136,36 @@ def check(
         personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
         name = announcement.default_persona if asked.persona is None else asked.persona
         check_preference_weights(asked.preference_weights, personas.get(name, 0))
-    if prompt_ids is not None and announcement.max_context_len:
+    if prompt_ids is not None:
+        check_prompt(announcement, asked, vllm_config, prompt_ids)
+
+
+def check_prompt(
+    announcement: Announcement, asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int]
+) -> None:
+    """Raise ValueError for a prompt that the engine would not guide. The worker decides what cannot be told here."""
+    if announcement.chat == "strict" and vllm_config is not None:
+        is_misread = _misreads(announcement, vllm_config)
+        if (announcement.base_tokenizer or _reads_preference(announcement, asked)) and is_misread(prompt_ids):
+            raise ValueError(
+                "the prompt: pad.chat='strict', and it begins as a chat, and with no message that the chat template "
+                "writes; send messages that the template renders, or plain text"
+            )
+    if announcement.max_context_len:
         check_prompt_len(announcement, asked, vllm_config, prompt_ids)
+
+
+def _reads_preference(announcement: Announcement, asked: PAD) -> bool:
+    """Whether the reward model reads a preference for a request: one of weight 0 is not read."""
+    texts, weights = asked.preferences, asked.preference_weights
+    if not texts:
+        name = announcement.default_persona if asked.persona is None else asked.persona
+        num_own = dict(zip(announcement.personas, announcement.num_preferences, strict=False)).get(name, 0)
+        return num_own > 0 and (weights is None or any(weights))
+    totals = dict.fromkeys(texts, 0.0)
+    for text, weight in zip(texts, weights or (1.0,) * len(texts), strict=True):
+        totals[text] += weight
+    return any(totals.values())
 
 
 def check_prompt_len(
@@ -165,13 +197,55 @@ def check_prompt_len(
 
 
 def prepare(vllm_config: VllmConfig) -> None:
-    """At the start: read the reward model's tokenizer, or all requests would wait with the first that needs it."""
+    """At the start: read the tokenizers, or all requests would wait with the first that needs them."""
     for engine in engines.own(vllm_config).values():
         if engine.tokenizer is not None:
             try:
                 _template_of(engine, vllm_config)
             except Exception as error:  # each request with a preference will say so
                 logger.warning("The frontend cannot read the reward model's tokenizer: %r", error)
+        if engine.chat == "strict":
+            _misreads(engine, vllm_config)
+
+
+def _misreads(announcement: Announcement, vllm_config: VllmConfig) -> Misreads:
+    """What tells prompts that an engine would not understand. Which model it serves, the frontend knows by itself."""
+    model = vllm_config.model_config
+    base = {"pretrained_model_name_or_path": model.tokenizer, "revision": model.tokenizer_revision}
+    return _misreads_of(
+        "" if announcement.tokenizer is None else _arguments(announcement.tokenizer, vllm_config),
+        "" if model.skip_tokenizer_init else _arguments(base, vllm_config),
+        announcement.base_tokenizer is not None,
+        announcement.prompt_template,
+        announcement.insert_after,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _misreads_of(reward: str, base: str, is_pair: bool, prompt_template: str, insert_after: str | None) -> Misreads:
+    """As the engine has it: by the base's chat template, where it has one. ``reward``, ``base``: of :func:`_tokenizer`;
+    "" where there is none."""
+    if not reward:
+        return _misreads_none
+    try:
+        tokenizer = _tokenizer(reward)
+        theirs = _tokenizer(base) if base else tokenizer
+        has_template = bool(getattr(theirs, "chat_template", None))
+        if not is_pair:
+            chat_tokenizer = theirs if has_template else tokenizer
+            return PromptTemplate(tokenizer, prompt_template, insert_after, chat_tokenizer).is_misread
+        if not has_template or not getattr(tokenizer, "chat_template", None):
+            return _misreads_none
+        chat = chat_format(theirs)
+        return _misreads_none if chat is None else chat.opens_no_message
+    except Exception as error:  # of a tokenizer or a template
+        logger.warning("The frontend cannot tell which prompts pad.chat='strict' refuses; the engine does: %r", error)
+        return _misreads_none
+
+
+def _misreads_none(prompt_ids: Sequence[int]) -> bool:
+    """Where it cannot be told."""
+    return False
 
 
 def _template_of(announcement: Announcement, vllm_config: VllmConfig | None) -> PromptTemplate:

@@ -23,6 +23,8 @@ SEPARATOR = "\n\n"
 """Between the content of a system message and the preference."""
 MAX_KINDS = 64
 """Of prompts that are not understood, of each of which a log tells once."""
+HEAD = 512
+"""Token ids of a prompt that are read where others wait: what opens messages is shorter."""
 
 
 class Seam(NamedTuple):
@@ -108,6 +110,22 @@ class ChatFormat:
                 raise MisreadPromptError(self.structure.kind(text))
             return None
         return cut(pieces, first.start, self.marked, strip_left=self.structure.strips_left.get(first.role, False))
+
+    def opens_no_message(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt begins as a chat, and with nothing that opens a message, by its first :data:`HEAD` ids."""
+        text = self.marked.read(prompt_ids[:HEAD])
+        return self.structure.looks_like_chat(text) and not self.structure.grammar.opens(text)
+
+    def is_misread(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether :meth:`find` would raise MisreadPromptError; of a prompt of more than :data:`HEAD` ids, whether its
+        first say so."""
+        if len(prompt_ids) > HEAD:
+            return self.opens_no_message(prompt_ids)
+        try:
+            self.find(prompt_ids)
+        except MisreadPromptError:
+            return True
+        return False
 
     def _end_of_system(self, pieces: list[str], text: str, message: Message) -> Place:
         strips = self.structure.strips_system

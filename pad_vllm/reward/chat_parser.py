@@ -68,7 +68,7 @@ class Grammar:
         self._ends = {role: self._end_of(role) for role in {*every.values(), *self.closers, *self.direct}}
         closers = {first_marker(self.closers.get(role, "")) for role in ("system", "user")} - {""}
         behind = f"\\s*(?={ATOMS}|\\Z)"
-        self._closing = re.compile(f"\\s*[{''.join(closers)}]{behind}" if closers else r"(?!)")
+        self._closing = re.compile(f"[{''.join(closers)}]{behind}" if closers else r"(?!)")
         self._roles = every
 
     def _end_of(self, role: str) -> re.Pattern[str]:
@@ -93,13 +93,11 @@ class Grammar:
 
     def messages(self, text: str) -> Iterator[Message]:
         """The messages of a prompt; none where it does not begin as the template's prompts do."""
-        starts = (0, 1) if self.bos and text.startswith(self.bos) else (0,)
-        matches = [match for start in starts if (match := self._anywhere.match(text, start))]
-        match = max(matches, key=lambda match: match.end(), default=None)
+        match = self._opener(text)
         if match is not None:
             role, begin = self._roles[match[0]], match.end()
-        elif self.openers.get("") == "system" or self.head_openers.get("") == "system":
-            role, begin = "system", starts[-1]
+        elif self._needs_no_opener:
+            role, begin = "system", int(self._has_bos(text))
             if self._ends[role].search(text, begin) is None:
                 return  # nothing says that this is a system message
         else:
@@ -118,12 +116,32 @@ class Grammar:
                 return
             role, begin = following
 
+    def opens(self, text: str) -> bool:
+        """Whether a prompt begins with what opens a message, or its first message may do without."""
+        return self._needs_no_opener or self._opener(text) is not None
+
+    @property
+    def _needs_no_opener(self) -> bool:
+        return self.openers.get("") == "system" or self.head_openers.get("") == "system"
+
+    def _has_bos(self, text: str) -> bool:
+        return bool(self.bos) and text.startswith(self.bos)
+
+    def _opener(self, text: str) -> re.Match[str] | None:
+        starts = (0, 1) if self._has_bos(text) else (0,)
+        matches = [match for start in starts if (match := self._anywhere.match(text, start))]
+        return max(matches, key=lambda match: match.end(), default=None)
+
     def _end(self, role: str, text: str, start: int) -> tuple[int | None, int, str | None]:
         """Where a content ends, where what closes it ends, and the next message's role where that is known by it."""
         if role in (WRITTEN, INSERTED):
-            match, following = self._closing.search(text, start), self._anywhere.search(text, start)
-            if match is not None and (following is None or match.start() < following.start()):
-                return match.start(), match.end(), None
+            # Each looks no further than it must: thousands of such messages may stand in a prompt.
+            following = self._anywhere.search(text, start)
+            match = self._closing.search(text, start, following.end() if following else len(text))
+            if match is not None:
+                end = start + len(text[start : match.start()].rstrip())  # a pattern would try every beginning of a run
+                if following is None or end < following.start():
+                    return end, match.end(), None
             if following is None:
                 return None, len(text), None
             end = following.start()

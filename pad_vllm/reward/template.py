@@ -164,15 +164,32 @@ class PromptTemplate:
             except Exception as error:  # of a tokenizer, at an id that it does not know: nothing may raise here
                 is_misread = True
                 self._warn("", f"A prompt cannot be read as a chat ({error!r})")
-        for start in (0, int(has_bos)):
-            if head and list(prompt_ids[start : start + len(head)]) == head:
-                return Place(start + len(head), start + len(head))
+        if (at := self._behind_head(prompt_ids)) is not None:
+            return Place(at, at)
         if head:
             what = f"A prompt does not begin with insert_after={self.tokenizer.decode(head)!r} (ids {head})"
             self._warn(str(prompt_ids[: len(head)]), what)
         # A BOS that begins every message would be torn from the role behind it.
         at = int(has_bos and (self.chat is None or self.chat.bos_once))
         return Place(at, at, is_misread=is_misread)
+
+    def _behind_head(self, prompt_ids: Sequence[int]) -> int | None:
+        """Where ``insert_after`` ends, which opens the prompt or stands behind its BOS."""
+        head = self.insert_after
+        for start in (0, int(bool(prompt_ids) and prompt_ids[0] == self.tokenizer.bos_token_id)):
+            if head and list(prompt_ids[start : start + len(head)]) == head:
+                return start + len(head)
+        return None
+
+    def is_misread(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether :meth:`compose_shared` would not understand a prompt; in a bounded time, in which the first ids of a
+        long one must say so."""
+        if self.chat is None:
+            return bool(self.insert_after) and self._behind_head(prompt_ids) is None
+        try:
+            return self.chat.is_misread(prompt_ids)
+        except Exception:  # of a tokenizer, at an id that it does not know
+            return True
 
     def _warn(self, kind: str, what: str) -> None:
         """Tell of a prompt of a kind that was not told of yet."""

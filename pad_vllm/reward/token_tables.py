@@ -30,7 +30,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from pad_vllm.cache import cached
-from pad_vllm.reward.byte_tokens import ByteTokens
+from pad_vllm.reward.byte_tokens import ByteTokens, Written
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -128,9 +128,7 @@ def make_tables(
         ValueError: the reward model's tokenizer cannot write what the base writes, or one of the two does not write its
             own tokens byte for byte.
     """
-    base.check()
-    reward.check()
-    pair = Tokenizers(base, base_ends, reward, reward_ends, answers or {})
+    pair = Tokenizers(base, base_ends, reward, reward_ends, answers or {}, base.check(), reward.check())
     contents = {i: content for i, content in enumerate(base.bytes) if content and i not in pair.no_text}
     tables, lost = _make(pair, contents, lambda content: content)
     if len(lost) > MAX_LOST * len(contents):
@@ -167,6 +165,9 @@ class Tokenizers(NamedTuple):
     reward: ByteTokens
     reward_ends: list[int]
     answers: Mapping[int, int | str]
+    base_written: Written
+    reward_written: Written
+    """Of their own tokens"""
 
     @property
     def no_text(self) -> set[int]:
@@ -185,7 +186,7 @@ def _make(
     """
     base, reward, end = pair.base, pair.reward, pair.reward_ends[0]
     tokens = np.array(list(contents), np.int64)
-    starts, ids = _with_same_markers(pair, tokens, *reward.encode(list(contents.values())))
+    starts, ids = _with_same_markers(pair, tokens, *pair.reward_written.encode(reward, list(contents.values())))
     lengths = np.diff(starts)
     # A marker of another kind, special there and not here, has no bytes and is the same all the same.
     known = np.isin(ids[starts[:-1].clip(max=len(ids) - 1)], list(reward.marker_ids))
@@ -244,7 +245,7 @@ def _members(pair: Tokenizers, group: np.ndarray, back: Callable[[bytes], bytes]
     """members and member_starts of :class:`TokenTables`."""
     reward, reward_ends = pair.reward, pair.reward_ends
     tokens = np.array([u for u, content in enumerate(reward.bytes) if content and u not in reward_ends], np.int64)
-    starts, ids = pair.base.encode([back(reward.bytes[u]) for u in tokens])
+    starts, ids = pair.base_written.encode(pair.base, [back(reward.bytes[u]) for u in tokens])
     home = np.full(reward.size, NO_KEY, np.int64)
     written = np.diff(starts) > 0
     home[tokens[written]] = group[ids[starts[:-1][written]]]

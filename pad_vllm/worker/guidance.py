@@ -126,6 +126,8 @@ class Guidance:
             default_persona=self.config.default_persona,
             instance_id=self.instance_id,
             labels=self.labels,
+            chat=self.config.chat,
+            insert_after=self.config.insert_after,
         )
 
     def new_request(

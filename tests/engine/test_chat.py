@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
+from pad_vllm.frontend import admission
 from pad_vllm.reward.template import PromptTemplate
 from tests.support.chats import tokenizer_of
 from tests.support.engine import Engine, engine_stats, greedy, pad_config, running_guidance
@@ -48,13 +50,24 @@ def plain_and_failed(llm) -> tuple[float, float]:
     return stats.plain_prompts, stats.failed_requests
 
 
+def refuse_no_prompt(llm) -> None:
+    """As a frontend that has not read its model's tokenizer."""
+    admission.check_prompt = lambda *args: None
+
+
 def test_a_prompt_that_is_none_of_the_template_is_refused_where_that_is_asked_for(chat_model):
-    """It is ended at once, alone, and counted; a plain text is no such prompt."""
+    """Before it gets to the engine. What the frontend lets through is ended at once, alone, and counted; a plain text
+    is no such prompt."""
     tokenizer = tokenizer_of("chatml")
     heads = ("<|im_start|>critic\n", "<|im_start|>user\n", "say why ")
     prompts = [tokenizer.encode(f"{head}say why", add_special_tokens=False) for head in heads]
     engine = Engine("v1", chat_model, max_model_len=128, max_num_seqs=4, **pad_config(chat_model, chat="strict"))
     try:
+        with pytest.raises(VLLMValidationError, match=r"the prompt: pad\.chat='strict'"):
+            engine.generate(prompts, [greedy(8, preference="formal")] * 3)
+        assert all(len(answer) == 8 for answer in engine.generate(prompts, greedy(8)))
+        assert engine.call(plain_and_failed) == (0, 0)
+        engine.call(refuse_no_prompt)
         refused, *answered = engine.generate(prompts, [greedy(8, preference="formal")] * 3)
         assert refused == [tokenizer.eos_token_id] * 8
         assert all(len(answer) == 8 for answer in answered)

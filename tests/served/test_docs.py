@@ -27,6 +27,8 @@ BIN = Path(sys.executable).parent
 PIP = 'pip() { [ -e installed ] || python -m pip --quiet "$@" --no-build-isolation --target installed; }\n'
 """pip installs into a folder here, and not over the environment that the tests run in; what every document asks for,
 once."""
+PORT = 8000
+"""Of ``vllm serve``, where nothing else is said."""
 MAX_TOKENS = 16
 """The tests' models never end an answer."""
 RUN_ELSEWHERE = ["make demo", "make quick", "make test"]
@@ -104,6 +106,24 @@ def environment(multiprocess: bool = True) -> dict[str, str]:
     return os.environ | OFFLINE | {"PATH": path} | settings
 
 
+def readers_environment() -> dict[str, str]:
+    """What somebody has who has read the README, and set nothing but what it says of a CPU."""
+    assert "export VLLM_CPU_KVCACHE_SPACE=" in (ROOT / "README.md").read_text()
+    ours = ("VLLM", "PAD_VLLM", "OMP", "TRITON")
+    theirs = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return theirs | OFFLINE | {"PATH": f"{BIN}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def run_as_it_stands(folder: Path, body: str) -> str:
+    """Python of the README, saved to a file and run, with nothing imported or set beforehand; what it printed."""
+    (folder / "readme.py").write_text(body)
+    command = [sys.executable, "readme.py"]
+    done = subprocess.run(command, cwd=folder, env=readers_environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout.strip()
+    return done.stdout
+
+
 def run(folder: Path, language: str, body: str) -> str:
     """Run a block to its end; what it printed. Python and our own commands run in a process that has vLLM already."""
     if language == "python":
@@ -147,10 +167,11 @@ def test_every_command_runs(folder, document):
                     server.close()
                 server = TypedServer(folder, body) if document == "README.md" else forked_server(folder, body)
             else:
-                if server is not None:
-                    body = body.replace("localhost:8000", f"localhost:{server.port}")
+                if server is not None and server.port != PORT:
+                    body = body.replace(f"localhost:{PORT}", f"localhost:{server.port}")
                     body = body.replace("examples/client.py", f"examples/client.py http://localhost:{server.port}/v1")
-                out = run(folder, language, body)
+                as_it_stands = document == "README.md" and language == "python"
+                out = run_as_it_stands(folder, body) if as_it_stands else run(folder, language, body)
                 if "examples/client.py" in body:
                     assert "a typing error: pad_persona='tense': no such persona; did you mean 'terse'?" in out
     finally:
@@ -159,19 +180,23 @@ def test_every_command_runs(folder, document):
 
 
 class TypedServer:
-    """``vllm serve`` as it is typed into a shell."""
+    """``vllm serve`` as it is typed into a shell; on another port only where its own is taken."""
 
     def __init__(self, folder: Path, body: str) -> None:
+        line, self.port = body.rstrip(), PORT
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        line = f"{body.rstrip()} --override-generation-config.max_new_tokens {MAX_TOKENS} --port {self.port}"
+            try:
+                free.bind(("", PORT))
+            except OSError:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
+                line = f"{line} --port {self.port}"
+        where = {"cwd": folder, "env": readers_environment()}
         with (folder / "log").open("w") as log:
-            self._process = subprocess.Popen(
-                ["bash", "-c", f"exec {line}"], cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
-            )
+            command = ["bash", "-c", f"exec {line}"]
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **where)
         try:
-            wait_until_healthy(lambda: self._process.poll() is None, self.port, folder / "log", timeout=180)
+            wait_until_healthy(lambda: self._process.poll() is None, self.port, folder / "log", timeout=400)
         except BaseException:
             self.close()
             raise

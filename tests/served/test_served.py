@@ -55,6 +55,7 @@ def server(models, tmp_path_factory, runner):
     root = tmp_path_factory.mktemp("served")
     (root / "personas.yaml").write_text(PERSONAS)
     pad = {"reward_model": str(models.named), "personas": "personas.yaml", "max_top_k": MAX_TOP_K}
+    pad["chat"] = "strict"
     (root / "pad.json").write_text(json.dumps(pad))
     server = Server(
         models.base,
@@ -270,6 +271,25 @@ def test_a_bad_argument_of_a_stream_is_400_before_the_stream(server, path):
     status, answer = server.post(path, {key: body[key] for key in [KEYS[path]]} | asked)
     assert status == 400
     assert "did you mean 'terse'?" in answer["error"]["message"]
+
+
+def test_a_prompt_that_is_none_of_the_chat_template_is_400(models, encode, expect, server, client):
+    """On every way to say it, before a stream and before the engine; what asks for no guidance is answered."""
+    failed = metrics(server)["pad_failed_requests_total"]
+    ids = models.tokenizer.encode("</s>say why")
+    refused = {"vllm_xargs": {"pad_persona": "terse"}, "max_tokens": 4}
+    for prompt in ("</s>say why", ids, [ids]):
+        for stream in (False, True):
+            status, answer = server.post("/v1/completions", refused | {"prompt": prompt, "stream": stream})
+            assert (status, answer["error"]["message"].split(",")[0]) == (400, "the prompt: pad.chat='strict'")
+        assert server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4})[0] == 200
+    generate = {"token_ids": ids, "sampling_params": {"max_tokens": 2, "extra_args": {"pad_beta": 1}}}
+    assert server.post("/inference/v1/generate", generate)[0] == 200  # no preference, for which a place was to be found
+    generate["sampling_params"]["extra_args"] = {"pad_preference": "formal"}
+    status, answer = server.post("/inference/v1/generate", generate)
+    assert (status, "chat='strict'" in json.dumps(answer)) == (400, True)
+    good_request(client, encode, expect)
+    assert metrics(server)["pad_failed_requests_total"] == failed
 
 
 KEYS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +19,12 @@ import vllm
 
 from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
-from pad_vllm.frontend import collector, engines
+from pad_vllm.frontend import admission, collector, engines
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.stats import NAMES
+from tests.support.chats import tokenizer_of
 from tests.support.malformed import GOOD, malformed
+from tests.support.tokenizers import like_gemma
 
 pytestmark = pytest.mark.every_release
 
@@ -197,6 +201,7 @@ def engine_config(instance_id: str, address: str = "127.0.0.1", data_parallel_si
     """What the frontend reads of its VllmConfig."""
     parallel = {"data_parallel_master_ip": address, "data_parallel_rpc_port": 1, "local_engines_only": False}
     model = {"trust_remote_code": False, "model": "b", "revision": None, "tokenizer": "b", "tokenizer_revision": None}
+    model |= {"skip_tokenizer_init": False} | more.pop("model", {})
     return SimpleNamespace(
         instance_id=instance_id,
         parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size, **parallel),
@@ -260,6 +265,80 @@ def test_engines_on_other_machines_are_known_by_where_the_server_meets(serves):
     with pytest.raises(ValueError, match="no engine has announced"):
         validate(pad_persona="bob")
     del owners
+
+
+def save(tokenizer, folder) -> str:
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["the same", "another", "insert_after"])
+def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, serves, tmp_path, monkeypatch):
+    """By the served model's chat template, which the frontend's own configuration names; also of long prompts."""
+    base = tokenizer_of("chatml")
+    served = save(base, tmp_path / "base")
+    untold = copy.deepcopy(base)
+    untold.chat_template = None
+    reward = save(like_gemma() if kind == "another" else untold, tmp_path / "reward")
+    both = {"tokenizer": {"pretrained_model_name_or_path": reward}, "base_tokenizer": {"anything": "else"}}
+    announcement = Announcement(
+        True,
+        **(both if kind == "another" else {"tokenizer": both["tokenizer"]}),
+        personas=("house", "mute"),
+        num_preferences=(1, 0),
+        head_names=("a",),
+        max_preference_tokens=100,
+        prompt_template="{preference} {prompt}",
+        chat="strict",
+        insert_after="<|im_start|>system\n" if kind == "insert_after" else None,
+    )
+    config = engine_config("strict", model={"tokenizer": served})
+    owners = [announce(announcement, config)]
+    serves(config)
+
+    def ask(text: str, **arguments) -> None:
+        prompt = {"prompt_token_ids": base.encode(text, add_special_tokens=False)}
+        validate(**arguments)
+        assert prompt
+
+    def refused(text: str, **arguments) -> None:
+        with pytest.raises(ValueError, match=r"the prompt: pad\.chat='strict', and it begins as a chat"):
+            ask(text, **arguments)
+
+    refuse_plain = refused if kind == "insert_after" else ask
+    critic, chat = "<|im_start|>critic\nsay", "<|im_start|>system\nsay<|im_end|>\n<|im_start|>user\nsay<|im_end|>\n"
+    for tail in ("", " why" * 3000):
+        refused(critic + tail, pad_preference="formal")
+        refused(critic + tail, pad_persona="house")
+        refused(critic + tail, pad_preference=["formal", "brief"], pad_preference_weights=[0, 1])
+        ask(chat + tail, pad_preference="formal")
+        refuse_plain("say" + tail, pad_preference="formal")
+    ask(critic)
+    # A preference that is not read has no place in the prompt. What is translated must be understood all the same.
+    unread = refused if kind == "another" else ask
+    unread(critic, pad_persona="mute", pad_weights=[1])
+    unread(critic, pad_preference=["a", "b"], pad_preference_weights=[0, 0])
+    unread(critic, pad_persona="house", pad_preference_weights=[0])
+    owners = [announce(replace(announcement, default_persona="house"), config)]
+    refused(critic)
+    ask(chat)
+    owners = [announce(replace(announcement, chat="auto"), config)]
+    ask(critic, pad_preference="formal")
+    monkeypatch.setattr(admission, "chat_format", pytest.fail)  # what was read at the start is kept
+    owners = [announce(announcement, config)]
+    refused(critic, pad_preference="formal")
+    del owners
+
+
+def test_where_the_frontend_cannot_tell_the_engine_does(serves, tmp_path):
+    reward = {"pretrained_model_name_or_path": save(tokenizer_of("chatml"), tmp_path / "reward")}
+    config, template = engine_config("strict", model={"tokenizer": str(tmp_path / "nowhere")}), "{preference} {prompt}"
+    owner = announce(Announcement(True, (), (), 1, 100, reward, template, chat="strict"), config)
+    serves(config)
+    prompt = {"prompt_token_ids": tokenizer_of("chatml").encode("<|im_end|>say")}
+    validate(pad_preference="formal")
+    assert prompt
+    del owner
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pad_vllm.reward.chat import chat_format
+from pad_vllm.reward.chat_parser import INSERTED
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, SEAM_TOKENS, PromptTemplate
 from tests.support.chats import FAMILIES, make_chat_tokenizer, tokenizer_of
 
@@ -192,3 +195,14 @@ def test_the_base_models_template_is_the_one_that_counts():
     assert template.example("x") == (
         "<|im_start|>user\nHeed x.\n\nHow do I keep tomatoes fresh?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(("family", "spaces"), [("kimi", True), ("kimi", False), ("gpt-oss", False)])
+def test_a_prompt_is_read_in_a_time_that_grows_with_its_length(family, spaces):
+    """Whatever it is made of: everybody waits for it."""
+    grammar = chat_format(tokenizer_of(family)).structure.grammar
+    opener = next(opener for opener, role in grammar.openers.items() if role == INSERTED)
+    text = opener + (" " if spaces else opener) * 20_000 + "x"
+    start = time.thread_time()
+    assert list(grammar.messages(text))
+    assert time.thread_time() - start < 1

@@ -9,7 +9,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -49,6 +49,7 @@ def test_bytes_of_a_texts_tokens_are_the_texts(kind, tokens):
         assert by_bytes.decode(by_bytes.encode_one(broken)) == broken
         if "▁" not in text:
             ids = by_bytes.tokenizer.encode("\n" + text, add_special_tokens=False)
+            assume(not by_bytes.special_ids & set(ids))  # it spells one
             assert by_bytes.decode(ids).removeprefix(b" ") == b"\n" + content
 
     same()
