@@ -56,12 +56,12 @@ class Mode(NamedTuple):
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("v1", "same", False, 0.4, 400, 20),
-        Mode("v1", "another", False, 0.4, 400, 20),
-        Mode("v2", "same", False, 0.05, 125, 7),
-        Mode("v2", "another", False, 0.05, 125, 7),
-        Mode("v2", "same", True, 0.05, 125, 7),
-        Mode("v2", "another", True, 0.05, 125, 7),
+        Mode("v1", "same", False, 0.4, 400, 16),
+        Mode("v1", "another", False, 0.4, 400, 16),
+        Mode("v2", "same", False, 0.05, 125, 6),
+        Mode("v2", "another", False, 0.05, 125, 6),
+        Mode("v2", "same", True, 0.05, 125, 6),
+        Mode("v2", "another", True, 0.05, 125, 6),
     )
 }
 """vLLM's V1 runner has no drafts beside a logits processor. On V2 a step is the interpreter's, and slow: the rule is
@@ -90,7 +90,7 @@ def make_setting(mode: Mode, root: Path, rng: random.Random) -> tuple[Any, dict[
     engine = {
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": num_seqs,
-        "max_num_batched_tokens": rng.choice([48, 96, 256]),
+        "max_num_batched_tokens": rng.choice([64, 128, 256]),
         "block_size": 32,
         "num_gpu_blocks_override": rng.choice([10, 16, 28]),
     }
@@ -100,22 +100,18 @@ def make_setting(mode: Mode, root: Path, rng: random.Random) -> tuple[Any, dict[
     pad = {
         "personas": make_personas(world, rng),
         "reference": rng.choice(["base", "neutral", "none"]),
-        "kv_cache_memory_bytes": int(ONE_CONTEXT * world.positions / 1024 * rng.choice([1.25, 1.5, 3.0])),
-        "max_num_batched_tokens": rng.choice([32, 64, 256]),
+        "kv_cache_memory_bytes": int(ONE_CONTEXT * world.positions / 1024 * rng.choice([1.25, 2.0, 4.0, 8.0])),
+        "max_num_batched_tokens": rng.choice([64, 256]),
     }
     return world, engine, pad
 
 
-class Answer(NamedTuple):
-    tokens: list[int]
-    finished: bool
-    refusal: str = ""
-
-
-def live(llm: Any, requests: list[Any]) -> list[Answer]:
+def live(llm: Any, requests: list[Any]) -> list[Any]:
     """Run the engine by hand, step by step, while requests arrive and leave."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
+
+    from tests.support.lives import Answer
 
     engine, answers = llm.llm_engine, [Answer([], False)] * len(requests)
     step, next_, due, running = 0, 0, 0, set()
@@ -213,7 +209,7 @@ def run(name: str, number: int, root: Path) -> dict[str, Any]:
     left, stats = left_in(llm, mode, settings["max_num_seqs"])
     counts = Counter(
         requests=number,
-        guided=sum(bool(set(request.pad) - {"cache_salt"}) for request in requests),
+        guided=sum(request.is_guided for request in requests),
         preemptions=int(metric(llm, "vllm:num_preemptions")),
         evicted=stats["evicted"],
         prefix_hits=stats["prefix_hits"],

@@ -202,10 +202,21 @@ class Request:
     abort_after: int | None
     """Tokens that this user waits for"""
 
+    @property
+    def is_guided(self) -> bool:
+        return bool(set(self.pad) - {"cache_salt"})
+
     def sampling(self) -> dict[str, Any]:
         return {"temperature": 0.0, "max_tokens": self.max_tokens, **self.controls} | (
             guided(**self.pad) if self.pad else {}
         )
+
+
+class Answer(NamedTuple):
+    tokens: list[int]
+    finished: bool
+    """Else aborted, or refused"""
+    refusal: str = ""
 
 
 def make_personas(world: World, rng: random.Random) -> dict[str, dict[str, Any]]:
@@ -256,7 +267,7 @@ def _ask(rng: random.Random, personas: Sequence[str], texts: list[str]) -> dict[
         case "preference":
             asked["preference"] = rng.choice(texts)
         case "several":
-            number = rng.choice([2, 2, 3, 5, 8])
+            number = rng.choice([2, 2, 2, 2, 3, 3, 5, 8])
             asked["preference"] = rng.choices(texts, k=number)
             if rng.random() < 0.6:
                 asked["preference_weights"] = rng.choice([_weights(rng, number), [1.0, *[-0.5] * (number - 1)]])
