@@ -84,7 +84,7 @@ async def _serve(
             num_gpu_blocks_override=40,
             speculative_config=drafts if num_drafts else None,
             logits_processors=["pad_vllm:PADLogitsProcessor"],
-            **pad_config(reward, personas=personas, kv_cache_memory_bytes=ONE_CONTEXT * 9 // 8),
+            **pad_config(reward, personas=personas, kv_cache_memory_bytes=ONE_CONTEXT * 2),
         )
     )
     answers = [Answer([], False)] * len(requests)

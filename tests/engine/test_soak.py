@@ -4,6 +4,6 @@ from tests.soak import check, soak
 
 
 def test_soak(tmp_path):
-    result = soak(tmp_path, number=150)
+    result = soak(tmp_path, number=60)
     assert result.aborted > result.requests / 40
     check(result, settled=False)

@@ -154,7 +154,7 @@ PAIRS: tuple[dict[str, Any], ...] = (
     {"base": Kind("like Gemma's", 907), "reward": Kind("like Qwen's", 606), "chats": True},
     {"base": Kind("metaspace", 700), "reward": Kind("byte-level", 900)},
     {"base": Kind("byte-level", 900), "reward": Kind("byte-level", 600)},
-    {"base": Kind("byte-level", 600), "reward": Kind("unigram", 800)},
+    {"base": Kind("byte-level", 600), "reward": Kind("metaspace", 800)},
 )
 
 
