@@ -18,6 +18,24 @@ def use_v2() -> None:
 
     # vLLM asks Triton for an active back end; the interpreter needs none.
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
+    _patch_once()
+
+
+def _patch_once() -> None:
+    """Let the interpreter give ``triton.language`` its own functions once: it would look for what is to be replaced at
+    every call of a function within a kernel, which takes longer than the call, and put it back after every launch."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, {}
+
+    def patch_once(function):
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules not in patched:
+            patched[modules] = patch(function)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
 
 
 def complete() -> None:
