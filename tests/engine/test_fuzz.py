@@ -11,7 +11,6 @@ from tests import oracle
 from tests.fuzz import Record, parts, run_part
 from tests.support.lives import PAIRS, AnotherTokenizer, Judge, SameTokenizer, make_personas, make_requests
 
-
 LIVES = [("v1 another 0", 60, ("evicted", "aborted")), ("v2 same drafts 1", 20, ("evicted", "accepted_drafts"))]
 
 
