@@ -6,6 +6,8 @@
 #     target too
 # make vllm-newest    on the day of a release: the newest one in the registry, what moved in it, and which tests fail
 # make soak    5,000 random requests through the asynchronous engine; the record goes to benchmarks/results
+# make fuzz    20,000 random requests on both runners, each answer held against the oracle token for token, and nothing
+#     may be left behind; the record goes to benchmarks/results. Goes on where it was stopped
 # make alignment    what guidance does, beside the other ways to personalize: the language table (SmolLM2), then the
 #     alignment table (synthetic models, from nothing); to benchmarks/results. Goes on where it was stopped
 # make bench    what guidance costs, side by side with the other ways; section by section to benchmarks/results, and
@@ -32,7 +34,7 @@ endif
 INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve-demo quick test soak alignment bench families lint format requirements vllm-newest clean
+.PHONY: demo serve-demo quick test soak fuzz alignment bench families lint format requirements vllm-newest clean
 
 demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
@@ -58,6 +60,10 @@ test-%: .vllm/%/installed
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak --requests 5000 --output benchmarks/results/soak.json
+
+# A part is a process of its own, with a time limit of its own; what is done already is not done again.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --requests 20000 --output benchmarks/results/fuzz.json
 
 alignment: $(INSTALLED)
 	$(BIN)/python -m benchmarks.language

@@ -119,9 +119,9 @@ def penalized(
 ) -> torch.Tensor:
     """The penalties of the OpenAI API and of CTRL, one token at a time."""
     y = y.clone()
-    for token in set(prompt) | set(output):
+    for token in set(prompt) | set(output) if repetition != 1.0 else ():
         y[token] = y[token] / repetition if y[token] > 0 else y[token] * repetition
-    for token in set(output):
+    for token in set(output) if frequency or presence else ():
         y[token] -= frequency * output.count(token) + presence
     return y
 

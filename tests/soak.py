@@ -2,9 +2,9 @@
 
     python -m tests.soak --requests 2000 --output benchmarks/results/soak.json
 
-Lengths, personas, preferences, strengths, arrivals and aborts are random; the base's and the reward model's KV caches
-are too small for the batch, so requests are preempted and contexts evicted. Afterwards every block must be free
-(cached or not), memory must have stopped growing, and a random sample of the outputs must be the oracle's.
+The requests are those of tests/fuzz.py, and arrive by the clock; the base's and the reward model's KV caches are too
+small for the batch, so requests are preempted and contexts evicted. Afterwards every block must be free (cached or
+not), memory must have stopped growing, and the outputs must be the oracle's.
 """
 
 from __future__ import annotations
@@ -21,29 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine import ONE_CONTEXT, Worker, fork_processes, guided, pad_config, set_environment
+from tests.support.engine import ONE_CONTEXT, Worker, fork_processes, pad_config, set_environment
+from tests.support.lives import Answer, Judge, Request, SameTokenizer, make_personas, make_requests
 
 MAX_MODEL_LEN, MAX_NUM_SEQS = 256, 16
-PERSONAS = {
-    "terse": {"preference": "concise, formal", "beta": 1.5},
-    "mixed": {"weights": [0.7, -0.2, 0.5], "top_k": 20},
-    "long": {"preference": "Please be playful, and give an example. " * 12, "beta": 0.5},
-}
-MIX = [0.7, -0.2, 0.5]
-
-
-@dataclass
-class Request:
-    """One user's."""
-
-    prompt: list[int]
-    max_tokens: int
-    pad: dict[str, Any]
-    """Request arguments, without their prefix; none: unguided"""
-    arrives: float
-    """Seconds after the one before"""
-    abort_after: int | None
-    """Tokens that this user waits for"""
+STEP = 0.002
+"""Seconds, where requests are said to arrive by steps."""
 
 
 @dataclass
@@ -59,30 +42,10 @@ class Result:
     """Of the engine's process, at every tenth of the requests"""
     stats: dict[str, int]
     """The reward engine's, at the end"""
-    sampled: int
+    tokens: int
+    """That were compared with the oracle's"""
+    near_ties: int
     wrong: list[dict]
-    """Of the sample, what is not the oracle's"""
-
-
-def make_requests(number: int, vocabulary: range, rng: random.Random) -> list[Request]:
-    prompts = [[0, *rng.choices(vocabulary, k=rng.choice([2, 8, 30, 90, 190]))] for _ in range(60)]
-    asked = [
-        *[{"persona": name} for name in PERSONAS],
-        *[{"preference": f"say {word} " * 40, "beta": beta} for word in ("why", "when", "how") for beta in (0.5, 1.0)],
-        {"preference": "formal", "weights": MIX, "top_k": 5},
-        {"beta": 0.7},
-        {"persona": "terse", "beta": 0.2},
-    ]
-    return [
-        Request(
-            prompt=rng.choice(prompts),
-            max_tokens=rng.choice([1, 5, 16, 48]),
-            pad=rng.choice(asked) if rng.random() < 0.7 else {},
-            arrives=rng.expovariate(300),
-            abort_after=rng.randrange(1, 12) if rng.random() < 0.15 else None,
-        )
-        for _ in range(number)
-    ]
 
 
 def _resident_mib(worker) -> float:
@@ -100,8 +63,8 @@ def _stats(worker) -> dict[str, int]:
 
 
 async def _serve(
-    base: str, reward: str, requests: list[Request], num_drafts: int
-) -> tuple[list[list[int] | None], dict[str, Any]]:
+    base: str, reward: str, personas: dict[str, Any], requests: list[Request], num_drafts: int
+) -> tuple[list[Answer], dict[str, Any]]:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -121,27 +84,20 @@ async def _serve(
             num_gpu_blocks_override=40,
             speculative_config=drafts if num_drafts else None,
             logits_processors=["pad_vllm:PADLogitsProcessor"],
-            **pad_config(reward, personas=PERSONAS, kv_cache_memory_bytes=ONE_CONTEXT * 9 // 8),
+            **pad_config(reward, personas=personas, kv_cache_memory_bytes=ONE_CONTEXT * 2),
         )
     )
-    outputs: list[list[int] | None] = [None] * len(requests)
+    answers = [Answer([], False)] * len(requests)
     resident, done, finished = [], 0, asyncio.Event()
 
     async def ask(i: int, request: Request) -> None:
         nonlocal done
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=request.max_tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.CUMULATIVE,
-            **(guided(**request.pad) if request.pad else {}),
-        )
-        stream = engine.generate({"prompt_token_ids": request.prompt}, params, request_id=str(i))
+        params = SamplingParams(output_kind=RequestOutputKind.CUMULATIVE, **request.sampling())
+        stream = engine.generate({"prompt_token_ids": request.prompt.ids}, params, request_id=str(i))
         async for output in stream:
-            tokens = list(output.outputs[0].token_ids)
-            if output.finished:
-                outputs[i] = tokens
-            elif request.abort_after is not None and len(tokens) >= request.abort_after:
+            answers[i] = Answer(list(output.outputs[0].token_ids), output.finished)
+            most = MAX_MODEL_LEN if request.abort_after is None else request.abort_after
+            if not output.finished and len(answers[i].tokens) >= most:
                 await stream.aclose()  # the client hangs up
                 break
         done += 1
@@ -153,7 +109,7 @@ async def _serve(
     began = time.time()
     tasks = set()
     for i, request in enumerate(requests):
-        await asyncio.sleep(request.arrives)
+        await asyncio.sleep(request.arrives * STEP)
         tasks.add(asyncio.create_task(ask(i, request)))
         if len(tasks) > 64:  # users beyond these wait outside
             _, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -168,65 +124,56 @@ async def _serve(
 
     preemptions = sum(metric.value for metric in get_metrics_snapshot() if metric.name == "vllm:num_preemptions")
     engine.shutdown()
-    return outputs, {"resident_mib": resident, "stats": stats, "seconds": seconds, "preemptions": preemptions}
+    return answers, {"resident_mib": resident, "stats": stats, "seconds": seconds, "preemptions": preemptions}
 
 
-def serve(base: str, reward: str, requests: list[Request], num_drafts: int) -> tuple[list, dict[str, Any]]:
+def serve(
+    base: str, reward: str, personas: dict[str, Any], requests: list[Request], num_drafts: int
+) -> tuple[list[Answer], dict[str, Any]]:
     set_environment("v2" if num_drafts else "v1", multiprocess=True)
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to look into the engine's process
     fork_processes()
-    return asyncio.run(_serve(base, reward, requests, num_drafts))
+    return asyncio.run(_serve(base, reward, personas, requests, num_drafts))
 
 
-def soak(models, expect, number: int, sample: int, seed: int = 0, num_drafts: int = 0) -> Result:
-    """Run it. ``models`` and ``expect`` are the tests' own. With ``num_drafts``, on Model Runner V2, by drafts of the
-    reward model."""
+def soak(folder: Path, number: int, seed: int = 0, num_drafts: int = 0) -> Result:
+    """Run it, with models in ``folder``. With ``num_drafts``, on Model Runner V2, by drafts of the reward model."""
     rng = random.Random(seed)
-    requests = make_requests(number, range(5, 500), rng)
+    world = SameTokenizer(folder, positions=1024)
+    personas = make_personas(world, rng)
+    can = {"seeds": num_drafts > 0, "bias": num_drafts == 0}  # as in the fuzzer
+    requests = make_requests(world, list(personas), number, rng, longest=190, most=32, **can)
     worker = Worker("v2" if num_drafts else "v1")
     try:
-        outputs, seen = worker.run(serve, str(models.base), str(models.named), requests, num_drafts)
+        answers, seen = worker.run(serve, str(world.base), str(world.reward), personas, requests, num_drafts)
     finally:
         worker.close()
-    complete = [i for i, output in enumerate(outputs) if output is not None]
-    sampled = rng.sample(complete, min(sample, len(complete)))
-    wrong = []
-    for i in sampled:
-        request = requests[i]
-        expected = ask_oracle(expect, request)
-        if outputs[i] != expected:
-            wrong.append({"request": asdict(request), "expected": expected, "got": outputs[i]})
+    judge = Judge(world, personas, "base", MAX_MODEL_LEN)
+    verdicts = [judge.judge(request, *answer[:2]) for request, answer in zip(requests, answers, strict=True)]
     return Result(
         requests=number,
-        guided=sum(bool(request.pad) for request in requests),
-        aborted=number - len(complete),
-        sampled=len(sampled),
-        wrong=wrong,
+        guided=sum(request.is_guided for request in requests),
+        aborted=sum(not answer.finished for answer in answers),
+        tokens=sum(verdict.tokens for verdict in verdicts),
+        near_ties=sum(verdict.near_ties for verdict in verdicts),
+        wrong=[
+            {"request": asdict(request), "faults": verdict.wrong}
+            for request, verdict in zip(requests, verdicts, strict=True)
+            if verdict.wrong
+        ],
         **seen,
     )
-
-
-def ask_oracle(expect, request: Request) -> list[int]:
-    pad = PERSONAS.get(request.pad.get("persona"), {}) | {k: v for k, v in request.pad.items() if k != "persona"}
-    head = "mixed" if pad.pop("weights", None) else None
-    return expect(request.prompt, guided=bool(request.pad), head=head, max_tokens=request.max_tokens, **pad)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drafts", type=int, default=0, help="of the reward model, on Model Runner V2")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    from pad_vllm.reward.template import PromptTemplate
-    from tests.conftest import Models, make_expect
-
     with tempfile.TemporaryDirectory() as folder:
-        models = Models(Path(folder))
-        expect = make_expect(models, PromptTemplate(models.tokenizer).compose)
-        result = soak(models, expect, args.requests, args.sample, args.seed, args.drafts)
+        result = soak(Path(folder), args.requests, args.seed, args.drafts)
     record = {"hardware": f"{os.cpu_count()}-core {platform.machine()} CPU", "seed": args.seed, "drafts": args.drafts}
     record |= asdict(result)
     print(json.dumps(record, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -57,7 +58,12 @@ def trained(kind: str, vocab_size: int) -> Tokenizer:
     if kind == "unigram":
         trainer = trainers.UnigramTrainer(vocab_size=size, unk_token="<unk>", special_tokens=["<unk>"])
     else:
-        trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=60, show_progress=False)
+        # Among characters that are equally common the trainer chooses others in each process.
+        counts = Counter(character for text in corpus() for character in text.replace(" ", SPACE))
+        common = sorted(counts, key=lambda character: (-counts[character], character))[:60]
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=common, limit_alphabet=len(common), show_progress=False
+        )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer = with_byte_tokens(tokenizer, [*SPECIAL.values(), "<unk>", "<start_of_turn>", "<end_of_turn>"])
     if kind == "replace":
