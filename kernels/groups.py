@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from . import selection
 from .reference import (
     MAX_LOGIT,
     Controls,
@@ -86,6 +85,7 @@ def guide_groups_(
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     key_offsets: torch.Tensor | None = None,
+    may_read: bool | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place, as :func:`.reference.guide_`.
 
@@ -96,9 +96,10 @@ def guide_groups_(
         all_reduce: sums [ranks, C, K] over them.
         key_offsets: [R] int64, where in ``groups.key`` the candidates' keys begin; None: at 0.
     """
+    may_read = logits.is_cpu if may_read is None else may_read
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
-    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
+    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size, may_read)
     places = ids if key_offsets is None else ids + key_offsets.unsqueeze(1)
     keys = groups.key[places].long().masked_fill(z == NEG_INF, -1)
     scored = keys
@@ -106,7 +107,7 @@ def guide_groups_(
         hidden_states = hidden_states[mixture.contexts.flatten()]
         scored = keys.repeat_interleave(mixture.contexts.shape[1], 0)
     scores = score_groups(
-        hidden_states, lm_head, scored, groups, bias, soft_cap, scale, vocab_start, sharded=all_reduce is not None
+        hidden_states, lm_head, scored, groups, may_read, bias, soft_cap, scale, vocab_start, all_reduce is not None
     )
     if all_reduce is not None:
         scores = gather_shards(scores, shard, all_reduce).logsumexp(0)
@@ -114,10 +115,10 @@ def guide_groups_(
         scores = scores.unflatten(0, mixture.contexts.shape)
         weights = mixture.weights.unsqueeze(-1)
         scores = torch.where(weights == 0, 0.0, weights * scores).sum(1)
-    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
+    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1], may_read)
     reward = reward_groups(keys, y, scores, reference)
     has_opinion = keys != NO_OPINION if groups.any_silent else None
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, has_opinion)
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, may_read, has_opinion)
 
 
 def gather_shards(
@@ -135,6 +136,7 @@ def score_groups(
     lm_head: torch.Tensor,
     keys: torch.Tensor,
     groups: Groups,
+    may_read: bool,
     bias: torch.Tensor | None = None,
     soft_cap: float | None = None,
     scale: float = 1.0,
@@ -147,12 +149,13 @@ def score_groups(
         hidden_states: [C, d], mapped by the value heads where there are any.
         lm_head, bias, vocab_start: this rank's shard; members in another do not count.
         keys: [C, K] int64, groups; below 0: none.
+        may_read: as of :func:`.selection.select_candidates`.
 
     Returns:
         [C, K] float32; -inf where there is no group, or no member in this shard.
     """
     head = Head(lm_head, bias, soft_cap, scale, vocab_start, sharded)
-    if not selection.reads_are_free(keys):  # which groups there are is not known
+    if not may_read:  # which groups there are is not known
         return score_by_whole_head(hidden_states, head, keys, groups)
     # What several candidates of a context have in common is computed once.
     context = torch.arange(len(keys)).unsqueeze(1)

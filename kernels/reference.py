@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import torch
 
-from . import selection
 from .selection import NEG_INF, select_candidates
 
 MAX_LOGIT = 1e30
@@ -152,7 +151,9 @@ def cap_and_scale(scores: torch.Tensor, soft_cap: float | None = None, scale: fl
     return scores * scale
 
 
-def undo_controls(z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_size: int) -> torch.Tensor:
+def undo_controls(
+    z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_size: int, may_read: bool
+) -> torch.Tensor:
     """The candidates' logits as the base model gave them.
 
     Args:
@@ -160,6 +161,7 @@ def undo_controls(z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_
         ids: [R, K] int64.
         controls: of these rows.
         vocab_size: V, more than any id.
+        may_read: as of :func:`select_candidates`.
 
     Returns:
         [R, K] float32 y, -inf where z is.
@@ -167,7 +169,7 @@ def undo_controls(z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_
     slots, y = controls.slots, z
     if controls.output is not None:
         presence, frequency, repetition = controls.penalties[slots].unsqueeze(-1).unbind(1)
-        counts = count_output(controls.output, vocab_size).gather(1, ids)
+        counts = count_output(controls.output, vocab_size, may_read).gather(1, ids)
         prompted = (controls.prompt_mask[slots].gather(1, ids // 32) >> (ids % 32)) & 1
         y = y + (frequency * counts + presence * (counts > 0))
         unrepeated = torch.where(y > 0, y * repetition, y / repetition)
@@ -178,10 +180,10 @@ def undo_controls(z: torch.Tensor, ids: torch.Tensor, controls: Controls, vocab_
     return y.clamp(-MAX_LOGIT, MAX_LOGIT).where(z > NEG_INF, NEG_INF)
 
 
-def count_output(output: OutputTokens, vocab_size: int) -> torch.Tensor:
+def count_output(output: OutputTokens, vocab_size: int, may_read: bool) -> torch.Tensor:
     """How often each row has seen each token among its generated ones: [R, vocab_size] int32."""
     length = output.token_ids.shape[1]
-    if selection.reads_are_free(output.end):
+    if may_read:
         length = int(output.end.max())
     place = torch.arange(length, device=output.end.device)
     seen = (place >= output.begin.unsqueeze(1)) & (place < output.end.unsqueeze(1))
@@ -203,6 +205,7 @@ def reweight_(
     beta: torch.Tensor,
     reference: torch.Tensor,
     end_ids: torch.Tensor,
+    may_read: bool,
     has_opinion: torch.Tensor | None = None,
 ) -> None:
     """Write z' into the guided rows of ``logits``, in place; rows of top_k 0 are left alone.
@@ -217,13 +220,14 @@ def reweight_(
         beta: [R] float32.
         reference: [R] float32.
         end_ids: [R] int64, what a row without a finite z' is left with.
+        may_read: as of :func:`select_candidates`.
         has_opinion: [R, K] bool, of which candidates the reward model has one; None: of all.
     """
     scores = scores.masked_fill(z == NEG_INF, NEG_INF)
     if has_opinion is not None:
         scores, y = scores.where(has_opinion, NEG_INF), y.where(has_opinion, NEG_INF)
     reward = scores.log_softmax(-1) - reference.unsqueeze(1) * y.log_softmax(-1)
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, has_opinion)
+    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, may_read, has_opinion)
 
 
 def write_(
@@ -235,6 +239,7 @@ def write_(
     top_k: torch.Tensor,
     beta: torch.Tensor,
     end_ids: torch.Tensor,
+    may_read: bool,
     has_opinion: torch.Tensor | None = None,
 ) -> None:
     """As :func:`reweight_`, of rewards [R, K] float32; what these are without an opinion does not matter."""
@@ -242,11 +247,11 @@ def write_(
     if has_opinion is not None:
         guided = keep_shares(guided, z, has_opinion)
     largest_z = guided.amax(-1, keepdim=True)  # of a NaN and anything it is NaN
-    if not selection.reads_are_free(logits) or not math.isfinite(float(largest_z.sum())):
+    if not may_read or not math.isfinite(float(largest_z.sum())):
         sound = largest_z.isfinite()
         ids, guided = torch.where(sound, ids, end_ids.unsqueeze(1)), guided.where(sound, 0.0)
     guided = guided.to(logits.dtype)
-    if selection.reads_are_free(logits):
+    if may_read:
         if not bool(top_k.all()):
             live = top_k.nonzero().squeeze(1)
             rows, ids, guided = rows[live], ids[live], guided[live]
@@ -289,6 +294,7 @@ def guide_(
     vocab_start: int = 0,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     no_opinion: torch.Tensor | None = None,
+    may_read: bool | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place; rows that ``rows`` does not name are not touched.
 
@@ -313,10 +319,12 @@ def guide_(
         vocab_start: first token of this rank's shard.
         all_reduce: sums the [R, K] scores over a tensor-parallel group; None on one device.
         no_opinion: [vocab_size] bool, of which tokens the reward model has no opinion, nor needs a row; None: of none.
+        may_read: as of :func:`select_candidates`; None: where the logits are the host's own.
     """
+    may_read = logits.is_cpu if may_read is None else may_read
     if heads is not None:
         hidden_states = map_heads(hidden_states, *heads)
-    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size)
+    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size, may_read)
     has_opinion = None if no_opinion is None else ~no_opinion[ids]
     scored, bias_weight = ids if has_opinion is None else ids.where(has_opinion, vocab_start), None
     if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
@@ -332,5 +340,5 @@ def guide_(
     scores = cap_and_scale(scores, soft_cap, scale)
     if mixture is not None and soft_cap is not None:
         scores = torch.bmm(mixture.weights.unsqueeze(1), scores.unflatten(0, mixture.contexts.shape)).squeeze(1)
-    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1])
-    reweight_(logits, rows, ids, z, y, scores, top_k, beta, reference, end_ids, has_opinion)
+    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1], may_read)
+    reweight_(logits, rows, ids, z, y, scores, top_k, beta, reference, end_ids, may_read, has_opinion)

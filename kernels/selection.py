@@ -12,11 +12,9 @@ FEW_ROWS = 4
 
 
 def select_candidates(
-    logits: torch.Tensor, rows: torch.Tensor, top_k: torch.Tensor, max_top_k: int, vocab_size: int
+    logits: torch.Tensor, rows: torch.Tensor, top_k: torch.Tensor, max_top_k: int, vocab_size: int, may_read: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidates of each guided row, largest base logit first; of equal ones the lower token ids are in.
-
-    Reads nothing back from a device.
 
     Args:
         logits: [N, V].
@@ -24,18 +22,19 @@ def select_candidates(
         top_k: [R] int64, 0 <= top_k <= max_top_k.
         max_top_k: K, host integer.
         vocab_size: only the first ``vocab_size`` <= V tokens can be candidates.
+        may_read: whether the host may look at values, and at lengths that depend on them: it waits for no device.
 
     Returns:
         ids [R, K] int64, and z [R, K] float32: the base logits, -inf in places beyond a row's candidates.
     """
     place = torch.arange(max_top_k, device=logits.device)
-    if reads_are_free(logits) and len(rows) > 0 and max_top_k < vocab_size:
+    if may_read and len(rows) > 0 and max_top_k < vocab_size:
         found = largest_without_ties(logits, rows, max_top_k, vocab_size)
         if found is not None:
             return found[0], found[1].masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
     # The k first tokens are in the k first slices, by largest logit: one pass over the vocabulary, and no copy of it.
     maxima = slice_maxima(logits, vocab_size)
-    if not reads_are_free(logits) or not bool((maxima < float("inf")).all()):
+    if not may_read or not bool((maxima < float("inf")).all()):
         logits = logits.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
         maxima = slice_maxima(logits, vocab_size)
     k, num_slices = min(max_top_k, vocab_size), maxima.shape[1]
@@ -69,11 +68,6 @@ def largest_without_ties(
     if not bool((values[:, :-1] > values[:, 1:]).all()) or float(values[:, 0].amax()) == float("inf"):
         return None
     return ids[:, :-1], values[:, :-1].float()
-
-
-def reads_are_free(tensor: torch.Tensor) -> bool:
-    """Whether the host may look at values, and at lengths that depend on them, without waiting for a device."""
-    return tensor.is_cpu
 
 
 def slice_maxima(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -32,14 +32,15 @@ END = 20
 def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
     """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
     rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
-    from pad_vllm.kernels import fused, fused_groups, groups, selection
+    from pad_vllm.kernels import fused, fused_groups, groups
     from pad_vllm.kernels import reference as in_torch
 
     if "groups" in kwargs:
         step = fused_groups.guide_groups_ if implementation == "triton" else groups.guide_groups_
     else:
         step = fused.guide_ if implementation == "triton" else in_torch.guide_
-    as_on_a_device = patch.object(selection, "reads_are_free", lambda tensor: implementation == "reference")
+    if implementation != "triton":
+        kwargs["may_read"] = implementation == "reference"
     num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
     partial, outputs, bias_of_all = [], [], kwargs.pop("bias", None)
     for collect in (True, False) if num_shards > 1 else (False,):
@@ -57,8 +58,7 @@ def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, r
                     else (lambda scores: sum(partial))
                 )
             bias = None if bias_of_all is None else bias_of_all[mine]
-            with as_on_a_device:
-                step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
+            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
             outputs.append(out.clone())
             assert (wide[:, :20] == SENTINEL).all()
             assert (wide[:, 20 + num_cols :] == SENTINEL).all()
@@ -411,7 +411,7 @@ def test_candidates_by_slices(case, rows):
     logits = sliced(case)
     top_k = torch.arange(5, 5 + len(rows))
     rows = torch.tensor(rows)
-    ids, z = select_candidates(logits.clone(), rows, top_k, 11, 1280)
+    ids, z = select_candidates(logits.clone(), rows, top_k, 11, 1280, may_read=True)
     for row, k, found, values in zip(logits[rows], top_k.tolist(), ids.tolist(), z, strict=True):
         finite = [i for i in range(1280) if row[i].isfinite()]
         expected = sorted(finite, key=lambda i: (-float(row[i]), i))[:k]
