@@ -90,6 +90,49 @@ def dot_candidates(
     return scores
 
 
+@triton.jit
+def score_part(
+    part, num_parts, row_idx, top_k, kept, rank, hidden_ptr, hidden_stride, lm_head_ptr, lm_head_stride, bias_ptr,
+    scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap, vocab_start, shard_size, hidden_size,
+    K: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MIXTURE: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Score a program's part of a row's candidates, FEW at a time; ``kept`` and ``rank`` are of :func:`.merge`, the
+    others :func:`score_kernel`'s."""
+    begin, end = row_idx * num_contexts, (row_idx + 1) * num_contexts
+    for first in range(part * FEW, top_k, num_parts * FEW):
+        place = first + tl.arange(0, FEW)
+        mine = tl.where((rank[:, None] == place[None, :]) & (place < top_k)[None, :], kept[:, None], NO_KEY)
+        candidates = tl.max(mine, 0)
+        _, ids = from_key(candidates)
+        local = ids - vocab_start
+        is_mine = (candidates > NO_KEY) & (local >= 0) & (local < shard_size)
+        local = tl.where(is_mine, local, 0)
+        if HAS_MIXTURE and HAS_SOFT_CAP:
+            scores = tl.zeros([FEW], tl.float32)
+            for i in range(begin, end):
+                row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
+                partial = dot_candidates(
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, FEW,
+                    BLOCK_D, HAS_BIAS,
+                )  # fmt: skip
+                if NORMALIZE:
+                    scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
+                else:
+                    tl.store(scores_ptr + i * K + place, partial)
+        else:
+            bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
+            row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
+            scores = dot_candidates(
+                row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size,
+                FEW, BLOCK_D, HAS_BIAS,
+            )  # fmt: skip
+            if NORMALIZE and HAS_SOFT_CAP:
+                scores = capped(scores, soft_cap)
+        if NORMALIZE or not (HAS_MIXTURE and HAS_SOFT_CAP):
+            tl.store(scores_ptr + row_idx * K + place, scores)
+
+
 @triton.jit(do_not_specialize=["num_keys", "num_contexts"], do_not_specialize_on_alignment=ROW_POINTERS)
 def score_kernel(
     logits_ptr,  # [N, num_cols]
@@ -154,38 +197,11 @@ def score_kernel(
         )  # fmt: skip
         if part == 0:
             store_candidates(row_candidates_ptr, kept, rank, top_k, K)
-        begin, end = row_idx * num_contexts, (row_idx + 1) * num_contexts
-        for first in range(part * FEW, top_k, num_parts * FEW):
-            place = first + tl.arange(0, FEW)
-            mine = tl.where((rank[:, None] == place[None, :]) & (place < top_k)[None, :], kept[:, None], NO_KEY)
-            candidates = tl.max(mine, 0)
-            _, ids = from_key(candidates)
-            local = ids - vocab_start
-            is_mine = (candidates > NO_KEY) & (local >= 0) & (local < shard_size)
-            local = tl.where(is_mine, local, 0)
-            if HAS_MIXTURE and HAS_SOFT_CAP:
-                scores = tl.zeros([FEW], tl.float32)
-                for i in range(begin, end):
-                    row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
-                    partial = dot_candidates(
-                        row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, FEW,
-                        BLOCK_D, HAS_BIAS,
-                    )  # fmt: skip
-                    if NORMALIZE:
-                        scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
-                    else:
-                        tl.store(scores_ptr + i * K + place, partial)
-            else:
-                bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
-                row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
-                scores = dot_candidates(
-                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size,
-                    FEW, BLOCK_D, HAS_BIAS,
-                )  # fmt: skip
-                if NORMALIZE and HAS_SOFT_CAP:
-                    scores = capped(scores, soft_cap)
-            if NORMALIZE or not (HAS_MIXTURE and HAS_SOFT_CAP):
-                tl.store(scores_ptr + row_idx * K + place, scores)
+        score_part(
+            part, num_parts, row_idx, top_k, kept, rank, hidden_ptr, hidden_stride, lm_head_ptr, lm_head_stride,
+            bias_ptr, scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap, vocab_start, shard_size,
+            hidden_size, K, FEW, BLOCK_D, HAS_BIAS, HAS_MIXTURE, HAS_SOFT_CAP, NORMALIZE,
+        )  # fmt: skip
         if NORMALIZE:
             tl.debug_barrier()  # all threads' scores are out before their program is counted
             if tl.atomic_add(arrivals_ptr + row_idx, 1, sem="acq_rel") == num_parts - 1:
@@ -247,6 +263,22 @@ def reweight_kernel(
         write_guided(row_ptr, ids, z, y, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
 
 
+def parts_of(num_rows: int, max_top_k: int) -> tuple[int, int, int]:
+    """FEW, BLOCK_D and how many programs a row has in the second launch."""
+    is_few = num_rows <= FEW_ROWS or pad_k(max_top_k) == MIN_K
+    few, block_d = (FEW_OF_FEW, BLOCK_D_OF_FEW) if is_few else (FEW, BLOCK_D)
+    return few, block_d, min(triton.cdiv(max_top_k, few), max(1, PROGRAMS // num_rows))
+
+
+def score_options(device: torch.device) -> dict[str, int | bool]:
+    """Of the second launch: its warps, and on NVIDIA's GPUs its registers, and whether it may begin early."""
+    overlap = can_overlap(device)
+    options: dict[str, int | bool] = {"OVERLAP": overlap, "num_warps": SCORE_WARPS}
+    if SCORE_REGISTERS and IS_NVIDIA and device.type == "cuda":
+        options["maxnreg"] = SCORE_REGISTERS
+    return options | ({"launch_pdl": True} if overlap else {})
+
+
 def guide_(
     logits: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -288,16 +320,11 @@ def guide_(
     is_whole = all_reduce is None and controls is None
     arrivals = torch.empty(num_rows, dtype=torch.int32, device=device) if is_whole else None
     keys, sizes = select(logits, rows, top_k, K, vocab_size, arrivals)
-    is_few = num_rows <= FEW_ROWS or K == MIN_K
-    few, block_d = (FEW_OF_FEW, BLOCK_D_OF_FEW) if is_few else (FEW, BLOCK_D)
-    parts = min(triton.cdiv(max_top_k, few), max(1, PROGRAMS // num_rows))
-    overlap = can_overlap(device)
+    few, block_d, parts = parts_of(num_rows, max_top_k)
     kept = torch.empty(num_rows, parts, sizes["CAPACITY"], dtype=torch.int64, device=device)
     candidates = torch.empty(num_rows, K, dtype=torch.int64, device=device)
-    if is_whole:
-        scores = torch.empty(num_rows, K, device=device)
-    else:  # of which the ranks' sum is read, also where there are no candidates
-        scores = torch.zeros(num_rows * (num_contexts if soft_cap else 1), K, device=device)
+    make = torch.empty if is_whole else torch.zeros  # the ranks' sum is read, also where there are no candidates
+    scores = make(num_rows * (num_contexts if soft_cap and not is_whole else 1), K, device=device)
     row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0))
     rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids, no_opinion)
     cap_args = (num_contexts, soft_cap or 1.0, scale)
@@ -316,10 +343,7 @@ def guide_(
         HAS_BIAS=bias is not None,
         **variant,
         NORMALIZE=is_whole,
-        OVERLAP=overlap,
-        num_warps=SCORE_WARPS,
-        **({"maxnreg": SCORE_REGISTERS} if SCORE_REGISTERS and IS_NVIDIA and device.type == "cuda" else {}),
-        **({"launch_pdl": True} if overlap else {}),
+        **score_options(device),
     )
     if is_whole:
         return
