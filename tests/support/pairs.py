@@ -18,6 +18,7 @@ from tests.support.models import make_heads, make_model
 from tests.support.tokenizers import like_gemma, like_qwen, make
 
 HEADS = ("concise", "formal", "playful")
+CLOSERS = ("<|im_end|>", "<end_of_turn>")
 
 
 class Kind(NamedTuple):
@@ -41,6 +42,11 @@ def plain(tables: TokenTables) -> oracle.Groups:
     )
 
 
+def closers(tokenizer) -> list[int]:
+    """What a chat template writes behind an answer is an end, too."""
+    return [tokenizer.convert_tokens_to_ids(name) for name in CLOSERS if name in (tokenizer.chat_template or "")]
+
+
 class TokenPair:
     """Random models on disk, and as the oracle reads them. What the reward model reads is written here without our
     translator, as text by its own tokenizer.
@@ -50,7 +56,7 @@ class TokenPair:
         templates: chat templates of the two.
         tags: added tokens of the base that are not special, and that its template names.
         first_space: as the two templates have it.
-        more_ends: what the two templates write behind an answer, where that is no EOS.
+        more_ends: what the two templates write behind an answer, where that is no EOS and none of CLOSERS.
     """
 
     def __init__(
@@ -84,7 +90,11 @@ class TokenPair:
         self.tags = {tag: self.base_tokenizer.convert_tokens_to_ids(tag) for tag in tags}
         base_tokens, reward_tokens = ByteTokens(self.base_tokenizer, "base"), ByteTokens(self.reward_tokenizer, "r")
         answers = {i: tag for tag, i in self.tags.items()}
-        base_ends, reward_ends = ([end, *more] for end, more in zip(ends, more_ends, strict=True))
+        tokenizers = self.base_tokenizer, self.reward_tokenizer
+        base_ends, reward_ends = (
+            list(dict.fromkeys([end, *closers(tokenizer), *more]))
+            for end, tokenizer, more in zip(ends, tokenizers, more_ends, strict=True)
+        )
         tables = make_tables(base_tokens, base_ends, reward_tokens, reward_ends, answers, first_space)
         self.groups = plain(tables)
         self._compose = PromptTemplate(self.reward_tokenizer).compose
