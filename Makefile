@@ -63,7 +63,7 @@ soak: $(INSTALLED)
 
 # A part is a process of its own, with a time limit of its own; what is done already is not done again.
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --requests 20000 --output benchmarks/results/fuzz.json
+	$(BIN)/python -m tests.fuzz --requests 20000 --jobs 2 --output benchmarks/results/fuzz.json
 
 alignment: $(INSTALLED)
 	$(BIN)/python -m benchmarks.language

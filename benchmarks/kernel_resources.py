@@ -31,7 +31,11 @@ TARGETS = {
 }
 TOP_K = (16, 64)
 """What the launcher rounds k of 10, and the default max_top_k, up to; the larger one takes more, and is compiled for
-all."""
+all targets."""
+WHOLE = "sm_90"
+LARGEST = {"select", "merge", "score", "score, few rows", "undo controls", "reweight", "gather groups", "score groups"}
+LARGEST |= {"score large groups, tf32", "reweight groups"}
+"""Of the other targets a test compiles these alone: all of all take minutes."""
 SLICES = 32
 """Of 256,000 logits."""
 TYPES = {
@@ -158,13 +162,18 @@ def resources(compiled: Any, said: str, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
 
 
-def measure() -> dict:
+def is_tested(target: str, kernel_name: str) -> bool:
+    return target == WHOLE or kernel_name in LARGEST
+
+
+def measure(all_of_all: bool = True) -> dict:
     rows = [
         {"target": name, "kernel": kernel_name, "K": K, "warps": warps}
         | resources(*compile_ahead(kernel, constants, warps, target), target)
         for name, target in TARGETS.items()
-        for K in (TOP_K if name == "sm_90" else TOP_K[-1:])
+        for K in (TOP_K if name == WHOLE else TOP_K[-1:])
         for kernel_name, kernel, constants, warps in configurations(K)
+        if all_of_all or is_tested(name, kernel_name)
     ]
     return {"triton": triton.__version__, "unit": "registers a thread, bytes", "results": rows}
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -338,10 +339,23 @@ class Record:
         return [name for name, part in self.parts.items() if part.get("wrong") or part.get("left")]
 
 
+def timed(name: str) -> tuple[dict[str, Any], float]:
+    began = time.monotonic()
+    return run_part(name), time.monotonic() - began
+
+
+def show(name: str, found: dict[str, Any], seconds: float) -> None:
+    counts = found["counts"] | {key: found[key] for key in ("engine_seconds", "oracle_seconds") if key in found}
+    print(f"{name}: {seconds:.0f} s, {counts}", found["left"] or "", flush=True)
+    for fault in found["wrong"][:3]:
+        print(f"  {name}, request {fault['request']}: {fault['faults']}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20000)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="parts at a time; each takes a core")
     parser.add_argument("--part", help="run this one alone, and show what it found")
     parser.add_argument("--number", type=int, help="requests of --part, if not all of them")
     args = parser.parse_args()
@@ -350,16 +364,15 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return int(bool(found["wrong"] or found["left"]))
     record = Record(args.output, args.requests)
-    for name in parts(args.requests):
-        if name in record.parts:
-            continue
-        began = time.time()
-        found = run_part(name)
-        record.add(name, found)
-        counts = found["counts"] | {key: found[key] for key in ("engine_seconds", "oracle_seconds") if key in found}
-        print(f"{name}: {time.time() - began:.0f} s, {counts}", found["left"] or "", flush=True)
-        for fault in found["wrong"][:3]:
-            print(f"  {name}, request {fault['request']}: {fault['faults']}", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(timed, name): name for name in parts(args.requests) if name not in record.parts}
+        try:
+            for done in as_completed(running):
+                name, (found, seconds) = running[done], done.result()
+                record.add(name, found)
+                show(name, found, seconds)
+        finally:
+            pool.shutdown(cancel_futures=True)
     print(json.dumps(record.modes(), indent=1))
     if record.failed:
         print(f"wrong: {', '.join(record.failed)}", file=sys.stderr)

@@ -53,7 +53,7 @@ def lists(asked: dict) -> dict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()}
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(scope="module", params=[pytest.param("drop", marks=pytest.mark.one_release), "add"])
 def case(request, tmp_path_factory):
     """A pair; prompts, their parameters and what is expected: answers that begin, some with a bias that makes
     ``</think>`` likely, answers that reason on a budget, and a prompt that is no chat."""

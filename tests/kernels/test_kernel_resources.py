@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import triton
 
-from benchmarks.kernel_resources import measure
+from benchmarks.kernel_resources import is_tested, measure
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel-resources.json"
 
 
 @pytest.mark.slow
 def test_ahead_of_time_compilation():
-    record = measure()
-    assert [row for row in record["results"] if row["spilled"]] == []
     committed = json.loads(TABLE.read_text())
     assert committed["triton"] == triton.__version__, "run python -m benchmarks.kernel_resources --output " + str(TABLE)
-    assert record == committed
+    assert [row for row in committed["results"] if row["spilled"]] == []
+    tested = [row for row in committed["results"] if is_tested(row["target"], row["kernel"])]
+    assert measure(all_of_all=False) == committed | {"results": tested}
