@@ -341,6 +341,13 @@ class GuidanceParams:
     def base_weight(self) -> float:
         return sum(self.preference_weights) if self.reference == "base" else 0.0
 
+    def as_read(self) -> GuidanceParams:
+        """Itself; where all that it would read cancels, the same without a reward, of a context that is read and may be
+        full like any other."""
+        if any(self.contexts().values()):
+            return self
+        return replace(self, preferences=(), preference_weights=(1.0,), beta=0.0, reference="none")
+
 
 def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, **kwargs: Any) -> vllm.SamplingParams:
     """``vllm.SamplingParams``, with ``logits_processors=[PAD(...)]`` as the per-request API had it.

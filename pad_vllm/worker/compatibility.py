@@ -82,7 +82,7 @@ class Fit:
             if self.template is None:
                 raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
             self.template.check_preferences(params.preferences)
-        return params
+        return params.as_read()
 
 
 def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:

@@ -252,13 +252,22 @@ def test_a_full_context_ends_its_request_and_no_other(tmp_path):
     prompt, params = pair.prompt(TEXTS[0]), {"temperature": 0.0, "max_tokens": 90}
     settings = {"beta": 0.5, "preference": "formal"}
     engine = Engine("v1", pair.base, logits_processors=PLUGIN, max_model_len=100, **pad_config(pair.reward))
+    nothing = {"weights": MIX, "reference": "neutral"}  # what is read with the preference and without it is the same
     try:
-        full, short = engine.generate(
-            [prompt] * 2, [params | guided(**settings), GREEDY | {"max_tokens": 20} | guided(**settings)]
+        full, short, cancelled = engine.generate(
+            [prompt] * 3,
+            [
+                params | guided(**settings),
+                GREEDY | {"max_tokens": 20} | guided(**settings),
+                params | {"ignore_eos": True} | guided(**nothing),
+            ],
         )
     finally:
         engine.close()
     expected = pair.expect(TEXTS[0], len(full), **settings)
+    num_guided = next(i for i in range(90) if cancelled[i:] == [1] * (90 - i))
+    assert 0 < num_guided < 90
+    assert cancelled[:num_guided] == pair.expect(TEXTS[0], num_guided, **nothing)
     assert len(full) < 90
     assert full == [*expected[:-1], 1]
     read = sum(len(pair.groups.pieces[token]) for token in full[:-1])

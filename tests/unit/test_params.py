@@ -194,6 +194,18 @@ def test_bad_files_are_named(tmp_path, name, text, message):
 PERSONAS = {"two": {"preference": ["brief", "kind"], "preference_weights": [1, -0.5]}, "none": {"beta": 1}}
 
 
+def test_what_cancels_is_no_reward():
+    c = config(heads="x")
+    read = GuidanceParams((), (1.0,), (1.0, 0.0), 0.0, 5, "none")
+    for asked in (
+        PAD(weights=[1.0, 0.0], top_k=5, reference="neutral"),
+        PAD(weights=[1.0, 0.0], top_k=5, preference=["a", "a"], preference_weights=[1, -1], reference="base"),
+    ):
+        assert c.resolve(asked).as_read() == read
+    one = c.resolve(PAD(preference=["a", "b"], preference_weights=[1, -1], reference="none"))
+    assert one.as_read() is one
+
+
 def test_a_personas_weights_are_of_its_own_preferences():
     c = config(personas=PERSONAS, default_persona="two", reference="neutral")
     assert c.resolve(None) == GuidanceParams(("brief", "kind"), (1.0, -0.5), None, 1.0, 10, "neutral")
