@@ -43,6 +43,8 @@ NOT_LOADED = (
 LONG_TOKEN = 4
 """Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
 
+ROLE_TOKENS = 4
+"""What stands beside a marker of a chat, as a role's name and a newline, is no more of the reward model's tokens."""
 Misreads = Callable[[Sequence[int]], bool]
 """Whether a prompt begins as a chat, and is none that the chat template writes."""
 
@@ -186,14 +188,30 @@ def check_prompt_len(
     if announcement.base_tokenizer is not None:
         if (num_prompt * LONG_TOKEN) + added <= most:
             return
-        both = (announcement.base_tokenizer, announcement.tokenizer)
-        base, reward = (_tokenizer(_arguments(tokenizer, vllm_config)) for tokenizer in both)
-        num_prompt = len(reward.encode(base.decode(prompt_ids), add_special_tokens=False))
+        base, reward = (
+            _arguments(tokenizer, vllm_config) for tokenizer in (announcement.base_tokenizer, announcement.tokenizer)
+        )
+        num_prompt = _num_translated(base, reward, prompt_ids)
     if (missing := num_prompt + added - most) > 0:
         raise ValueError(
             f"the prompt and its preference are {num_prompt} and {added} of the reward model's tokens, {missing} more "
             f"than the {most} that it has positions for; shorten either"
         )
+
+
+def _num_translated(base: str, reward: str, prompt_ids: Sequence[int]) -> int:
+    """At least so many of the reward model's tokens a prompt of the base's is; of a chat the markers, and what stands
+    with them for a role, are written by another template."""
+    marks = _added(base)
+    text = _tokenizer(base).decode([i for i in prompt_ids if i not in marks])
+    num_marks = sum(i in marks for i in prompt_ids)
+    return max(len(_tokenizer(reward).encode(text, add_special_tokens=False)) - ROLE_TOKENS * num_marks, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _added(arguments: str) -> frozenset[int]:
+    tokenizer = _tokenizer(arguments)
+    return frozenset((*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids))
 
 
 def prepare(vllm_config: VllmConfig) -> None:

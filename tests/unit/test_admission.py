@@ -24,7 +24,7 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.stats import NAMES
 from tests.support.chats import tokenizer_of
 from tests.support.malformed import GOOD, malformed
-from tests.support.tokenizers import like_gemma
+from tests.support.tokenizers import like_gemma, like_qwen
 
 pytestmark = pytest.mark.every_release
 
@@ -379,3 +379,19 @@ def test_an_announcement_does_not_say_whose_code_runs(foreign_code, serves, monk
     validate(pad_preference="brief")
     assert ran.exists()
     del owner
+
+
+def test_a_chat_is_counted_without_its_markers_spelled(tmp_path):
+    """What cannot fit is refused here; what may fit is the worker's to count."""
+    names, lengths = [], []
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}] * 6
+    for name, tokenizer in (("base", like_qwen()), ("reward", like_gemma())):
+        tokenizer.save_pretrained(tmp_path / name)
+        names.append(json.dumps({"pretrained_model_name_or_path": str(tmp_path / name)}))
+        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        lengths.append(ids)
+    theirs, own = lengths
+    spelled = like_gemma().encode(like_qwen().decode(theirs), add_special_tokens=False)
+    assert admission._num_translated(*names, theirs) <= len(own) < len(spelled)
+    text = like_qwen().encode("the rain keeps falling " * 20)
+    assert admission._num_translated(*names, text) > 40
