@@ -37,6 +37,10 @@ TIMEOUT = 900
 """Seconds of a part."""
 
 
+_starting = threading.Lock()
+"""A runner's first process has its environment from this one's, which is another for either runner."""
+
+
 class Mode(NamedTuple):
     runner: str
     tokenizer: str
@@ -280,10 +284,11 @@ def run_part(name: str, number: int | None = None) -> dict[str, Any]:
         root = Path(folder)
         (root / "tmp").mkdir()
         result = root / "result.json"
-        process = Preloaded(mode.runner).Process(
-            target=_run, args=(name, number or mode.requests, root, result, dict(os.environ))
-        )
-        process.start()
+        with _starting:
+            process = Preloaded(mode.runner).Process(
+                target=_run, args=(name, number or mode.requests, root, result, dict(os.environ))
+            )
+            process.start()
         process.join(TIMEOUT)
         if process.is_alive():
             process.kill()
