@@ -13,7 +13,6 @@ size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .controls import undo_controls
-from .fused_selection import IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
+from .fused_selection import IS_INTERPRETED, IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
 from .keys import NO_KEY, from_key
 from .mixture import mix_contexts
 from .reference import Controls, Mixture, map_heads
@@ -32,7 +31,7 @@ FEW, BLOCK_D = 16, 512
 at a time."""
 FEW_ROWS, FEW_OF_FEW, BLOCK_D_OF_FEW = 16, 4, 2048
 """Up to so many rows, or with the fewest candidates, these instead: a multiprocessor alone reads slowly."""
-PROGRAMS = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 512
+PROGRAMS = 32 if IS_INTERPRETED else 512
 """In the second launch, about, as far as there are candidates for so many: each merges its row again, which the
 interpreter does one after the other."""
 SCORE_WARPS, REWEIGHT_WARPS = 8, 1

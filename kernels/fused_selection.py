@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .keys import NO_KEY
+from .keys import NO_KEY, NOTHING, order, to_key
 
 HEIGHT, WIDTH = 8, 2048
-"""Of a slice. A thread owns whole columns where WIDTH is 4 for each of a program's threads."""
+"""Of a slice: a thread has whole columns, four of them."""
 MIN_WIDTH = 64
 """Of a small vocabulary, which is one slice."""
 OVERLAP = True
@@ -33,29 +33,16 @@ MAX_KEYS = 8192
 """Of a row's slices together, which one program merges; where there are more, other launches merge parts of them."""
 SELECT_WARPS, MERGE_WARPS = 16, 8
 SELECT_REGISTERS = 64
-"""Of a thread, at most, on GPUs of NVIDIA; others take as few by themselves."""
+"""Of a thread, at most, on GPUs of NVIDIA: so that two programs fit on a multiprocessor."""
 IS_NVIDIA = torch.version.hip is None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PAIRS = tl.constexpr(16384)
 """Keys that are compared with each other at a time."""
 ROUNDS = tl.constexpr(3)
 """In which a bound is sought evenly between logits; then every second one parts the integers, of which there are
 only 32 bits. The first one looks nearer to the low end, where most logits are."""
-FOLDS = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+FOLDS = tl.constexpr(not IS_INTERPRETED)
 """Whether several values are reduced together, which saves barriers; the interpreter would call Python for each."""
-NOTHING = tl.constexpr(-(2**31))
-"""The integer of what is no candidate: less than any finite logit's."""
-
-
-@triton.jit
-def order(values):
-    """int32 that order as logits do; NOTHING for what is no candidate."""
-    bits = (values.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # no -0.0
-    return tl.where(tl.abs(values) < float("inf"), bits ^ ((bits >> 31) & 0x7FFFFFFF), NOTHING)  # false for NaN
-
-
-@triton.jit
-def to_key(ordered, ids):
-    return (ordered.to(tl.int64) << 32) | (-1 - ids).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
