@@ -25,7 +25,7 @@ HOST = (
 PARTS = (
     *HOST,
     ("reward forward", "module", "forward"),
-    ("candidate selection, scoring and writing", "guidance", "guide_"),
+    ("candidate selection, scoring and writing", "rule", "guide_"),
 )
 
 
@@ -37,6 +37,7 @@ def measure(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
     owners = {
         "adapter": processor.adapter,
         "guidance": guidance,
+        "rule": guidance.rule,
         "engine": guidance.engine,
         "model": guidance.model,
         "module": guidance.model.model,

@@ -98,6 +98,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.guidance import Guidance
         from pad_vllm.worker.patches import reward_model_drafts
         from pad_vllm.worker.sleep import make_kept
+        from pad_vllm.worker.start import announcement
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
         guidance, resolve, speculator = None, refuse_unless_silent, None
@@ -113,14 +114,16 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             guidance = make_kept(
                 lambda: Guidance(config, self.vllm_config, device, num_drafts), self.vllm_config, on_v2
             )
-            resolve = guidance.fit.resolve
+            resolve = guidance.loaded.fit.resolve
         self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
         if speculator is not None:
             speculator.adapter = self.adapter
-        announcement = guidance.announcement() if guidance else Announcement(configured=False)
-        path = announce(announcement, self)
+        accepted = Announcement(configured=False)
+        if guidance is not None:
+            accepted = announcement(guidance.loaded, self.vllm_config)
+        path = announce(accepted, self)
         if guidance is not None and is_first_rank():
-            self.adapter.board = Board(path, announcement.labels)
+            self.adapter.board = Board(path, accepted.labels)
 
     def is_argmax_invariant(self) -> bool:
         return self.adapter is None

@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
@@ -26,9 +25,7 @@ from vllm.utils.torch_utils import current_stream
 
 from pad_vllm.reward.block_manager import BlockManager
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
-
-if TYPE_CHECKING:
-    from pad_vllm.reward.engine import ContextRows
+from pad_vllm.reward.rows import ContextRows
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -208,8 +208,8 @@ def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig
     """The reward model's VllmConfig. Raises ValueError for what vLLM refuses."""
     most = min(DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
-        rows_per_token = 1 if tokens.pair is None else tokens.pair.tables.max_pieces
-        return derive_vllm_config(vllm_config, model_config, config.max_num_batched_tokens or most, rows_per_token)
+        num_tokens = config.max_num_batched_tokens or most
+        return derive_vllm_config(vllm_config, model_config, num_tokens, tokens.max_pieces)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error
 

@@ -16,7 +16,6 @@ import torch
 from pad_vllm.kernels import Controls, Mixture, OutputTokens
 from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
-from pad_vllm.reward.engine import ContextRows
 from pad_vllm.worker.batch import Layout
 
 if TYPE_CHECKING:
@@ -80,19 +79,18 @@ class Slots:
         """[slots * MAX_CONTEXTS, 3]: :class:`ContextColumns`"""
         self.context_weights = torch.zeros(num_slots, MAX_CONTEXTS, device=device)
         """[slots, MAX_CONTEXTS]: 0 where there is none"""
-        self.num_bias = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.bias_ids = torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int32, device=device)
-        self.bias = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=device)
-        self.penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
-        self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.controls = ControlSlots(num_slots, vocab_size, device)
         self.host_num_contexts = np.zeros(num_slots, np.int64)
         self.host_mixes = np.zeros(num_slots, bool)
         self.host_offset = np.zeros(num_slots * MAX_CONTEXTS, np.int64)
         self.host_prompt_len = np.zeros(num_slots, np.int64)
         self.host_top_k = np.zeros(num_slots, np.int64)
         self.host_uses_heads = np.zeros(num_slots, bool)
-        self.host_biases = np.zeros(num_slots, bool)
-        self.host_penalizes = np.zeros(num_slots, bool)
+
+    @property
+    def no_slot(self) -> int:
+        """The slot that stands for no request."""
+        return len(self.ints) - 1
 
     def write(
         self,
@@ -122,8 +120,21 @@ class Slots:
         self.host_top_k[slot] = ints.top_k
         self.host_uses_heads[slot] = uses_heads
 
-    def write_controls(self, slot: int, controls: SamplingControls, prompt_ids: list[int]) -> None:
-        device, bias = self.ints.device, controls.logit_bias or {}
+
+class ControlSlots:
+    """What the requests in the slots do to their logits by bias and penalties."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.num_bias = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.bias_ids = torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int32, device=device)
+        self.bias = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=device)
+        self.penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
+        self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.host_biases = np.zeros(num_slots, bool)
+        self.host_penalizes = np.zeros(num_slots, bool)
+
+    def write(self, slot: int, controls: SamplingControls, prompt_ids: list[int]) -> None:
+        device, bias = self.bias.device, controls.logit_bias or {}
         if bias or self.host_biases[slot]:
             self.num_bias[slot] = len(bias)
             self.bias_ids[slot, : len(bias)] = to_device(list(bias), device, torch.int32)
@@ -139,8 +150,8 @@ class Slots:
         """Of a request that could not begin there may be anything: the next one writes all of its controls."""
         self.host_biases[slot] = self.host_penalizes[slot] = True
 
-    def controls(self, row_slots: torch.Tensor, output: OutputTokens | None) -> Controls:
-        """Of the rows of these slots; ``output`` None: none of them is penalized."""
+    def of_rows(self, row_slots: torch.Tensor, output: OutputTokens | None) -> Controls:
+        """``output`` None: none of the rows is penalized."""
         return Controls(row_slots, self.num_bias, self.bias_ids, self.bias, self.penalties, self.prompt_mask, output)
 
 
@@ -159,19 +170,13 @@ class RowParams:
         self.num_unguided = int((host_top_k == 0).sum())
         """Requests that are only drafted for."""
         self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
-        self.penalize = bool(slots.host_penalizes[layout.slots].any())
-        self.control = self.penalize or bool(slots.host_biases[layout.slots].any())
+        self.penalize = bool(slots.controls.host_penalizes[layout.slots].any())
+        self.control = self.penalize or bool(slots.controls.host_biases[layout.slots].any())
         self.contexts = ContextRowParams(layout, slots, self.ints.num_contexts, max_rows_per_request)
         self.head_weights = floats[:, 2:]
         """[context rows, 1 + H]"""
         if self.contexts.rows is not None:
             self.head_weights = self.head_weights[self.contexts.rows]
-        self.past_prompts = False
-        """Whether every row has seen a generated token: it stays so as long as the layout does."""
-        self.rows: ContextRows | None = None
-        """The context rows of the last step, where those of the next may be these, a token further."""
-        self.room = 0
-        """Tokens that the longest of these contexts may still get, as of its rows."""
 
 
 class ContextRowParams:

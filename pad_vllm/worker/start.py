@@ -1,25 +1,20 @@
-"""What the start of a guided engine does once: warnings, checks on the loaded model, the largest kernel call."""
+"""What the start of a guided engine does once it is loaded: the largest kernel call, what it announces and logs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from pad_vllm import kernels
+from pad_vllm.channel import Announcement
 from pad_vllm.kernels import Controls, Mixture, OutputTokens
 from pad_vllm.params import MAX_CONTEXTS
-from pad_vllm.reward.paged_model import LMHead, PagedModel
 from pad_vllm.worker.batch import Layout
-from pad_vllm.worker.compatibility import Fit
-from pad_vllm.worker.slots import RowParams
+from pad_vllm.worker.loading import Loaded
+from pad_vllm.worker.rule import Rule
+from pad_vllm.worker.slots import RowParams, Slots
 from pad_vllm.worker.tokens import listed
-
-if TYPE_CHECKING:
-    from pad_vllm.worker.guidance import Guidance
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -29,87 +24,81 @@ LOGITS_BYTES = 2**30
 """vLLM verifies drafts by pieces of the batch whose float32 logits take no more."""
 
 
-def warnings(fits: Fit) -> Iterator[str]:
-    """What an operator should know of a reward model that fits."""
-    if fits.tokens.foreign:
-        yield f"Guided requests never generate what the reward model does not know: {listed(fits.tokens.foreign)}."
-    if fits.warning is not None:
-        yield fits.warning
-
-
 @torch.inference_mode()
-def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: int) -> None:
+def warm_up_kernels(loaded: Loaded, rule: Rule, slots: Slots, max_rows: int, max_rows_per_request: int) -> None:
     """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and what requests would
     otherwise compile: with controls, with several contexts, for few rows and many, for each number of candidates that
     kernels are compiled for.
 
     Args:
-        hidden_states: [1, hidden_size].
         max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
+        max_rows_per_request: with its drafts.
     """
-    num_rows, most = max(1, min(max_rows, LOGITS_BYTES // (4 * guidance.base_vocab_size))), guidance.config.max_top_k
-    logits = torch.rand(num_rows, guidance.base_vocab_size, device=guidance.device)
-    has_first = guidance.growth is not None and guidance.growth.has_first
+    num_rows, most = max(1, min(max_rows, LOGITS_BYTES // (4 * loaded.base_vocab_size))), loaded.fit.config.max_top_k
+    logits = torch.rand(num_rows, loaded.base_vocab_size, device=loaded.device)
+    pair = loaded.fit.tokens.pair
+    has_first = pair is not None and pair.tables.first is not None
 
     def guide(top_k: int, params: RowParams, controls: Controls | None = None) -> None:
         rows = params.layout.rows
         params.ints.top_k.fill_(top_k)
-        params.max_top_k, params.mix_heads = top_k, guidance.heads is not None
+        params.max_top_k, params.mix_heads = top_k, loaded.heads is not None
         offsets = torch.zeros_like(rows) if has_first else None
-        guidance.guide(logits, hidden_states.expand(len(rows), -1), rows, params, controls, offsets)
+        rule.apply(logits, loaded.hidden_states.expand(len(rows), -1), params, controls, offsets)
 
     few = sorted({1, min(num_rows, MANY_ROWS)})
     for top_k in sorted({most} | {2**n for n in range(4, most.bit_length()) if 2**n < most}):
         for num in few:
-            guide(top_k, _no_requests(guidance, num))
-    params = _no_requests(guidance, num_rows)
-    nowhere = torch.zeros(num_rows, dtype=torch.int64, device=guidance.device)
-    tokens = torch.zeros(1, 1, dtype=torch.int32, device=guidance.device)
-    drafts = tokens.expand(num_rows, guidance.max_rows_per_request - 1).contiguous()
+            guide(top_k, _no_requests(slots, num))
+    params = _no_requests(slots, num_rows)
+    nowhere = torch.zeros(num_rows, dtype=torch.int64, device=loaded.device)
+    tokens = torch.zeros(1, 1, dtype=torch.int32, device=loaded.device)
+    drafts = tokens.expand(num_rows, max_rows_per_request - 1).contiguous()
     output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
-    for controls in (None, *(guidance.slots.controls(params.layout.row_slots, seen) for seen in (None, output))):
+    for controls in (None, *(slots.controls.of_rows(params.layout.row_slots, seen) for seen in (None, output))):
         guide(most, params, controls)
     every = nowhere.unsqueeze(1).repeat(1, MAX_CONTEXTS)
     params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
     guide(most, params)
 
 
-def _no_requests(guidance: Guidance, num_rows: int) -> RowParams:
+def _no_requests(slots: Slots, num_rows: int) -> RowParams:
     """Rows of the slot that stands for no request."""
-    rows = torch.arange(num_rows, device=guidance.device)
-    layout = Layout(np.array([guidance.no_slot]), rows, torch.full_like(rows, guidance.no_slot))
-    return RowParams(layout, guidance.slots, num_rows)
+    rows = torch.arange(num_rows, device=slots.ints.device)
+    layout = Layout(np.array([slots.no_slot]), rows, torch.full_like(rows, slots.no_slot))
+    return RowParams(layout, slots, num_rows)
 
 
-@torch.inference_mode()
-def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_states: torch.Tensor) -> None:
-    """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
+def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
+    """What the frontend may let through, of an engine."""
+    fits, base = loaded.fit, vllm_config.model_config
+    config, template = fits.config, fits.template
+    personas, added = config.personas, template.num_added_tokens if template else len
+    base_tokenizer = {"pretrained_model_name_or_path": base.tokenizer, "revision": base.tokenizer_revision}
+    return Announcement(
+        configured=True,
+        personas=tuple(personas),
+        head_names=fits.head_names,
+        max_top_k=config.max_top_k,
+        max_preference_tokens=fits.max_preference_tokens,
+        tokenizer=fits.tokenizer_args if template else None,
+        base_tokenizer=base_tokenizer if fits.tokens.pair else None,
+        max_context_len=loaded.model.max_model_len,
+        prompt_template=config.prompt_template,
+        num_preferences=tuple(len(persona.preferences) for persona in personas.values()),
+        num_preference_tokens=tuple(max(map(added, p.preferences), default=0) for p in personas.values()),
+        default_persona=config.default_persona,
+        instance_id=vllm_config.instance_id,
+        labels=(str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index)),
+        chat=config.chat,
+        insert_after=config.insert_after,
+    )
 
-    Args:
-        hidden_states: [1, hidden_size].
-    """
-    if not bool(hidden_states.isfinite().all()):
-        raise ValueError(
-            f"pad.reward_model={reward_model!r}: its hidden states are not finite numbers in "
-            f"{str(hidden_states.dtype).removeprefix('torch.')}; set pad.dtype to one that holds them, as "
-            "bfloat16 or float32, or see whether the weights are sound"
-        )
-    if head.all_reduce is not None:
-        return  # a rank has a shard, and the architecture is the same
-    ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
-    scores = kernels.score_candidates(hidden_states, head.weight, ids, head.bias)
-    ours = kernels.cap_and_scale(scores, head.soft_cap, head.scale)
-    theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
-    if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
-        raise ValueError(
-            f"pad.reward_model={reward_model!r}: its logits are more than an output head, soft cap and "
-            "scale, so they cannot be computed for candidates alone"
-        )
 
-
-def log_summary(guidance: Guidance) -> None:
-    model, config = guidance.model, guidance.config
-    num_tokens = (model.num_blocks - 1) * model.block_size
+def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
+    """Say what guides, with what, and how much of it there is."""
+    model, fits = loaded.model, loaded.fit
+    config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
     logger.info(
         "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
         "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
@@ -120,25 +109,25 @@ def log_summary(guidance: Guidance) -> None:
         config.top_k,
         config.max_top_k,
         len(config.personas),
-        ", ".join(guidance.fit.head_names) or "none",
-        guidance.kernels,
+        ", ".join(fits.head_names) or "none",
+        kernels,
         model.weight_bytes / 2**30,
         f"{num_tokens:,}",
         num_tokens * model.bytes_per_token / 2**30,
         num_tokens / model.max_model_len,
         model.max_model_len,
     )
-    if guidance.fit.shortage:
+    if fits.shortage:
         logger.info(
             "PAD: the reward model has %d positions, so a guided request has %d of its tokens less than the engine's "
             "max_model_len of %d, and its preference's; it ends where its longest context is full.",
             model.max_model_len,
-            guidance.fit.shortage,
-            guidance.max_model_len,
+            fits.shortage,
+            base_max_model_len,
         )
-    if guidance.pair is not None:
-        logger.info("PAD: the reward model has %s.", guidance.pair)
-    elif guidance.fit.tokens.no_opinion:
-        logger.info("PAD: the reward model has no opinion of %s.", listed(guidance.fit.tokens.no_opinion))
-    if guidance.template is not None:
-        logger.info("PAD: what the reward model reads: %r", guidance.fit.example())
+    if fits.tokens.pair is not None:
+        logger.info("PAD: the reward model has %s.", fits.tokens.pair)
+    elif fits.tokens.no_opinion:
+        logger.info("PAD: the reward model has no opinion of %s.", listed(fits.tokens.no_opinion))
+    if fits.template is not None:
+        logger.info("PAD: what the reward model reads: %r", fits.example())

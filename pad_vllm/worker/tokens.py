@@ -69,6 +69,11 @@ class SharedTokens:
     """Where the reward model has another tokenizer."""
 
     @property
+    def max_pieces(self) -> int:
+        """Most tokens of the reward model's that one of the base's is."""
+        return 1 if self.pair is None else self.pair.tables.max_pieces
+
+    @property
     def no_candidates(self) -> list[int]:
         """Tokens of the base model that guided requests never generate."""
         if self.pair is not None:

@@ -37,7 +37,7 @@ def pad(llm, graphs: bool) -> None:
             assert not batch.block_table[decoder._num_rows :].any()
         return _run(batch, attn_metadata)
 
-    def guide(logits, hidden_states, *args, _guide=guidance.guide, **kwargs):
+    def guide(logits, hidden_states, *args, _guide=guidance.rule.apply, **kwargs):
         for batch in decoding:
             tensors = [value for value in vars(batch).values() if hasattr(value, "data_ptr")]
             at = tuple(tensor.data_ptr() for tensor in (*tensors, hidden_states))
@@ -47,7 +47,7 @@ def pad(llm, graphs: bool) -> None:
 
     if graphs:
         capture(decoder)
-    model.run, guidance.guide = run, guide
+    model.run, guidance.rule.apply = run, guide
 
 
 def count_looks(llm) -> None:

@@ -116,7 +116,7 @@ def test_triton_kernels_in_the_engine(models, encode, expect):
 
 
 def running_kernels(llm) -> str:
-    return running_guidance(llm).kernels
+    return running_guidance(llm).rule.kernels
 
 
 def test_personas(encode, expect, named_engine):

@@ -87,20 +87,20 @@ def inject(llm, stage: str, after: int) -> None:
         return any(state.slot in slots_of_victim for state in penalties.penalized.values())
 
     where = {
-        "begin": (guidance.slots, "write_controls", lambda slot, *_: slot in slots_of_victim, False),
-        "compose": (guidance.template, "compose_shared", lambda ids, text: text == VICTIM, False),
+        "begin": (guidance.slots.controls, "write", lambda slot, *_: slot in slots_of_victim, False),
+        "compose": (guidance.loaded.fit.template, "compose_shared", lambda ids, text: text == VICTIM, False),
         "rows": (guidance, "_params_of", in_layout, False),
         "forward": (guidance.engine, "_forward", in_rows, False),
-        "kernel": (guidance, "guide_", lambda *_, **__: in_layout(guidance._params.layout), True),
+        "kernel": (guidance.rule, "guide_", lambda *_, **__: in_layout(guidance._params.layout), True),
         "controls": (
-            guidance.slots,
-            "controls",
+            guidance.slots.controls,
+            "of_rows",
             lambda row_slots, *_: bool(slots_of_victim & set(row_slots.tolist())),
             False,
         ),
         "penalize": (v1.Penalties, "apply_", is_penalized, True),
         "take out": (v1.Penalties, "invert_", is_penalized, True),
-        "written": (guidance, "guide_", lambda *_, **__: in_layout(guidance._params.layout), False),
+        "written": (guidance.rule, "guide_", lambda *_, **__: in_layout(guidance._params.layout), False),
     }
     owner, name, is_victims, first = where[stage]
     original = getattr(owner, name)

@@ -61,7 +61,7 @@ def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list
     from vllm import SamplingParams
 
     guidance = running_guidance(llm)
-    guidance.guide_ = partial(guidance.guide_, may_read=False)  # as on a device
+    guidance.rule.guide_ = partial(guidance.rule.guide_, may_read=False)  # as on a device
     for i, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(**asked))
     reads = []

@@ -1,0 +1,83 @@
+"""What the reward engine is asked for in a step: rows of contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pad_vllm.reward.device import to_device
+
+
+@dataclass
+class ContextRows:
+    """A step of C contexts and R rows. Without drafts R = C; with drafts R >= C."""
+
+    slots: np.ndarray
+    """[C] int64: the contexts' slots, distinct"""
+    num_tokens: np.ndarray
+    """[C] int64: the context's length with this step's tokens, at most"""
+    lengths: np.ndarray | None
+    """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
+    row_slots: torch.Tensor
+    """[R] int64, on the device: each row's slot; a context's rows are in the order of their positions. ``no_slot``:
+    the row is to be left alone"""
+    positions: torch.Tensor | None
+    """[R] int64, on the device: position of the row's token in its context; None if the host knows it"""
+    token_ids: torch.Tensor
+    """[R] int32 or int64, on the device"""
+    history: Callable[[int], Sequence[int]]
+    """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
+    Called only for a context that must be computed; may synchronize with the device."""
+    num_advances: int = 0
+    """How many steps they have been made a token further"""
+    num_ahead: int = 0
+    """Of these, the last that ``num_tokens`` and ``lengths`` do not have yet"""
+    is_full: torch.Tensor | None = None
+    """[R] bool, on the device: rows behind the last position of their contexts, which are left alone; None: none is"""
+
+    def within(self, max_len: int, no_slot: int) -> ContextRows:
+        """These rows, those behind a context's last position left alone."""
+        if self.lengths is None:
+            is_full = self.positions >= max_len
+        else:
+            is_full = to_device(self.lengths > max_len, self.row_slots.device, torch.bool)
+        return replace(
+            self,
+            num_tokens=self.num_tokens.clip(max=max_len),
+            lengths=None if self.lengths is None else np.where(self.lengths > max_len, 1, self.lengths),
+            row_slots=self.row_slots.where(~is_full, no_slot),
+            positions=None if self.positions is None else self.positions.where(~is_full, 0),
+            is_full=is_full,
+        )
+
+    def advance(self, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
+        """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
+        self.token_ids, self.history = token_ids, history
+        self.num_advances += 1
+        self.num_ahead += 1
+
+    def settle(self) -> None:
+        """Bring ``num_tokens`` and ``lengths`` up to date."""
+        if self.num_ahead:
+            self.num_tokens = self.num_tokens + self.num_ahead
+            self.lengths, self.num_ahead = self.lengths + self.num_ahead, 0
+
+    def select(self, rows: slice | np.ndarray | torch.Tensor) -> ContextRows:
+        """Some of the rows; by a tensor on the device where the host does not know their lengths."""
+        on_device = to_device(rows, self.row_slots.device, torch.int64) if isinstance(rows, np.ndarray) else rows
+        return replace(
+            self,
+            lengths=None if self.lengths is None else self.lengths[rows],
+            row_slots=self.row_slots[on_device],
+            positions=None if self.positions is None else self.positions[on_device],
+            token_ids=self.token_ids[on_device],
+        )
+
+    def device_positions(self) -> torch.Tensor:
+        """[R] int64, on the device."""
+        if self.positions is not None:
+            return self.positions
+        return to_device(self.lengths - 1, self.row_slots.device, torch.int64)

@@ -1,0 +1,98 @@
+"""From the configuration to a loaded reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from pad_vllm import kernels
+from pad_vllm.config import PADConfig
+from pad_vllm.reward.heads import ValueHeads
+from pad_vllm.reward.paged_model import LMHead, PagedModel
+from pad_vllm.worker.compatibility import Fit, fit
+from pad_vllm.worker.tokens import listed
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A reward model that fits, with its weights and its KV cache."""
+
+    fit: Fit
+    model: PagedModel
+    head: LMHead
+    heads: ValueHeads | None
+    """On the device."""
+    base_vocab_size: int
+    """Columns of the base model's logits."""
+    hidden_states: torch.Tensor
+    """[1, hidden_size]: of some token, to try things with"""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the reward model."""
+        return self.fit.model_config.get_vocab_size()
+
+
+def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Loaded:
+    """Load the configured reward model.
+
+    Args:
+        vllm_config: the engine's.
+        device: where the base model's logits are.
+
+    Raises:
+        ValueError: guidance could not work; one paragraph that says what to change.
+    """
+    fits = fit(config, vllm_config)
+    for warning in warnings(fits):
+        logger.warning(warning)
+    heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
+    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, fits.not_backbone)
+    hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
+    head = model.lm_head(hidden_states)
+    check_logits(config.reward_model, model, head, hidden_states)
+    return Loaded(fits, model, head, heads, vllm_config.model_config.get_vocab_size(), hidden_states)
+
+
+def warnings(fits: Fit) -> Iterator[str]:
+    """What an operator should know of a reward model that fits."""
+    if fits.tokens.foreign:
+        yield f"Guided requests never generate what the reward model does not know: {listed(fits.tokens.foreign)}."
+    if fits.warning is not None:
+        yield fits.warning
+
+
+@torch.inference_mode()
+def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_states: torch.Tensor) -> None:
+    """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
+
+    Args:
+        hidden_states: [1, hidden_size].
+    """
+    if not bool(hidden_states.isfinite().all()):
+        raise ValueError(
+            f"pad.reward_model={reward_model!r}: its hidden states are not finite numbers in "
+            f"{str(hidden_states.dtype).removeprefix('torch.')}; set pad.dtype to one that holds them, as "
+            "bfloat16 or float32, or see whether the weights are sound"
+        )
+    if head.all_reduce is not None:
+        return  # a rank has a shard, and the architecture is the same
+    ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
+    scores = kernels.score_candidates(hidden_states, head.weight, ids, head.bias)
+    ours = kernels.cap_and_scale(scores, head.soft_cap, head.scale)
+    theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
+    if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
+        raise ValueError(
+            f"pad.reward_model={reward_model!r}: its logits are more than an output head, soft cap and "
+            "scale, so they cannot be computed for candidates alone"
+        )

@@ -1,0 +1,244 @@
+"""Contexts of a reward model that has the base model's tokens: a composed prompt, and what the base generates.
+
+A step has a row for each row of logits, or, of requests with several contexts, one for each of these. Where the next
+step is the same, a token further, the rows of the last one only count up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pad_vllm.params import MAX_CONTEXTS
+from pad_vllm.reward.device import to_device
+from pad_vllm.reward.engine import RewardEngine
+from pad_vllm.reward.rows import ContextRows
+from pad_vllm.worker.batch import GuidedBatch
+from pad_vllm.worker.contexts import Prompt
+from pad_vllm.worker.loading import Loaded
+from pad_vllm.worker.slots import RowParams
+
+
+class SameTokens:
+    """:class:`~pad_vllm.worker.contexts.Contexts` in the base model's tokens.
+
+    Args:
+        loaded: the reward model.
+        engine: it runs.
+        num_drafts: most drafts of a request, if the reward model makes them.
+        verifies: whether there are rows of drafts, whoever makes them.
+    """
+
+    def __init__(self, loaded: Loaded, engine: RewardEngine, num_slots: int, num_drafts: int, verifies: bool) -> None:
+        self.engine, self.max_len = engine, loaded.model.max_model_len
+        self.reads = TokenReads(loaded, verifies)
+        self.drafted = DraftedStates(loaded, engine.no_slot + 1, num_slots, num_drafts) if num_drafts else None
+        tokens, self.num_drafted = loaded.fit.tokens, loaded.fit.vocab_size
+        unknown = [i for i in (*tokens.foreign, *tokens.no_opinion) if i < loaded.vocab_size]
+        self.not_drafted = to_device(unknown, loaded.device, torch.int64) if unknown else None
+        """tokens with a row that the reward model does not know"""
+        self._last: LaidOut | None = None
+
+    def read(self, prompt_ids: list[int]) -> Prompt:
+        return Prompt(prompt_ids, len(prompt_ids))
+
+    def own_ids(self, token_ids: list[int]) -> list[int]:
+        return self.reads.of_prompt(token_ids)
+
+    def begin(self, slot: int, prompt_len: int, prompt: Prompt) -> None:
+        self.forget_drafts(slot)
+
+    def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
+        rows = self._rows(batch, params)
+        if self.drafted is None:
+            hidden_states = self.engine.step(rows)
+        else:
+            of_rows = params.contexts.rows
+            local_positions = batch.local_positions if of_rows is None else batch.local_positions[of_rows]
+            hidden_states = self.drafted.verified(self.engine, rows, batch.layout.slots, local_positions)
+        if rows.is_full is not None:
+            hidden_states = hidden_states.masked_fill(rows.is_full.unsqueeze(1), float("nan"))
+        return hidden_states
+
+    def key_offsets(self, batch: GuidedBatch) -> None:
+        return None
+
+    def forget_drafts(self, slots: int | np.ndarray) -> None:
+        if self.drafted is not None:
+            self.drafted.num_kept[slots] = 0
+
+    def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> SameTokensDraft | None:
+        rows = self._rows(batch, params)
+        rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
+        if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
+            return None
+        return SameTokensDraft(self, rows, params, num_drafts)
+
+    def draftable(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits = logits[:, : self.num_drafted]
+        if self.not_drafted is not None:
+            logits = logits.index_fill(1, self.not_drafted, float("-inf"))
+        return logits, None
+
+    def _rows(self, batch: GuidedBatch, params: RowParams) -> ContextRows:
+        """The rows of a batch in the reward model's contexts: as many as its rows, or, of requests that have several,
+        more."""
+        contexts, token_ids = params.contexts, batch.token_ids
+        if contexts.rows is not None:
+            token_ids = token_ids[contexts.rows]
+        token_ids, history = self.reads.on_device(token_ids), self._history(batch)
+        if self._last is None or self._last.params is not params:
+            self._last = LaidOut(params)
+        last = self._last
+        if last.rows is not None and batch.num_ahead and last.room:
+            last.room -= 1
+            last.rows.advance(token_ids, history)
+            return last.rows
+        batch.settle()
+        num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
+        num_tokens = num_tokens + contexts.host_offset
+        room = self.max_len - int(num_tokens.max())
+        last.past_prompts |= batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
+        positions = None
+        if not last.past_prompts:
+            positions = batch.device_positions()
+            if contexts.rows is not None:
+                positions = positions[contexts.rows]
+                if not batch.exact:
+                    positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
+            # The composed prompt may end otherwise than the base's, from which the base samples its first token.
+            token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
+        rows = ContextRows(
+            slots=contexts.slots,
+            num_tokens=num_tokens,
+            lengths=num_tokens if batch.exact else None,
+            row_slots=contexts.row_slots,
+            positions=None if batch.exact else positions + contexts.ints.offset,
+            token_ids=token_ids,
+            history=history,
+        )
+        if room < 0:
+            rows = rows.within(self.max_len, self.engine.no_slot)
+        last.rows, last.room = rows if last.past_prompts else None, max(room, 0)
+        return rows
+
+    def _history(self, batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
+        return lambda slot: self.reads.on_host(batch.output_ids(slot // MAX_CONTEXTS))
+
+
+@dataclass
+class LaidOut:
+    """What the steps of a layout have in common."""
+
+    params: RowParams
+    past_prompts: bool = False
+    """Whether every row has seen a generated token: it stays so as long as the layout does."""
+    rows: ContextRows | None = None
+    """Of the last step, where those of the next may be these, a token further."""
+    room: int = 0
+    """Tokens that the longest of these contexts may still get, as of its rows."""
+
+
+class TokenReads:
+    """What the reward model reads for the base's tokens: themselves, but for those that it has by another id, or not
+    at all."""
+
+    def __init__(self, loaded: Loaded, verifies: bool) -> None:
+        self.base_vocab_size, self.vocab_size = loaded.base_vocab_size, loaded.vocab_size
+        # Tokens beyond the shared vocabulary: of a drafter with a larger one, or of a base model padded further. Such a
+        # draft or token is no candidate, so what follows it is void.
+        self.may_be_beyond = verifies or self.base_vocab_size > self.vocab_size
+        self.others = loaded.fit.tokens.reads
+        self.table: torch.Tensor | None = None
+        """[base_vocab_size] int64"""
+        if self.others:
+            table = torch.arange(self.base_vocab_size)
+            table[list(self.others)] = torch.tensor(list(self.others.values()))
+            self.table = to_device(table, loaded.device, torch.int64)
+
+    def of_prompt(self, token_ids: list[int]) -> list[int]:
+        return [self.others.get(i, i) for i in token_ids] if self.others else token_ids
+
+    def on_host(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Of generated tokens."""
+        if not self.others and not self.may_be_beyond:
+            return token_ids
+        return [min(self.others.get(i, i), self.vocab_size - 1) for i in token_ids]
+
+    def on_device(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[R] int32 or int64 -> likewise."""
+        if self.table is not None:
+            token_ids = self.table[token_ids.clamp(0, self.base_vocab_size - 1).long()]
+        return token_ids.clamp(0, self.vocab_size - 1) if self.may_be_beyond else token_ids
+
+
+class DraftedStates:
+    """Hidden states of the tokens from which drafts were made: verification needs them again."""
+
+    def __init__(self, loaded: Loaded, num_contexts: int, num_slots: int, num_drafts: int) -> None:
+        config = loaded.fit.model_config
+        self.kept = torch.zeros(
+            num_contexts, num_drafts, config.get_hidden_size(), dtype=config.dtype, device=loaded.device
+        )
+        """[contexts, num_drafts, hidden_size]"""
+        self.num_kept = np.zeros(num_slots, np.int64)
+        """[slots] of a request's contexts"""
+
+    def verified(
+        self, engine: RewardEngine, rows: ContextRows, request_slots: np.ndarray, local_positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of rows that are verified: those kept, and the last draft's, which is computed.
+
+        Args:
+            rows: of the step, R.
+            request_slots: [requests] int64, whose they are.
+            local_positions: [R] int64: how many drafts before each row's token, itself included.
+
+        Returns:
+            [R, hidden_size].
+        """
+        num_kept = int(self.num_kept[request_slots].min())
+        same = num_kept == self.num_kept[request_slots].max()
+        if not num_kept or not same or not engine.blocks.holds(rows.slots, rows.num_tokens):
+            return engine.step(rows)
+        is_last = (local_positions == num_kept) & (rows.row_slots != engine.no_slot)
+        where = is_last.int().argsort(descending=True, stable=True)[: len(rows.slots)]
+        is_last = is_last[where]
+        last = rows.select(where)
+        last.row_slots = last.row_slots.where(is_last, engine.no_slot)
+        last.positions = last.positions.where(is_last, 0)
+        computed = engine.step(last)
+        hidden_states = self.kept[rows.row_slots, local_positions.clamp(max=num_kept - 1)]
+        hidden_states[where] = computed.where(is_last.unsqueeze(1), hidden_states[where])
+        return hidden_states
+
+
+class SameTokensDraft:
+    """:class:`~pad_vllm.worker.contexts.Draft` in the base model's tokens; keeps hidden states for verification.
+
+    Args:
+        rows: of the requests' last tokens; their ``num_tokens`` those with all drafts.
+    """
+
+    def __init__(self, contexts: SameTokens, rows: ContextRows, params: RowParams, num_drafts: int) -> None:
+        self.contexts, self.rows, self.params = contexts, rows, params
+        self.num_drafts, self.num_made = num_drafts, 0
+
+    def hidden_states(self) -> torch.Tensor:
+        hidden_states = self.contexts.engine.step(self.rows)
+        self.contexts.drafted.kept[self.rows.row_slots, self.num_made] = hidden_states
+        return hidden_states
+
+    def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        of = self.params.contexts
+        if of.rows is not None:
+            token_ids, positions = token_ids[of.rows], positions[of.rows]
+        # Behind the last position, verification ends the request.
+        positions = (positions + of.ints.offset).clamp(max=self.contexts.max_len - 1)
+        self.rows = replace(self.rows, positions=positions, token_ids=token_ids)
+        self.num_made += 1
+        if self.num_made == self.num_drafts:
+            self.contexts.drafted.num_kept[self.params.layout.slots] = self.num_drafts
