@@ -19,23 +19,27 @@ FORBIDDEN = {
 }
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_ATTRIBUTES = 12
 
 
 def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[str]:
-    """``module`` and ``module.name`` of what a file imports, inside functions too."""
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """Module, and ``module.name``, of what a file imports: inside functions too, and for types alone."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             head = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*head, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            yield from ((module, f"{module}.{alias.name}") for alias in node.names)
+
+
+def imports(path: Path) -> set[str]:
+    return {name for both in imported(path) for name in both}
 
 
 def is_in(name: str, module: str) -> bool:
@@ -61,32 +65,65 @@ def test_kernels_import_torch_and_triton_alone():
     assert [name for name in found if name.partition(".")[0] not in allowed] == []
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Imports at the top of modules have no circle."""
-    graph: dict[str, set[str]] = {}
-    names = {module_name(path): path for path in sources("pad_vllm")}
-    for name, path in names.items():
-        tree = ast.parse(path.read_text())
-        top = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
-        wanted = {str(n.module) for n in top} | {f"{n.module}.{a.name}" for n in top for a in n.names}
-        graph[name] = wanted & names.keys() - {name}
+def test_no_module_knows_itself_by_way_of_others():
+    """Imports have no circle: at the top of modules, inside functions, or for types alone."""
+    names = {module_name(path): path for path in sources("pad_vllm") + sources("kernels") + sources("benchmarks")}
+    graph = {name: {module_of(*found, names) for found in imported(path)} for name, path in names.items()}
     finished: set[str] = set()
+    circles: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join([*path, name])
+        if name in path:
+            return circles.append(" -> ".join([*path[path.index(name) :], name]))
         if name not in finished:
-            for other in sorted(graph[name]):
+            for other in sorted(graph[name] & names.keys() - {name}):
                 visit(other, (*path, name))
             finished.add(name)
 
     for name in graph:
         visit(name, ())
-    assert len(finished) == len(names) > 40
+    assert len(finished) == len(names) > 100
+    assert circles == []
 
 
 def module_name(path: Path) -> str:
+    """As it is imported: ``kernels/`` is installed within the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("pad_vllm", *parts) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def module_of(module: str, name: str, names: dict[str, Path]) -> str:
+    """Where ``module.name`` is: a module itself, or in one."""
+    module, name = (f"pad_vllm.{n}" if is_in(n, "kernels") else n for n in (module, name))
+    return name if name in names else module
+
+
+@pytest.mark.parametrize("folder", ["pad_vllm/worker"])
+def test_classes_can_be_taken_in(folder):
+    found = {
+        f"{path.relative_to(ROOT)}: {node.name}": attributes(node)
+        for path in sources(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(found) > 20
+    assert {name: sorted(has) for name, has in found.items() if len(has) > MAX_ATTRIBUTES} == {}
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """What a class's instances are given: fields, and what methods set on ``self``."""
+    fields = {
+        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+    return fields | {
+        inner.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and isinstance(inner.value, ast.Name)
+        and inner.value.id == "self"
+    }
 
 
 @pytest.mark.parametrize("folder", ["pad_vllm", "kernels"])
