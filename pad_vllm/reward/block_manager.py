@@ -20,6 +20,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_tokens, init_none_hash
 
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.pace import ALONE
 
 Tail = tuple[BlockHash | str | None, tuple[int, ...]]
 """Tokens that begin a block, behind the hash of the block before it; of a first one, behind its context's salt."""
@@ -102,6 +103,7 @@ class BlockManager:
         self._ready: np.ndarray | None = None  # slots that were, and hold their blocks since
         self._lengths_begin = np.zeros(0, np.int64)  # [C] of these, the least length with the same last block
         self._room = 0  # tokens that each of these may get without another block
+        self._step = ALONE  # in which they were
 
     @property
     def num_free_blocks(self) -> int:
@@ -160,8 +162,14 @@ class BlockManager:
         """What is used from now on belongs to a new step."""
         self._step_began = self._clock
 
-    def ready(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
-        """Whether contexts hold the blocks for so many tokens already; then they count as used."""
+    def ready(self, slots: np.ndarray, num_tokens: np.ndarray, step: int = ALONE) -> bool:
+        """Whether contexts hold the blocks for so many tokens already; then they count as used. ``step``: of
+        :class:`~pad_vllm.reward.pace.Pace`; one that follows the last reads nothing but a counter."""
+        if self._ready is not None and self._room and step == self._step + 1:
+            self._room, self._step = self._room - 1, step
+            self._clock += 1
+            return True
+        self._step = step
         if slots is not self._ready or not self._in_last_blocks(num_tokens):
             self._note_used()
             if not self.holds(slots, num_tokens):
@@ -169,15 +177,6 @@ class BlockManager:
             self._ready, self._lengths_begin = slots, (num_tokens - 1) // self.block_size * self.block_size + 1
             self._in_last_blocks(num_tokens)
             self.version += 1
-        self._clock += 1
-        return True
-
-    def advance(self, slots: np.ndarray) -> bool:
-        """As :meth:`ready`, for a token more than in the last step, of contexts that were ready then; reads nothing but
-        a counter."""
-        if slots is not self._ready or not self._room:
-            return False
-        self._room -= 1
         self._clock += 1
         return True
 

@@ -24,6 +24,7 @@ from vllm.model_executor.offloader.base import get_offloader
 from vllm.utils.torch_utils import current_stream
 
 from pad_vllm.reward.block_manager import BlockManager
+from pad_vllm.reward.pace import ALONE
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
 from pad_vllm.reward.rows import ContextRows
 
@@ -105,7 +106,7 @@ class Decoder:
         self._batches: dict[int, ForwardBatch] = {}  # of so many
         self._num_rows = 0  # of the last step
         self._last: tuple[torch.Tensor | None, int] = None, 0  # row_slots of the last step, and its blocks' version
-        self._written: tuple[ContextRows | None, int] = None, 0  # what is in the buffers, after so many advances
+        self._step = ALONE  # that step
         self._max_seq_len = 0  # of rows in these blocks
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -141,14 +142,13 @@ class Decoder:
         return self._hidden_states[:num_rows]
 
     def _write(self, first: DecodeRows, rows: ContextRows) -> None:
-        written, version = self._written, self.blocks.version
+        version, follows = self.blocks.version, rows.step == self._step + 1
         same = self._last[0] is rows.row_slots and self._last[1] == version
-        self._written = rows, rows.num_advances
+        self._step = rows.step
         first.input_ids.copy_(rows.token_ids)
-        if same and written[0] is rows and written[1] == rows.num_advances - 1:
+        if same and follows:
             torch._foreach_add_(first.counters, 1)
             return
-        rows.settle()
         positions = rows.device_positions()
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)

@@ -80,13 +80,9 @@ class RewardEngine:
 
     def _step(self, rows: ContextRows) -> torch.Tensor:
         self.blocks.begin_step()
-        is_ready = rows.num_ahead > 0 and self.blocks.advance(rows.slots)
-        if not is_ready:
-            rows.settle()
-            is_ready = self.blocks.ready(rows.slots, rows.num_tokens)
+        is_ready = self.blocks.ready(rows.slots, rows.num_tokens, rows.step)
         if is_ready and rows.row_slots.shape[0] <= self.decoder.max_num_rows:
             return self._forward([], rows)
-        rows.settle()
         hidden_states: torch.Tensor | None = None
         row_slots: np.ndarray | None = None
         line, num_tokens = rows.slots.tolist(), rows.num_tokens.tolist()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.pace import ALONE
 
 
 @dataclass
@@ -31,10 +32,8 @@ class ContextRows:
     history: Callable[[int], Sequence[int]]
     """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
     Called only for a context that must be computed; may synchronize with the device."""
-    num_advances: int = 0
-    """How many steps they have been made a token further"""
-    num_ahead: int = 0
-    """Of these, the last that ``num_tokens`` and ``lengths`` do not have yet"""
+    step: int = ALONE
+    """Of :class:`~pad_vllm.reward.pace.Pace`"""
     is_full: torch.Tensor | None = None
     """[R] bool, on the device: rows behind the last position of their contexts, which are left alone; None: none is"""
 
@@ -51,19 +50,13 @@ class ContextRows:
             row_slots=self.row_slots.where(~is_full, no_slot),
             positions=None if self.positions is None else self.positions.where(~is_full, 0),
             is_full=is_full,
+            step=ALONE,
         )
 
-    def advance(self, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
+    def advance(self, step: int, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
         """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
-        self.token_ids, self.history = token_ids, history
-        self.num_advances += 1
-        self.num_ahead += 1
-
-    def settle(self) -> None:
-        """Bring ``num_tokens`` and ``lengths`` up to date."""
-        if self.num_ahead:
-            self.num_tokens = self.num_tokens + self.num_ahead
-            self.lengths, self.num_ahead = self.lengths + self.num_ahead, 0
+        self.num_tokens, self.lengths = self.num_tokens + 1, self.lengths + 1
+        self.step, self.token_ids, self.history = step, token_ids, history
 
     def select(self, rows: slice | np.ndarray | torch.Tensor) -> ContextRows:
         """Some of the rows; by a tensor on the device where the host does not know their lengths."""
@@ -74,6 +67,7 @@ class ContextRows:
             row_slots=self.row_slots[on_device],
             positions=None if self.positions is None else self.positions[on_device],
             token_ids=self.token_ids[on_device],
+            step=ALONE,
         )
 
     def device_positions(self) -> torch.Tensor:

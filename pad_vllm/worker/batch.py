@@ -10,6 +10,7 @@ import torch
 
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.pace import ALONE
 
 
 @dataclass(eq=False)
@@ -52,15 +53,8 @@ class GuidedBatch:
     """[R] int64, on the device: how many of its request's drafts a row sees; None where there are no drafts"""
     last_ids: np.ndarray | None = None
     """[R] int64: ``token_ids``, where the host knows them"""
-    num_ahead: int = 0
-    """Tokens that each request has beyond ``num_tokens``, until :meth:`settle`: so many steps ago it was another batch.
-    Where a step is the one before, a token further, nothing is computed for it that can wait: to the processor, which
-    has just run the base model, whatever it touches is new."""
-
-    def settle(self) -> None:
-        """Bring ``num_tokens`` up to date."""
-        if self.num_ahead:
-            self.num_tokens, self.num_ahead = self.num_tokens + self.num_ahead, 0
+    step: int = ALONE
+    """Of :class:`~pad_vllm.reward.pace.Pace`"""
 
     def device_positions(self) -> torch.Tensor:
         """[R] int64, on the device."""

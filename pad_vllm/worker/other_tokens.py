@@ -58,7 +58,6 @@ class OtherTokens:
         self.counts.begin(slot, prompt_len, prompt.begins_answer)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
-        batch.settle()
         lay_out = self._on_device if batch.last_ids is None else self._on_host
         rows, last, is_full = lay_out(batch, params)
         hidden_states = self.engine.step(rows)

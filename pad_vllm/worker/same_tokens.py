@@ -93,11 +93,10 @@ class SameTokens:
         if self._last is None or self._last.params is not params:
             self._last = LaidOut(params)
         last = self._last
-        if last.rows is not None and batch.num_ahead and last.room:
+        if last.rows is not None and last.room and batch.step == last.rows.step + 1:
             last.room -= 1
-            last.rows.advance(token_ids, history)
+            last.rows.advance(batch.step, token_ids, history)
             return last.rows
-        batch.settle()
         num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
         num_tokens = num_tokens + contexts.host_offset
         room = self.max_len - int(num_tokens.max())
@@ -119,6 +118,7 @@ class SameTokens:
             positions=None if batch.exact else positions + contexts.ints.offset,
             token_ids=token_ids,
             history=history,
+            step=batch.step,
         )
         if room < 0:
             rows = rows.within(self.max_len, self.engine.no_slot)

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
+from pad_vllm.reward.pace import Pace
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
@@ -54,6 +55,7 @@ class Adapter:
         self.guidance = guidance
         self.resolve = resolve
         self.board: Board | None = None
+        self.pace = Pace()
 
     def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
         """None for a request that is not guided."""

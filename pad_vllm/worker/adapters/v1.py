@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.pace import Pace
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.guidance import Guidance
@@ -61,7 +62,7 @@ class V1Batch:
             output_tokens=self.penalties and self.penalties.output_tokens,
         )
 
-    def step(self) -> GuidedBatch:
+    def step(self, pace: Pace) -> GuidedBatch:
         """The batch, with the tokens that there are by now.
 
         Raises:
@@ -69,10 +70,10 @@ class V1Batch:
         """
         guided, num_generated = self.guided, [len(ids) for ids in self.output_ids]
         if num_generated == self.one_more:
-            guided.num_ahead += 1
+            guided.step, guided.num_tokens = pace.further(), guided.num_tokens + 1
             last_ids = [ids[-1] for ids in self.output_ids]
         else:
-            guided.num_tokens, guided.num_ahead = self.prompt_lens + num_generated, 0
+            guided.step, guided.num_tokens = pace.changed(), self.prompt_lens + num_generated
             of_prompts = self.last_prompt_ids
             last_ids = [
                 ids[-1] if ids else of_prompt for ids, of_prompt in zip(self.output_ids, of_prompts, strict=True)
@@ -147,7 +148,7 @@ class V1Adapter(Adapter):
         return not state.failed
 
     def _guide(self, logits: torch.Tensor, batch: V1Batch) -> None:
-        guided, penalties = batch.step(), batch.penalties
+        guided, penalties = batch.step(self.pace), batch.penalties
         if penalties is None:
             return self.guidance.apply(logits, guided)
         penalties.apply_(logits)

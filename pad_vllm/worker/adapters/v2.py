@@ -89,7 +89,7 @@ class V2Adapter(Adapter):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         slots, num_tokens = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
         if self.last_step is not None and self.last_step.advance(slots, num_tokens):
-            asked = self.last_step.asked
+            asked, self.last_step.batch.step = self.last_step.asked, self.pace.further()
         else:
             self.last_step, asked = None, self._asked(slots, num_tokens)
         if not len(asked):
@@ -172,6 +172,7 @@ class V2Adapter(Adapter):
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
             output_tokens=lambda: self._output_tokens(ctx, layout),
             local_positions=local_positions,
+            step=self.pace.changed(),
         )
         self.guidance.apply(logits, batch)
         # Not where one still reads its prompt, or is given up.
@@ -285,7 +286,7 @@ class Step:
         if slots.tobytes() != self.slots or num_tokens.tolist() != self.one_more:
             return False
         self.one_more = [n + 1 for n in self.one_more]
-        self.batch.num_ahead += 1
+        self.batch.num_tokens = self.batch.num_tokens + 1
         return True
 
 
