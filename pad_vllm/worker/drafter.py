@@ -189,8 +189,8 @@ class Drafter:
             logits [R, K] in descending order, -inf beyond a row's own k; token ids [R, K] int64.
         """
         guidance, dtype = self.guidance, hidden_states.dtype
-        if params.mix_heads:
-            hidden_states = map_heads(hidden_states, guidance.heads.weight, guidance.heads.bias, params.head_weights)
+        if params.head_mix is not None:
+            hidden_states = map_heads(hidden_states, params.head_mix)
         slots = params.layout.row_slots
         if params.contexts.mixture is not None:
             contexts = params.contexts.mixture.contexts
@@ -204,11 +204,11 @@ class Drafter:
             if self.not_drafted is not None:
                 logits = logits.index_fill(1, self.not_drafted, float("-inf"))
         # What an unguided row leaves out is drawn by verification.
-        most = guidance.config.max_top_k if params.num_unguided else params.max_top_k
+        most = guidance.config.max_top_k if params.num_unguided else params.rows.max_top_k
         values, ids = logits.topk(min(most, logits.shape[1]))
         if params.min_top_k < most:
             place = torch.arange(values.shape[1], device=values.device)
-            top_k = params.ints.top_k.unsqueeze(1)
+            top_k = params.rows.top_k.unsqueeze(1)
             values = values.masked_fill((place >= top_k) & (top_k > 0), float("-inf"))
         if self.whole is not None:
             ids = self.whole.base_ids[ids]

@@ -28,7 +28,7 @@ from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import fit
-from pad_vllm.worker.device_tables import candidate_tables, device_groups
+from pad_vllm.worker.device_tables import device_vocabulary, foreign_candidates
 from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.growth import Growth
 from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
@@ -63,7 +63,7 @@ class Guidance:
         for warning in start.warnings(self.fit):
             logger.warning(warning)
         tokens = self.fit.tokens
-        self.foreign_ids, self.no_opinion = candidate_tables(tokens, self.vocab_size, self.reward_vocab_size, device)
+        self.foreign_ids = foreign_candidates(tokens, self.vocab_size, self.reward_vocab_size, device)
         heads = self.fit.heads
         self.heads = heads and ValueHeads(heads.names, heads.weight.to(device), heads.bias.to(device))
         self.model = PagedModel(
@@ -71,11 +71,12 @@ class Guidance:
         )
         self.kernels = kernels.implementation(device)
         self.pair = self.fit.tokens.pair
-        self.guide_ = kernels.load_guide(self.kernels, self.pair and device_groups(self.pair.tables, device))
+        self.guide_ = kernels.load_guide(self.kernels)
+        self.vocabulary = device_vocabulary(tokens, self.vocab_size, device)
         max_num_batched_tokens = self.fit.vllm_config.scheduler_config.max_num_batched_tokens
         hidden_states = self.model.warm_up(max_num_batched_tokens)
-        self.lm_head = self.model.lm_head(hidden_states)
-        start.check_logits(config.reward_model, self.model, self.lm_head, hidden_states)
+        self.output_head = self.model.output_head(hidden_states)
+        start.check_logits(config.reward_model, self.model, self.output_head, hidden_states)
         self.no_slot = scheduler.max_num_seqs
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = scheduler.max_num_seqs * self.max_rows_per_request
@@ -96,7 +97,7 @@ class Guidance:
             table = torch.arange(self.base_vocab_size)
             table[list(self.reads)] = torch.tensor(list(self.reads.values()))
             self.device_reads = to_device(table, device, torch.int64)
-        self.slots = Slots(scheduler.max_num_seqs + 1, len(self.fit.head_names), self.base_vocab_size, device)
+        self.slots = Slots(scheduler.max_num_seqs + 1, self.heads, self.base_vocab_size, device)
         self._params: RowParams | None = None
         self.has_written = False
         """Whether a step came to the kernel, which writes over the guided rows, and not to its end"""
@@ -209,13 +210,13 @@ class Guidance:
         began = time.perf_counter()
         layout, params = batch.layout, self._params_of(batch.layout)
         hidden_states = self._hidden_states(batch, params)
-        if params.max_top_k:
+        if params.rows.max_top_k:
             controls = None
             if params.control:
                 controls = self.slots.controls(layout.row_slots, batch.output_tokens() if params.penalize else None)
             key_offsets = None if self.growth is None else self.growth.key_offsets(batch)
             self.has_written = True
-            self.guide(logits, hidden_states, layout.rows, params, controls, key_offsets)
+            self.guide(logits, hidden_states, params, controls, key_offsets)
             self.has_written = False
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
@@ -246,10 +247,10 @@ class Guidance:
         if self.may_be_foreign:
             # Such a draft or token is no candidate, so what follows it is void.
             token_ids = token_ids.clamp(0, self.reward_vocab_size - 1)
-        if params.rows is not None and batch.num_ahead and params.room:
+        if params.last_rows is not None and batch.num_ahead and params.room:
             params.room -= 1
-            params.rows.advance(token_ids, self._history(batch))
-            return params.rows
+            params.last_rows.advance(token_ids, self._history(batch))
+            return params.last_rows
         batch.settle()
         num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
         num_tokens = num_tokens + contexts.host_offset
@@ -275,7 +276,7 @@ class Guidance:
         )
         if room < 0:
             rows = rows.within(self.model.max_model_len, self.engine.no_slot)
-        params.rows, params.room = rows if params.past_prompts else None, max(room, 0)
+        params.last_rows, params.room = rows if params.past_prompts else None, max(room, 0)
         return rows
 
     def _history(self, batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
@@ -313,7 +314,6 @@ class Guidance:
         self,
         logits: torch.Tensor,
         hidden_states: torch.Tensor,
-        rows: torch.Tensor,
         params: RowParams,
         controls: Controls | None = None,
         key_offsets: torch.Tensor | None = None,
@@ -323,39 +323,25 @@ class Guidance:
         Args:
             logits: [N, V], in place.
             hidden_states: [context rows, hidden_size], of the reward model.
-            rows: [R] int64, rows of ``logits``.
-            params: what they ask for.
+            params: which rows of ``logits``, and what they ask for.
             controls: what their requests did to the logits; None: nothing.
             key_offsets: [R] int64, of :meth:`Growth.key_offsets`.
         """
-        head = self.lm_head
+        rows = params.rows
+        if key_offsets is not None:
+            rows = rows._replace(key_offsets=key_offsets)
         if self.foreign_ids is not None:
-            places = rows.unsqueeze(1), self.foreign_ids
-            logits[places] = logits[places].masked_fill(params.ints.top_k.unsqueeze(1) > 0, float("-inf"))
+            places = rows.index.unsqueeze(1), self.foreign_ids
+            logits[places] = logits[places].masked_fill(rows.top_k.unsqueeze(1) > 0, float("-inf"))
         self.guide_(
             logits,
             hidden_states,
-            head.weight,
-            rows=rows,
-            top_k=params.ints.top_k,
-            beta=params.beta,
-            reference=params.reference,
-            end_ids=params.ints.end_id,
+            self.output_head,
+            rows,
+            self.vocabulary,
             controls=controls,
             mixture=params.contexts.mixture,
-            max_top_k=params.max_top_k,
-            vocab_size=self.vocab_size,
-            bias=head.bias,
-            heads=(self.heads.weight, self.heads.bias, params.head_weights) if params.mix_heads else None,
-            soft_cap=head.soft_cap,
-            scale=head.scale,
-            vocab_start=head.vocab_start,
-            all_reduce=head.all_reduce,
-            **(
-                {"no_opinion": self.no_opinion}
-                if self.pair is None
-                else {"shard": head.shard, "key_offsets": key_offsets}
-            ),
+            head_mix=params.head_mix,
         )
 
     def _write_slot(

@@ -10,9 +10,9 @@ import torch
 from vllm.logger import init_logger
 
 from pad_vllm import kernels
-from pad_vllm.kernels import Controls, Mixture, OutputTokens
+from pad_vllm.kernels import Controls, Mixture, OutputHead, OutputTokens
 from pad_vllm.params import MAX_CONTEXTS
-from pad_vllm.reward.paged_model import LMHead, PagedModel
+from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.worker.batch import Layout
 from pad_vllm.worker.compatibility import Fit
 from pad_vllm.worker.slots import RowParams
@@ -52,11 +52,12 @@ def warm_up_kernels(guidance: Guidance, hidden_states: torch.Tensor, max_rows: i
     has_first = guidance.growth is not None and guidance.growth.has_first
 
     def guide(top_k: int, params: RowParams, controls: Controls | None = None) -> None:
-        rows = params.layout.rows
-        params.ints.top_k.fill_(top_k)
-        params.max_top_k, params.mix_heads = top_k, guidance.heads is not None
-        offsets = torch.zeros_like(rows) if has_first else None
-        guidance.guide(logits, hidden_states.expand(len(rows), -1), rows, params, controls, offsets)
+        params.rows.top_k.fill_(top_k)
+        params.rows = params.rows._replace(max_top_k=top_k)
+        params.head_mix = guidance.slots.head_mix(params.head_weights)
+        index = params.rows.index
+        offsets = torch.zeros_like(index) if has_first else None
+        guidance.guide(logits, hidden_states.expand(len(index), -1), params, controls, offsets)
 
     few = sorted({1, min(num_rows, MANY_ROWS)})
     for top_k in sorted({most} | {2**n for n in range(4, most.bit_length()) if 2**n < most}):
@@ -82,7 +83,7 @@ def _no_requests(guidance: Guidance, num_rows: int) -> RowParams:
 
 
 @torch.inference_mode()
-def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_states: torch.Tensor) -> None:
+def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_states: torch.Tensor) -> None:
     """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
 
     Args:
@@ -97,8 +98,8 @@ def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_stat
     if head.all_reduce is not None:
         return  # a rank has a shard, and the architecture is the same
     ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
-    scores = kernels.score_candidates(hidden_states, head.weight, ids, head.bias)
-    ours = kernels.cap_and_scale(scores, head.soft_cap, head.scale)
+    scores = kernels.score_candidates(hidden_states, head, ids)
+    ours = kernels.cap_and_scale(scores, head)
     theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
     if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
         raise ValueError(
