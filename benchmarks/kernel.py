@@ -16,7 +16,7 @@ For every shape, microseconds a step:
 - limit: one read and one write of the guided logits, one read of the hidden states and of k rows of lm_head for each
   guided row (with groups, of the distinct members that all rows need), at the rate at which a copy moves bytes;
 - composite, of guide: the obvious one: topk, the whole lm_head product, gather, log_softmax, scatter;
-- reference, with ``--reference``: the same step in PyTorch (``reference``, ``groups`` of ``pad_vllm.kernels``).
+- reference, with ``--reference``: the same step in PyTorch (``reference`` of ``pad_vllm.kernels``).
 
 Replays of CUDA graphs are timed, so that the host's launches are not: a graph copies several buffers of logits, since
 the step works in place, and flushes the L2 cache; another goes on with a step on each. The difference of their medians,
@@ -42,8 +42,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from pad_vllm.kernels import Controls, Groups, Mixture, OutputTokens, fused, fused_groups, groups, reference
-from pad_vllm.kernels.large_groups import find_large
+from pad_vllm.kernels import find_large, fused, reference
+from pad_vllm.kernels.types import Controls, Groups, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+
+from .kernel_plot import plot
 
 PARTS = ("guide", "controls", "mixture", "groups")
 ROWS, TOP_K = (1, 8, 64, 256), (10, 40, 64)
@@ -109,21 +111,28 @@ Timer = GraphTimer | WallTimer
 class Problem(NamedTuple):
     """Arguments of a step on any of several buffers of logits; the values of the first are checked."""
 
-    step: Callable[..., None]
     sources: list[torch.Tensor]  # [R, V] float32 each
-    args: tuple[torch.Tensor, ...]
-    kwargs: dict[str, Any]
+    hidden_states: torch.Tensor
+    head: OutputHead
+    rows: Rows
+    vocabulary: SharedVocabulary | Groups
+    controls: Controls | None
+    mixture: Mixture | None
     y: torch.Tensor  # the first of them, before its controls
     moved: int  # bytes, by a step
 
+    def run(self, step: Callable[..., None], logits: torch.Tensor) -> None:
+        args = self.hidden_states, self.head, self.rows, self.vocabulary
+        step(logits, *args, controls=self.controls, mixture=self.mixture)
 
-def composite_(logits, hidden_states, lm_head, rows, top_k, beta, reference, end_ids, *, max_top_k, vocab_size):
+
+def composite_(logits, hidden_states, head, rows, vocabulary, *, controls, mixture):
     """The step as one would write it first; every row has the same k, and nothing ever fails."""
-    z, ids = logits[rows].topk(max_top_k, dim=-1)
-    r = (hidden_states @ lm_head.T).gather(1, ids).float()
-    reward = r.log_softmax(-1) - reference.unsqueeze(1) * z.log_softmax(-1)
-    guided = torch.full_like(logits, float("-inf")).scatter_(1, ids, z + beta.unsqueeze(1) * reward)
-    logits[rows] = guided
+    z, ids = logits[rows.index].topk(rows.max_top_k, dim=-1)
+    r = (hidden_states @ head.weight.T).gather(1, ids).float()
+    reward = r.log_softmax(-1) - rows.reference.unsqueeze(1) * z.log_softmax(-1)
+    guided = torch.full_like(logits, float("-inf")).scatter_(1, ids, z + rows.beta.unsqueeze(1) * reward)
+    logits[rows.index] = guided
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,7 +181,7 @@ def tables(sources: list[torch.Tensor]) -> Groups:
         first = ids[::EVERY, 0]
         key[first] = vocab_size + (i * len(first) + torch.arange(len(first), device=device)) % LARGE_GROUPS
     starts, members = starts.int(), torch.cat([small, large.flatten()]).int()
-    return Groups(key.int(), members, starts, max(2, size), find_large(starts))
+    return Groups(vocab_size, key.int(), members, starts, max(2, size), find_large(starts))
 
 
 def problem(
@@ -184,57 +193,56 @@ def problem(
     sources = [3 * torch.randn(num_rows, vocab_size, device=device) for _ in range(num_buffers)]
     num_contexts = len(WEIGHTS) if part == "mixture" else 1
     hidden = torch.randn(num_rows * num_contexts, hidden_size, dtype=torch.bfloat16, device=device)
-    rows = torch.arange(num_rows, device=device)
+    index = torch.arange(num_rows, device=device)
     beta = torch.full((num_rows,), 0.8, device=device)
     of_base, y = torch.ones_like(beta), sources[0]
-    kwargs: dict[str, Any] = {"max_top_k": top_k, "vocab_size": vocab_size}
-    num_scored, step = num_rows * top_k, fused.guide_
+    vocabulary: SharedVocabulary | Groups = SharedVocabulary(vocab_size)
+    controls, mixture, num_scored = None, None, num_rows * top_k
     moved = 2 * y.nbytes + hidden.nbytes
     if part == "controls":
-        sources[0], kwargs["controls"] = control(y)
+        sources[0], controls = control(y)
         moved += num_rows * (8 * NUM_BIAS + 4 * NUM_OUTPUT)
     elif part == "mixture":
         contexts = torch.arange(num_rows * num_contexts, device=device).view(num_rows, num_contexts)
-        kwargs["mixture"] = Mixture(contexts, torch.tensor(WEIGHTS, device=device).repeat(num_rows, 1))
-        of_base = kwargs["mixture"].weights.sum(1)
+        mixture = Mixture(contexts, torch.tensor(WEIGHTS, device=device).repeat(num_rows, 1))
+        of_base = mixture.weights.sum(1)
     elif part == "groups":
-        kwargs["groups"], step = tables(sources), fused_groups.guide_groups_
-        key, members, starts = kwargs["groups"][:3]
-        needed = torch.zeros(len(starts) - 1, dtype=torch.bool, device=device)
-        needed[key[y.topk(top_k).indices].long().flatten()] = True
-        num_scored = len(members[needed.repeat_interleave(starts.diff())].unique())
+        vocabulary = tables(sources)
+        needed = torch.zeros(len(vocabulary.starts) - 1, dtype=torch.bool, device=device)
+        needed[vocabulary.key[y.topk(top_k).indices].long().flatten()] = True
+        num_scored = len(vocabulary.members[needed.repeat_interleave(vocabulary.starts.diff())].unique())
     moved += num_scored * hidden_size * lm_head.element_size()
-    args = (hidden, lm_head, rows, torch.full_like(rows, top_k), beta, of_base, torch.zeros_like(rows))
-    return Problem(step, sources, args, kwargs, y, moved)
+    rows = Rows(index, torch.full_like(index, top_k), beta, of_base, torch.zeros_like(index), top_k)
+    return Problem(sources, hidden, OutputHead(lm_head), rows, vocabulary, controls, mixture, y, moved)
 
 
 def expected(of: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidates of the first buffer [R, k], and their guided logits in float64."""
-    hidden, lm_head, _, _, beta, of_base, _ = of.args
-    z, ids = (found[:, : of.kwargs["max_top_k"]] for found in of.sources[0].sort(descending=True, stable=True))
-    r, key = hidden.double() @ lm_head.double().T, ids
-    if "groups" in of.kwargs:
-        key_of, members, starts = of.kwargs["groups"][:3]
-        key, most = key_of[ids].long(), r.amax(1, keepdim=True)
+    rows = of.rows
+    z, ids = (found[:, : rows.max_top_k] for found in of.sources[0].sort(descending=True, stable=True))
+    r, key = of.hidden_states.double() @ of.head.weight.double().T, ids
+    if isinstance(of.vocabulary, Groups):
+        members, starts = of.vocabulary.members, of.vocabulary.starts
+        key, most = of.vocabulary.key[ids].long(), r.amax(1, keepdim=True)
         owner = torch.arange(len(starts) - 1, device=r.device).repeat_interleave(starts.diff())
         sums = r.new_zeros(len(r), len(starts) - 1).index_add_(1, owner, (r - most).exp()[:, members.long()])
         r = most + sums.log()
-    if "mixture" in of.kwargs:
-        contexts, weights = of.kwargs["mixture"]
+    if of.mixture is not None:
+        contexts, weights = of.mixture
         r = (weights.double().unsqueeze(-1) * r[contexts]).sum(1)
     r, y = r.gather(1, key), of.y.double().gather(1, ids)
     same = key.unsqueeze(2) == key.unsqueeze(1)
     is_first = ~same.tril(-1).any(-1)  # of its group
     y_group = torch.where(same, y.unsqueeze(1), float("-inf")).logsumexp(-1)
     log_r = r - r.masked_fill(~is_first, float("-inf")).logsumexp(-1, keepdim=True)
-    reward = log_r - of_base.double().unsqueeze(1) * (y_group - y.logsumexp(-1, keepdim=True))
-    return ids, z.double() + beta.double().unsqueeze(1) * reward
+    reward = log_r - rows.reference.double().unsqueeze(1) * (y_group - y.logsumexp(-1, keepdim=True))
+    return ids, z.double() + rows.beta.double().unsqueeze(1) * reward
 
 
 def check(of: Problem) -> float:
     """Largest difference from float64, over the candidates; which must be the same ones."""
     ours = of.sources[0].clone()
-    of.step(ours, *of.args, **of.kwargs)
+    of.run(fused.guide_, ours)
     ids, guided = expected(of)
     assert ((ours > float("-inf")).sum(-1) == ids.shape[1]).all()
     difference = (ours.gather(1, ids).double() - guided).abs().max().item()
@@ -245,10 +253,10 @@ def check(of: Problem) -> float:
 def check_graph(of: Problem, timer: Timer) -> None:
     """The step can be captured in a CUDA graph, and replayed on other logits."""
     static, other = of.sources[0].clone(), of.sources[0].flip(1).contiguous()
-    replay = timer.capture(lambda: of.step(static, *of.args, **of.kwargs))
+    replay = timer.capture(lambda: of.run(fused.guide_, static))
     static.copy_(other)
     replay()
-    of.step(other, *of.args, **of.kwargs)
+    of.run(fused.guide_, other)
     assert torch.equal(static, other)
 
 
@@ -270,10 +278,10 @@ def measure(of: Problem, steps: dict[str, Callable[..., None]], timer: Timer, re
             logits.copy_(source)
         flush.zero_()
         for logits in work[:num_steps]:
-            step(logits, *of.args, **of.kwargs)
+            of.run(step, logits)
 
     counts = {name: min(MOST_STEPS.get(name, len(work)), len(work)) for name in steps}
-    replays = {"nothing": timer.capture(lambda: run(of.step, 0))}
+    replays = {"nothing": timer.capture(lambda: run(fused.guide_, 0))}
     replays |= {name: timer.capture(functools.partial(run, step, counts[name])) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in replays}
     for repeat in range(repeats + 1):
@@ -286,7 +294,7 @@ def measure(of: Problem, steps: dict[str, Callable[..., None]], timer: Timer, re
 
 def compile_step(part: str, top_k: int, vocab_size: int, hidden_size: int) -> None:
     of = problem(part, 1, vocab_size, hidden_size, top_k, GraphTimer.device)
-    of.step(of.sources[0], *of.args, **of.kwargs)
+    of.run(fused.guide_, of.sources[0])
     torch.cuda.synchronize()
 
 
@@ -353,9 +361,9 @@ def main(argv: list[str] | None = None) -> None:
         error = check(of)
         if part not in {row["part"] for row in record["results"]}:
             check_graph(of, timer)
-        steps = {"fused": of.step} | ({"composite": composite_} if part == "guide" else {})
+        steps = {"fused": fused.guide_} | ({"composite": composite_} if part == "guide" else {})
         if args.reference:
-            steps["reference"] = groups.guide_groups_ if part == "groups" else reference.guide_
+            steps["reference"] = reference.guide_
         times = measure(of, steps, timer, args.repeats)
         limit = of.moved / bytes_per_second * 1e6
         row: dict[str, Any] = {"part": part, "rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size}
@@ -373,28 +381,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{time.monotonic() - begun:.0f} s")
     if args.plot:
         plot(record, args.plot)
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Fraction of the byte limit over rows, a line for each shape."""
-    from matplotlib.figure import Figure
-
-    parts = list(dict.fromkeys(row["part"] for row in record["results"]))
-    figure = Figure(figsize=(4 * len(parts) + 1, 4.5), layout="tight")
-    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)
-    for axis, part in zip(axes[0], parts, strict=True):
-        lines: dict[tuple[int, ...], dict[int, float]] = {}
-        for row in (row for row in record["results"] if row["part"] == part):
-            shape = (row["vocab_size"], row["hidden_size"], row["top_k"])
-            lines.setdefault(shape, {})[row["rows"]] = row["fraction"]
-        for line, points in lines.items():
-            axis.plot(*zip(*points.items(), strict=True), marker="o", label="V {:,} d {} k {}".format(*line))
-        axis.set(title=part, xlabel="guided rows", xscale="log", ylim=(0, 1.05))
-        axis.legend(fontsize=6)
-    axes[0][0].set_ylabel("fraction of the byte limit")
-    figure.suptitle(f"The guidance step on {record['hardware']}, {record['date']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

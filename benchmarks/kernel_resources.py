@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pad_vllm.kernels import controls as undoing
-from pad_vllm.kernels import fused, fused_groups, fused_selection, large_groups, mixture
+from pad_vllm.kernels import fused, fused_groups, fused_large_groups, fused_selection, large_groups, mixture
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,11 +110,11 @@ def group_configurations(K: int, sizes: dict):
     score = {"K": K, "PARTS": 1, "BLOCK_M": fused_groups.BLOCK_M, "BLOCK_D": fused_groups.BLOCK_D, "HAS_BIAS": False}
     score |= {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "bias_ptr": None, "contexts_ptr": None, "weights_ptr": None}
     yield "score groups", fused_groups.score_groups_kernel, score, fused_groups.SCORE_WARPS
-    blocks = {"BLOCK_M": large_groups.BLOCK_M, "BLOCK_C": large_groups.BLOCK_C, "BLOCK_D": large_groups.BLOCK_D}
-    large = {name: value for name, value in score.items() if name != "PARTS"} | blocks
+    large = {name: value for name, value in score.items() if name != "PARTS"} | {"BLOCK_M": large_groups.BLOCK_M}
+    large |= {"BLOCK_C": fused_large_groups.BLOCK_C, "BLOCK_D": fused_large_groups.BLOCK_D}
     for precision in ("tf32", "ieee"):
         name = f"score large groups, {precision}"
-        yield name, large_groups.score_large_kernel, large | {"PRECISION": precision}, large_groups.WARPS
+        yield name, fused_large_groups.score_large_kernel, large | {"PRECISION": precision}, fused_large_groups.WARPS
     reweight = {"K": K, "BLOCK_K": fused_groups.BLOCK_K, "HAS_CONTROLS": False, "HAS_MIXTURE": False}
     reweight |= {"ANY_SILENT": True, "y_ptr": None, "weights_ptr": None}
     yield "reweight groups", fused_groups.reweight_groups_kernel, reweight, fused_groups.REWEIGHT_WARPS

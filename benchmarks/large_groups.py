@@ -23,15 +23,14 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from pad_vllm.kernels import groups as grouped
-from pad_vllm.kernels import reference
+from pad_vllm.kernels import Groups, OutputHead, Rows, SharedVocabulary
 from pad_vllm.kernels.large_groups import LARGE
+from pad_vllm.kernels.reference import guide_
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.token_tables import TokenTables, make_tables
 
@@ -70,13 +69,14 @@ def measure(tables: TokenTables, num_reward: int, num_rows: int, hidden_size: in
     vocab_size = len(tables.key)
     parts = (tables.key, tables.members, tables.member_starts)
     most = int(np.diff(tables.member_starts).max())
-    groups = grouped.Groups(*(torch.from_numpy(np.ascontiguousarray(part, np.int32)) for part in parts), most)
+    arrays = (torch.from_numpy(np.ascontiguousarray(part, np.int32)) for part in parts)
+    groups = Groups(vocab_size, *arrays, most)
     size = max(vocab_size, num_reward)
     lm_head = torch.randn(size, hidden_size, generator=generator) / hidden_size**0.5
     hidden = torch.randn(num_rows, hidden_size, generator=generator)
-    rows, beta = torch.arange(num_rows), torch.full((num_rows,), 0.8)
-    args = (hidden, rows, torch.full_like(rows, TOP_K), beta, torch.ones_like(beta), torch.zeros_like(rows))
-    settings: dict[str, Any] = {"max_top_k": TOP_K, "vocab_size": vocab_size}
+    index, beta = torch.arange(num_rows), torch.full((num_rows,), 0.8)
+    top_k, end_ids = torch.full_like(index, TOP_K), torch.zeros_like(index)
+    rows = Rows(index, top_k, beta, torch.ones_like(beta), end_ids, TOP_K)
     drawn = [candidates(tables, rng) for _ in range(num_rows)]
 
     def logits_of(name: str) -> torch.Tensor:
@@ -86,12 +86,12 @@ def measure(tables: TokenTables, num_reward: int, num_rows: int, hidden_size: in
         return logits
 
     small, large = logits_of("small"), logits_of("large")
-    head = lm_head[:num_reward]
+    head, shared_head = OutputHead(lm_head[:num_reward]), OutputHead(lm_head[:vocab_size])
     runs = {
-        "plain": (lambda work: reference.guide_(work, args[0], lm_head[:vocab_size], *args[1:], **settings), small),
-        "small": (lambda work: grouped.guide_groups_(work, args[0], head, *args[1:], groups=groups, **settings), small),
-        "large": (lambda work: grouped.guide_groups_(work, args[0], head, *args[1:], groups=groups, **settings), large),
-        "head": (lambda work: hidden @ head.T, small),
+        "plain": (lambda work: guide_(work, hidden, shared_head, rows, SharedVocabulary(vocab_size)), small),
+        "small": (lambda work: guide_(work, hidden, head, rows, groups), small),
+        "large": (lambda work: guide_(work, hidden, head, rows, groups), large),
+        "head": (lambda work: hidden @ head.weight.T, small),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat, (name, (run, logits)) in itertools.product(range(REPEATS + 2), runs.items()):

@@ -1,33 +1,30 @@
 """The guidance step: candidate selection, reward scoring, logit reweighting. Needs torch (and triton) only.
 
-Installed as ``pad_vllm.kernels``. :mod:`.reference` says what the step does, in PyTorch, and :mod:`.selection` what its
-candidates are; :mod:`.fused` does it in Triton. :mod:`.groups` and :mod:`.fused_groups` do it for a reward model with
-another tokenizer.
+Installed as ``pad_vllm.kernels``. :mod:`.types` names what a step is told. :mod:`.reference` says what it does, in
+PyTorch, with :mod:`.selection` for its candidates and :mod:`.groups` for a reward model with another tokenizer;
+:mod:`.fused` does it in Triton, with :mod:`.fused_selection` and :mod:`.fused_groups`.
 """
 
 import os
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from .groups import Groups
-from .reference import (
-    Controls,
-    Mixture,
-    OutputTokens,
-    cap_and_scale,
-    map_heads,
-    mix_contexts,
-    score_candidates,
-)
+from .large_groups import find_large
+from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
+from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
 __all__ = [
     "Controls",
     "Groups",
+    "HeadMix",
     "Mixture",
+    "OutputHead",
     "OutputTokens",
+    "Rows",
+    "SharedVocabulary",
     "cap_and_scale",
+    "find_large",
     "implementation",
     "load_guide",
     "map_heads",
@@ -54,19 +51,10 @@ def implementation(device: torch.device) -> str:
     return "triton" if on_gpu or os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 
 
-def load_guide(name: str, groups: Groups | None = None) -> Callable[..., None]:
-    """``guide_`` of an implementation; by groups of tokens where the reward model has another tokenizer."""
-    if groups is not None:
-        if name == "triton":
-            from .fused_groups import guide_groups_
-            from .large_groups import find_large
-
-            groups = groups._replace(large=find_large(groups.starts))
-        else:
-            from .groups import guide_groups_
-        return partial(guide_groups_, groups=groups)
+def load_guide(name: str) -> Callable[..., None]:
+    """``guide_`` of an implementation, which :func:`.reference.guide_` describes."""
     if name == "triton":
-        from .fused import guide_
+        from .fused import guide_  # triton may be missing where it is not used
     else:
         from .reference import guide_
     return guide_

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .keys import NO_KEY, from_key
-from .reference import MAX_LOGIT, Controls
+from .keys import NO_KEY, Candidates, from_key
+from .selection import MAX_LOGIT
+from .types import Controls
 
 TILE = 4096
 """Elements of [K, tokens] that a program compares at a time."""
@@ -75,9 +76,10 @@ def undo_controls_kernel(
         tl.store(y_ptr + row_idx * K + place, tl.minimum(tl.maximum(y, -LARGEST_LOGIT), LARGEST_LOGIT))
 
 
-def undo_controls(keys: torch.Tensor, top_k: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """:func:`.reference.undo_controls`, from the candidates' keys [R, num_slices, K]: [R, K] float32."""
-    num_rows, slices, K = keys.shape
+def undo_controls(candidates: Candidates, controls: Controls) -> torch.Tensor:
+    """:func:`.reference.undo_controls`; behind a row's candidates y may be anything."""
+    keys, top_k = candidates
+    num_rows, K = keys.shape
     y = torch.empty(num_rows, K, device=keys.device)
     output = controls.output
     undo_controls_kernel[(num_rows,)](
@@ -97,7 +99,7 @@ def undo_controls(keys: torch.Tensor, top_k: torch.Tensor, controls: Controls) -
         output.draft_ids.shape[1] if output else 0,
         y,
         K=K,
-        NUM_KEYS=slices * K,
+        NUM_KEYS=K,
         BLOCK=max(TILE // K, 16),
         HAS_PENALTIES=output is not None,
         num_warps=WARPS,

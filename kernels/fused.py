@@ -13,17 +13,18 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
 from .controls import undo_controls
+from .fused_groups import reweight_groups_, score_groups
+from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args, sum_weights
 from .fused_selection import IS_INTERPRETED, IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
-from .keys import NO_KEY, from_key
+from .keys import NO_KEY, Candidates, from_key
 from .mixture import mix_contexts
-from .reference import Controls, Mixture, map_heads
+from .scoring import map_heads
+from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary
 from .writing import write_guided
 
 FEW, BLOCK_D = 16, 512
@@ -39,54 +40,6 @@ SCORE_REGISTERS = 128
 """Of a thread, at most, on GPUs of NVIDIA: so that two programs fit on a multiprocessor."""
 ROW_POINTERS = ["rows_ptr", "top_k_ptr", "beta_ptr", "reference_ptr", "end_ids_ptr", "contexts_ptr", "weights_ptr"]
 """A program reads one element of these: how they are aligned need not be compiled in."""
-
-
-@triton.jit
-def capped(scores, soft_cap):
-    """tanh by exp, of a negative number: it cannot overflow."""
-    x = scores / soft_cap
-    e = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
-
-
-@triton.jit
-def sum_weights(weights_ptr, begin, end):
-    total = 0.0
-    for i in range(begin, end):
-        total += tl.load(weights_ptr + i)
-    return total
-
-
-@triton.jit
-def dot_candidates(
-    hidden_ptr,  # [hidden_size]
-    lm_head_ptr,
-    lm_head_stride,
-    bias_ptr,  # [shard_size], or nothing
-    bias_weight,
-    local,
-    is_mine,
-    hidden_size,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """[K] float32: the rows ``local`` of lm_head times a hidden state, and the bias so many times; 0 where they are not
-    this shard's."""
-    products = tl.zeros([K, BLOCK_D], tl.float32)
-    for start in range(0, hidden_size, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden_ptr + d, mask=d < hidden_size, other=0.0).to(tl.float32)
-        weight = tl.load(
-            lm_head_ptr + local[:, None] * lm_head_stride + d[None, :],
-            mask=is_mine[:, None] & (d < hidden_size)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        products += weight * h[None, :]
-    scores = tl.sum(products, 1)
-    if HAS_BIAS:
-        scores += bias_weight * tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
-    return scores
 
 
 @triton.jit
@@ -281,79 +234,107 @@ def score_options(device: torch.device) -> dict[str, int | bool]:
 def guide_(
     logits: torch.Tensor,
     hidden_states: torch.Tensor,
-    lm_head: torch.Tensor,
-    rows: torch.Tensor,
-    top_k: torch.Tensor,
-    beta: torch.Tensor,
-    reference: torch.Tensor,
-    end_ids: torch.Tensor,
+    head: OutputHead,
+    rows: Rows,
+    vocabulary: SharedVocabulary | Groups,
     *,
-    max_top_k: int,
-    vocab_size: int,
     controls: Controls | None = None,
     mixture: Mixture | None = None,
-    bias: torch.Tensor | None = None,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    vocab_start: int = 0,
-    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    no_opinion: torch.Tensor | None = None,
+    head_mix: HeadMix | None = None,
 ) -> None:
     """:func:`.reference.guide_`, by Triton kernels. The last dimensions of ``logits``, ``hidden_states`` and
-    ``lm_head`` must be contiguous; their rows may lie any stride apart.
+    ``head.weight`` must be contiguous; their rows may lie any stride apart.
 
     The value heads' matrix products are left to the library: a [d, d] product for each head is what it does best.
     """
-    if (num_rows := len(rows)) == 0:
+    if (num_rows := rows.index.shape[0]) == 0:
         return
-    if heads is not None:
-        hidden_states = map_heads(hidden_states, *heads)
-    assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
+    if head_mix is not None:
+        hidden_states = map_heads(hidden_states, head_mix)
+    assert logits.stride(1) == hidden_states.stride(1) == head.weight.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
-    contexts, weights = mixture or (None, None)
-    num_contexts = 1 if mixture is None else contexts.shape[1]
-    if mixture is not None and soft_cap is None:  # an output head is linear: it is enough to score the mixture
-        hidden_states = mix_contexts(hidden_states, contexts, weights)
-    K, device = pad_k(max_top_k), logits.device
-    is_whole = all_reduce is None and controls is None
+    candidates = torch.empty(num_rows, pad_k(rows.max_top_k), dtype=torch.int64, device=logits.device)
+    score, reweight_ = score_tokens, reweight_tokens_
+    if isinstance(vocabulary, Groups):
+        score, reweight_ = score_groups, reweight_groups_
+    scores = score(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
+    if scores is not None:
+        y = None if controls is None else undo_controls(Candidates(candidates, rows.top_k), controls)
+        reweight_(logits, head, rows, vocabulary, candidates, mixture, scores, y)
+
+
+def score_tokens(
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    head: OutputHead,
+    rows: Rows,
+    vocabulary: SharedVocabulary,
+    candidates: torch.Tensor,
+    controls: Controls | None,
+    mixture: Mixture | None,
+) -> torch.Tensor | None:
+    """Select the candidates and score each by its own row of the output head.
+
+    Args:
+        hidden_states: [C, d], mapped by the value heads where there are any.
+        candidates: [R, K] int64, out: keys.
+
+    Returns:
+        [R, K] float32 scores ([R * J, K] for a mixture with a soft cap), summed over the ranks; None where no other
+        rank has a part of them and no controls are to be undone: then the rows are written.
+    """
+    is_capped = head.soft_cap is not None
+    if mixture is not None and not is_capped:  # an output head is linear: it is enough to score the mixture
+        hidden_states = mix_contexts(hidden_states, mixture)
+    (num_rows, K), device = candidates.shape, logits.device
+    contexts, weights, num_contexts = context_args(mixture)
+    is_whole = head.all_reduce is None and controls is None
     arrivals = torch.empty(num_rows, dtype=torch.int32, device=device) if is_whole else None
-    keys, sizes = select(logits, rows, top_k, K, vocab_size, arrivals)
-    few, block_d, parts = parts_of(num_rows, max_top_k)
+    keys, sizes = select(logits, rows, K, vocabulary.vocab_size, arrivals)
+    few, block_d, parts = parts_of(num_rows, rows.max_top_k)
     kept = torch.empty(num_rows, parts, sizes["CAPACITY"], dtype=torch.int64, device=device)
-    candidates = torch.empty(num_rows, K, dtype=torch.int64, device=device)
     make = torch.empty if is_whole else torch.zeros  # the ranks' sum is read, also where there are no candidates
-    scores = make(num_rows * (num_contexts if soft_cap and not is_whole else 1), K, device=device)
-    row_args = (logits, logits.stride(0), rows, top_k, top_k.stride(0))
-    rule_args = (beta, beta.stride(0), reference, reference.stride(0), end_ids, no_opinion)
-    cap_args = (num_contexts, soft_cap or 1.0, scale)
-    variant = {"HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
+    scores = make(num_rows * (num_contexts if head.soft_cap and not is_whole else 1), K, device=device)
     score_kernel[(parts, num_rows)](
-        *(*row_args, keys, keys.shape[1], kept, candidates, arrivals),
-        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias),
-        *rule_args,
-        *(scores, contexts, weights),
-        *cap_args,
-        *(vocab_start, lm_head.shape[0], hidden_states.shape[1]),
+        *(*row_args(logits, rows), keys, keys.shape[1], kept, candidates, arrivals),
+        *(hidden_states, hidden_states.stride(0), head.weight, head.weight.stride(0), head.bias),
+        *(*rule_args(rows), vocabulary.no_opinion, scores, contexts, weights, num_contexts),
+        *(head.soft_cap or 1.0, head.scale, head.vocab_start, head.weight.shape[0], hidden_states.shape[1]),
         K=K,
         FEW=few,
         **sizes,
-        BLOCK_D=block_d if mixture is None or soft_cap is None else block_d // 2,  # or registers would spill
-        HAS_BIAS=bias is not None,
-        **variant,
+        BLOCK_D=block_d // 2 if mixture is not None and is_capped else block_d,  # or registers would spill
+        HAS_BIAS=head.bias is not None,
+        HAS_MIXTURE=mixture is not None,
+        HAS_SOFT_CAP=is_capped,
         NORMALIZE=is_whole,
         **score_options(device),
     )
     if is_whole:
-        return
-    y = None if controls is None else undo_controls(candidates.unsqueeze(1), top_k, controls)
+        return None
+    return scores if head.all_reduce is None else head.all_reduce(scores)
+
+
+def reweight_tokens_(
+    logits: torch.Tensor,
+    head: OutputHead,
+    rows: Rows,
+    vocabulary: SharedVocabulary,
+    candidates: torch.Tensor,
+    mixture: Mixture | None,
+    scores: torch.Tensor,
+    y: torch.Tensor | None,
+) -> None:
+    """Write the rows, by what :func:`score_tokens` returned; ``y`` [R, K] float32, the candidates' logits without
+    controls, or None where there are none."""
+    num_rows, K = candidates.shape
+    _, weights, num_contexts = context_args(mixture)
     reweight_kernel[(num_rows,)](
-        *(*row_args, candidates, y, scores if all_reduce is None else all_reduce(scores)),
-        *rule_args,
-        weights,
-        *cap_args,
+        *(*row_args(logits, rows), candidates, y, scores),
+        *(*rule_args(rows), vocabulary.no_opinion, weights, num_contexts, head.soft_cap or 1.0, head.scale),
         K=K,
-        HAS_CONTROLS=controls is not None,
-        **variant,
+        HAS_CONTROLS=y is not None,
+        HAS_MIXTURE=mixture is not None,
+        HAS_SOFT_CAP=head.soft_cap is not None,
         num_warps=REWEIGHT_WARPS,
     )

@@ -1,6 +1,6 @@
-"""The guidance step on a GPU for a reward model with another tokenizer: :mod:`.groups`, in four launches.
+"""Rewards of groups of tokens on a GPU, for a reward model with another tokenizer: :mod:`.groups`, in four launches.
 
-As :mod:`.fused`, but :func:`gather_groups_kernel` merges a row's candidates and looks their groups up, and
+As :mod:`.fused` by tokens, but :func:`gather_groups_kernel` merges a row's candidates and looks their groups up, and
 :func:`score_groups_kernel` has a program for each of a row's distinct groups, and more where a group is large: it
 gathers the rows of lm_head of the group's members and keeps the logsumexp of their logits. What the programs, and the
 ranks of a tensor-parallel group, have of a group is put together by :func:`reweight_groups_kernel`, which normalizes
@@ -9,20 +9,19 @@ over the groups and writes. No member list is ever as long as the vocabulary, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import large_groups
-from .controls import undo_controls
-from .fused import capped, dot_candidates
-from .fused_selection import MERGE_WARPS, merge, pad_k, select, store_candidates
-from .groups import Groups, gather_shards
+from . import fused_large_groups, large_groups
+from .fused_large_groups import score_large_kernel
+from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args
+from .fused_selection import MERGE_WARPS, merge, select, store_candidates
+from .groups import gather_shards
 from .keys import NO_KEY, from_key
-from .large_groups import score_large_kernel
-from .reference import Controls, Mixture, map_heads
+from .types import Controls, Groups, Mixture, OutputHead, Rows
 from .writing import keep_shares, store_guided
 
 BLOCK_M, BLOCK_D = 4, 512
@@ -238,47 +237,101 @@ def reweight_groups_kernel(
         store_guided(row_ptr, ids, guided, is_candidate, tl.load(end_ids_ptr + row_idx))
 
 
+class GroupScores(NamedTuple):
+    """The candidates' groups, and what the reward model says of these."""
+
+    row_groups: torch.Tensor
+    """[R, K] int32: each candidate's group; -1 where there is no candidate, -2 where the reward model has no opinion of
+    it"""
+    scores: torch.Tensor
+    """[parts, R * J, K] float32, logsumexps of parts of a group's members, of all ranks: of a group's first candidate,
+    and of contexts with a weight"""
+
+
 def score_groups(
-    row_args: tuple,
+    logits: torch.Tensor,
+    hidden_states: torch.Tensor,
+    head: OutputHead,
+    rows: Rows,
+    groups: Groups,
+    candidates: torch.Tensor,
+    controls: Controls | None,
+    mixture: Mixture | None,
+) -> GroupScores:
+    """Select the candidates, find their groups, and score each of these by its members' rows of the output head.
+
+    Arguments are those of :func:`.fused.score_tokens`; whether there are ``controls`` is all one here.
+    """
+    (num_rows, K), device = candidates.shape, logits.device
+    keys, sizes = select(logits, rows, K, groups.vocab_size)
+    kept = torch.empty(num_rows, sizes["CAPACITY"], dtype=torch.int64, device=device)
+    row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=device)
+    large, wanted = groups.large, None
+    if large is not None:
+        wanted = torch.zeros(len(large.starts) - 1, dtype=torch.int32, device=device)
+    gather_groups_kernel[(num_rows,)](
+        *(rows.top_k, rows.top_k.stride(0), keys, keys.shape[1], kept, candidates),
+        *(groups.key, rows.key_offsets, row_groups, large and large.index, wanted),
+        K=K,
+        **sizes,
+        num_warps=MERGE_WARPS,
+    )
+    scores = score_members(hidden_states, head, rows, groups, mixture, row_groups, wanted)
+    if head.all_reduce is not None:
+        scores = gather_shards(scores, head).flatten(0, 1)
+    return GroupScores(row_groups, scores)
+
+
+def score_members(
+    hidden_states: torch.Tensor,
+    head: OutputHead,
+    rows: Rows,
+    groups: Groups,
+    mixture: Mixture | None,
     row_groups: torch.Tensor,
     wanted: torch.Tensor | None,
-    groups: Groups,
-    num_contexts: int,
-    max_top_k: int,
-    head_args: tuple,
-    variant: dict[str, bool],
 ) -> torch.Tensor:
-    """The logsumexp of the reward model's logits over the members of each row's groups.
+    """The logsumexp of the reward model's logits over the members of each row's groups, of this rank.
 
     Args:
-        row_args: top_k and its stride.
         row_groups: [R, K] int32.
         wanted: [large] int32, of :func:`gather_groups_kernel`.
-        head_args, variant: what both kernels take, from ``hidden_ptr`` to ``hidden_size``, and ``HAS_BIAS`` and so on.
 
     Returns:
         [parts, R * J, K] float32, to be put together; of a group's first candidate, and of contexts with a weight.
     """
-    num_rows, K = row_groups.shape
-    num_all, device, large, of_large = num_rows * num_contexts, row_groups.device, groups.large, None
+    (num_rows, K), device = row_groups.shape, row_groups.device
+    contexts, weights, num_contexts = context_args(mixture)
+    num_all, large, of_large = num_rows * num_contexts, groups.large, None
+    top_k_args = (rows.top_k, rows.top_k.stride(0))
+    head_args = (
+        *(hidden_states, hidden_states.stride(0), head.weight, head.weight.stride(0), head.bias),
+        *(contexts, weights, num_contexts),
+        *(head.soft_cap or 1.0, head.scale, head.vocab_start, head.weight.shape[0], hidden_states.shape[1]),
+    )
+    variant = {
+        "HAS_BIAS": head.bias is not None,
+        "HAS_MIXTURE": mixture is not None,
+        "HAS_SOFT_CAP": head.soft_cap is not None,
+    }
     if large is not None:
         of_large = torch.empty(len(large.blocks), num_all, device=device)
-        score_large_kernel[(len(large.blocks), triton.cdiv(num_all, large_groups.BLOCK_C))](
-            *(*row_args, row_groups, wanted, large.blocks, groups.members),
+        score_large_kernel[(len(large.blocks), triton.cdiv(num_all, fused_large_groups.BLOCK_C))](
+            *(*top_k_args, row_groups, wanted, large.blocks, groups.members),
             *(*head_args[:8], num_all, *head_args[8:], of_large),
             K=K,
             BLOCK_M=large_groups.BLOCK_M,
-            BLOCK_C=large_groups.BLOCK_C,
-            BLOCK_D=large_groups.BLOCK_D,
-            PRECISION=large_groups.precision(head_args[0], head_args[2]),
+            BLOCK_C=fused_large_groups.BLOCK_C,
+            BLOCK_D=fused_large_groups.BLOCK_D,
+            PRECISION=fused_large_groups.precision(hidden_states, head.weight),
             **variant,
-            num_warps=large_groups.WARPS,
+            num_warps=fused_large_groups.WARPS,
         )
     most = groups.most if large is None else min(groups.most, large_groups.LARGE)
     parts = min(triton.next_power_of_2(triton.cdiv(most, PART)), MAX_PARTS)
     scores = torch.full((parts, num_all, K), float("-inf"), device=device)
-    score_groups_kernel[(num_all, max_top_k, parts)](
-        *(*row_args, row_groups, groups.members, groups.starts),
+    score_groups_kernel[(num_all, rows.max_top_k, parts)](
+        *(*top_k_args, row_groups, groups.members, groups.starts),
         *((large.index, large.starts, of_large) if large is not None else (None, None, None)),
         *head_args,
         scores,
@@ -292,72 +345,27 @@ def score_groups(
     return scores
 
 
-def guide_groups_(
+def reweight_groups_(
     logits: torch.Tensor,
-    hidden_states: torch.Tensor,
-    lm_head: torch.Tensor,
-    rows: torch.Tensor,
-    top_k: torch.Tensor,
-    beta: torch.Tensor,
-    reference: torch.Tensor,
-    end_ids: torch.Tensor,
-    *,
+    head: OutputHead,
+    rows: Rows,
     groups: Groups,
-    max_top_k: int,
-    vocab_size: int,
-    controls: Controls | None = None,
-    mixture: Mixture | None = None,
-    bias: torch.Tensor | None = None,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    vocab_start: int = 0,
-    shard: tuple[int, int] = (0, 1),
-    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    key_offsets: torch.Tensor | None = None,
+    candidates: torch.Tensor,
+    mixture: Mixture | None,
+    scored: GroupScores,
+    y: torch.Tensor | None,
 ) -> None:
-    """:func:`.groups.guide_groups_`, by Triton kernels; strides as in :func:`.fused.guide_`."""
-    if (num_rows := len(rows)) == 0:
-        return
-    if heads is not None:
-        hidden_states = map_heads(hidden_states, *heads)
-    assert logits.stride(1) == hidden_states.stride(1) == lm_head.stride(1) == 1
-    assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
-    K, device = pad_k(max_top_k), logits.device
-    keys, sizes = select(logits, rows, top_k, K, vocab_size)
-    kept = torch.empty(num_rows, sizes["CAPACITY"], dtype=torch.int64, device=device)
-    candidates = torch.empty(num_rows, K, dtype=torch.int64, device=device)
-    row_groups = torch.empty(num_rows, K, dtype=torch.int32, device=device)
-    row_args = (top_k, top_k.stride(0))
-    large, wanted = groups.large, None
-    if large is not None:
-        wanted = torch.zeros(len(large.starts) - 1, dtype=torch.int32, device=device)
-    gather_groups_kernel[(num_rows,)](
-        *(*row_args, keys, keys.shape[1], kept, candidates),
-        *(groups.key, key_offsets, row_groups, large and large.index, wanted),
-        K=K,
-        **sizes,
-        num_warps=MERGE_WARPS,
-    )
-    contexts, weights = mixture or (None, None)
-    num_contexts = 1 if mixture is None else contexts.shape[1]
-    head_args = (
-        *(hidden_states, hidden_states.stride(0), lm_head, lm_head.stride(0), bias, contexts, weights, num_contexts),
-        *(soft_cap or 1.0, scale, vocab_start, lm_head.shape[0], hidden_states.shape[1]),
-    )
-    variant = {"HAS_BIAS": bias is not None, "HAS_MIXTURE": mixture is not None, "HAS_SOFT_CAP": soft_cap is not None}
-    scores = score_groups(row_args, row_groups, wanted, groups, num_contexts, max_top_k, head_args, variant)
-    if all_reduce is not None:
-        scores = gather_shards(scores, shard, all_reduce).flatten(0, 1)
-    y = None if controls is None else undo_controls(candidates.unsqueeze(1), top_k, controls)
+    """Write the rows, by what :func:`score_groups` returned; other arguments as of :func:`.fused.reweight_tokens_`."""
+    row_groups, scores = scored
+    num_rows, K = candidates.shape
+    _, weights, num_contexts = context_args(mixture)
     reweight_groups_kernel[(num_rows,)](
-        *(logits, logits.stride(0), rows, *row_args, candidates, row_groups, y),
-        *(scores, scores.shape[0], weights, num_contexts),
-        *(beta, beta.stride(0), reference, reference.stride(0), end_ids),
+        *(*row_args(logits, rows), candidates, row_groups, y),
+        *(scores, scores.shape[0], weights, num_contexts, *rule_args(rows)),
         K=K,
         BLOCK_K=BLOCK_K,
         ANY_SILENT=groups.any_silent,
-        HAS_CONTROLS=controls is not None,
+        HAS_CONTROLS=y is not None,
         HAS_MIXTURE=mixture is not None,
         num_warps=REWEIGHT_WARPS,
     )

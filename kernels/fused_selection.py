@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .keys import NO_KEY, NOTHING, order, to_key
+from .types import Rows
 
 HEIGHT, WIDTH = 8, 2048
 """Of a slice: a thread has whole columns, four of them."""
@@ -322,24 +323,20 @@ def pad_k(max_top_k: int) -> int:
 
 
 def select(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    top_k: torch.Tensor,
-    K: int,
-    vocab_size: int,
-    arrivals: torch.Tensor | None = None,
+    logits: torch.Tensor, rows: Rows, K: int, vocab_size: int, arrivals: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """Launch the selection of the slices, and as many merges as leave what one program can merge.
 
     Returns:
         keys [R, num_keys] int64, among which are the rows' candidates, and the constants of :func:`merge`.
     """
-    num_rows, num_cols = len(rows), logits.shape[1]
+    index, top_k = rows.index, rows.top_k
+    num_rows, num_cols = index.shape[0], logits.shape[1]
     width = min(WIDTH, max(MIN_WIDTH, triton.next_power_of_2(triton.cdiv(num_cols, HEIGHT))))
     capacity, slices = 2 * K, triton.cdiv(num_cols, HEIGHT * width)
     keys = torch.empty(num_rows, slices * capacity, dtype=torch.int64, device=logits.device)
     select_kernel[(slices, num_rows)](
-        *(logits, logits.stride(0), rows, top_k, top_k.stride(0), keys, arrivals, vocab_size, num_cols),
+        *(logits, logits.stride(0), index, top_k, top_k.stride(0), keys, arrivals, vocab_size, num_cols),
         CAPACITY=capacity,
         HEIGHT=HEIGHT,
         WIDTH=width,

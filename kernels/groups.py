@@ -1,4 +1,4 @@
-"""The guidance step in PyTorch for a reward model with another tokenizer: rewards of groups of tokens.
+"""Rewards of groups of tokens, in PyTorch: for a reward model with another tokenizer.
 
 A base token c belongs to the group key(c), a token of the reward model, whose members are those with which the reward
 model may begin to write what the base's tokens of the group say. With G the distinct groups of the candidates C,
@@ -14,24 +14,11 @@ rows of lm_head for the members of the candidates' groups alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 
-from .reference import (
-    MAX_LOGIT,
-    Controls,
-    Mixture,
-    cap_and_scale,
-    map_heads,
-    undo_controls,
-    write_,
-)
-from .selection import NEG_INF, select_candidates
-
-if TYPE_CHECKING:
-    from .large_groups import LargeGroups
+from .scoring import cap_and_scale
+from .selection import MAX_LOGIT, NEG_INF, Candidates
+from .types import NO_OPINION, Groups, Mixture, OutputHead, Rows
 
 CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
@@ -41,121 +28,56 @@ FEW = 16
 """Contexts of which all groups are scored together."""
 
 
-NO_OPINION = -2
-
-
-class Groups(NamedTuple):
-    """Static tables of two tokenizers."""
-
-    key: torch.Tensor
-    """[V] int32: the group of each base token; :data:`NO_OPINION` where the reward model has none; of other negative
-    ones the logits must be -inf. Or as many times V as there are tables, by ``key_offsets``"""
-    members: torch.Tensor
-    """[M] int32: reward tokens, those of a group together"""
-    starts: torch.Tensor
-    """[groups + 1] int32: where each group's begin"""
-    most: int
-    """Members of the largest group, known on the host."""
-    large: LargeGroups | None = None
-    """Those that the Triton kernels have programs of their own for."""
-    any_silent: bool = False
-    """Whether there are candidates that the reward model has no opinion of."""
-
-
-def guide_groups_(
-    logits: torch.Tensor,
+def reward_groups(
     hidden_states: torch.Tensor,
-    lm_head: torch.Tensor,
-    rows: torch.Tensor,
-    top_k: torch.Tensor,
-    beta: torch.Tensor,
-    reference: torch.Tensor,
-    end_ids: torch.Tensor,
-    *,
+    head: OutputHead,
+    rows: Rows,
     groups: Groups,
-    max_top_k: int,
-    vocab_size: int,
-    controls: Controls | None = None,
-    mixture: Mixture | None = None,
-    bias: torch.Tensor | None = None,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    vocab_start: int = 0,
-    shard: tuple[int, int] = (0, 1),
-    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    key_offsets: torch.Tensor | None = None,
-    may_read: bool | None = None,
-) -> None:
-    """One step of PAD over a batch of logits, in place, as :func:`.reference.guide_`.
-
-    Args:
-        groups: the tables of the two tokenizers.
-        vocab_size: tokens of the base model that may have a key.
-        shard: this rank's number in the tensor-parallel group, and how many ranks there are.
-        all_reduce: sums [ranks, C, K] over them.
-        key_offsets: [R] int64, where in ``groups.key`` the candidates' keys begin; None: at 0.
-    """
-    may_read = logits.is_cpu if may_read is None else may_read
-    if heads is not None:
-        hidden_states = map_heads(hidden_states, *heads)
-    ids, z = select_candidates(logits, rows, top_k, max_top_k, vocab_size, may_read)
-    places = ids if key_offsets is None else ids + key_offsets.unsqueeze(1)
+    candidates: Candidates,
+    y: torch.Tensor,
+    mixture: Mixture | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The reward of each candidate, by its group; arguments and results as of :func:`.reference.reward_tokens`."""
+    ids, z = candidates.ids, candidates.z
+    places = ids if rows.key_offsets is None else ids + rows.key_offsets.unsqueeze(1)
     keys = groups.key[places].long().masked_fill(z == NEG_INF, -1)
     scored = keys
     if mixture is not None:
         hidden_states = hidden_states[mixture.contexts.flatten()]
         scored = keys.repeat_interleave(mixture.contexts.shape[1], 0)
-    scores = score_groups(
-        hidden_states, lm_head, scored, groups, may_read, bias, soft_cap, scale, vocab_start, all_reduce is not None
-    )
-    if all_reduce is not None:
-        scores = gather_shards(scores, shard, all_reduce).logsumexp(0)
+    scores = score_groups(hidden_states, head, scored, groups, candidates.is_readable)
+    if head.all_reduce is not None:
+        scores = gather_shards(scores, head).logsumexp(0)
     if mixture is not None:
         scores = scores.unflatten(0, mixture.contexts.shape)
         weights = mixture.weights.unsqueeze(-1)
         scores = torch.where(weights == 0, 0.0, weights * scores).sum(1)
-    y = z if controls is None else undo_controls(z, ids, controls, logits.shape[1], may_read)
-    reward = reward_groups(keys, y, scores, reference)
     has_opinion = keys != NO_OPINION if groups.any_silent else None
-    write_(logits, rows, ids, z, reward, top_k, beta, end_ids, may_read, has_opinion)
+    return normalize(keys, y, scores, rows.reference), has_opinion
 
 
-def gather_shards(
-    partial: torch.Tensor, shard: tuple[int, int], all_reduce: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def gather_shards(partial: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """What each rank of a tensor-parallel group has of a sum of exponentials: [...] -> [ranks, ...]."""
-    rank, num_ranks = shard
+    rank, num_ranks = head.shard
     whole = partial.new_zeros(num_ranks, *partial.shape)
     whole[rank] = partial
-    return all_reduce(whole)
+    return head.all_reduce(whole)
 
 
 def score_groups(
-    hidden_states: torch.Tensor,
-    lm_head: torch.Tensor,
-    keys: torch.Tensor,
-    groups: Groups,
-    may_read: bool,
-    bias: torch.Tensor | None = None,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    vocab_start: int = 0,
-    sharded: bool = False,
+    hidden_states: torch.Tensor, head: OutputHead, keys: torch.Tensor, groups: Groups, is_readable: bool
 ) -> torch.Tensor:
     """The logsumexp of the reward model's logits over the members of each group.
 
     Args:
         hidden_states: [C, d], mapped by the value heads where there are any.
-        lm_head, bias, vocab_start: this rank's shard; members in another do not count.
+        head: where it is one of several shards, members in another do not count.
         keys: [C, K] int64, groups; below 0: none.
-        may_read: as of :func:`.selection.select_candidates`.
 
     Returns:
         [C, K] float32; -inf where there is no group, or no member in this shard.
     """
-    head = Head(lm_head, bias, soft_cap, scale, vocab_start, sharded)
-    if not may_read:  # which groups there are is not known
+    if not is_readable:  # which groups there are is not known
         return score_by_whole_head(hidden_states, head, keys, groups)
     # What several candidates of a context have in common is computed once.
     context = torch.arange(len(keys)).unsqueeze(1)
@@ -170,7 +92,7 @@ def score_groups(
     within = torch.arange(len(owner)) - (few.cumsum(0) - few)[owner]
     members = groups.members[begin[owner] + within]
     r = [
-        head.logits((head.rows(part) * hidden_states[context[whose]].float()).sum(-1), part)
+        logits_of(head, (rows_of(head, part) * hidden_states[context[whose]].float()).sum(-1), part)
         for whose, part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)
     ]
     scores = logsumexp_by(torch.cat(r), owner, len(pairs))
@@ -179,19 +101,21 @@ def score_groups(
         its = (is_large & (group == g)).nonzero().flatten()
         hidden = hidden_states[context[its]].float()
         members = groups.members[groups.starts[g] : groups.starts[g + 1]]
-        parts = [head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)]
+        parts = [logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(CHUNK)]
         scores[its] = torch.cat(parts, 1).logsumexp(-1)
     return scores[place]
 
 
-def score_by_whole_head(hidden_states: torch.Tensor, head: Head, keys: torch.Tensor, groups: Groups) -> torch.Tensor:
+def score_by_whole_head(
+    hidden_states: torch.Tensor, head: OutputHead, keys: torch.Tensor, groups: Groups
+) -> torch.Tensor:
     """:func:`score_groups` where nothing may be read back: the logits of all tokens, and of all groups."""
     members, num_groups = groups.members.long(), len(groups.starts) - 1
     sizes = (groups.starts[1:] - groups.starts[:-1]).long()
     owner = torch.repeat_interleave(torch.arange(num_groups, device=keys.device), sizes, output_size=len(members))
     scores = []
     for hidden in hidden_states.float().split(FEW):
-        r = torch.cat([head.logits(hidden @ head.rows(part).T, part) for part in members.split(CHUNK)], 1)
+        r = torch.cat([logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(CHUNK)], 1)
         whose = owner.expand(len(hidden), -1)
         most = r.new_full((len(hidden), num_groups), -MAX_LOGIT).scatter_reduce_(1, whose, r, "amax")
         sums = torch.zeros_like(most).scatter_add_(1, whose, (r - most.gather(1, whose)).exp())
@@ -199,32 +123,25 @@ def score_by_whole_head(hidden_states: torch.Tensor, head: Head, keys: torch.Ten
     return torch.cat(scores).gather(1, keys.clamp(min=0)).masked_fill(keys < 0, NEG_INF)
 
 
-class Head(NamedTuple):
-    """This rank's shard of the reward model's output head, as :func:`score_groups` has it."""
+def _local(head: OutputHead, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of this shard, any for a token of another; and which tokens are this one's."""
+    local = tokens.long() - head.vocab_start
+    mine = (local >= 0) & (local < len(head.weight))
+    return local.where(mine, 0), mine
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    soft_cap: float | None
-    scale: float
-    vocab_start: int
-    sharded: bool
 
-    def _local(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        local = tokens.long() - self.vocab_start
-        mine = (local >= 0) & (local < len(self.weight))
-        return local.where(mine, 0), mine
+def rows_of(head: OutputHead, tokens: torch.Tensor) -> torch.Tensor:
+    """[tokens, d] float32; those in another shard are any."""
+    return head.weight[_local(head, tokens)[0]].float()
 
-    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[tokens, d] float32; those in another shard are any."""
-        return self.weight[self._local(tokens)[0]].float()
 
-    def logits(self, products: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Of what the tokens' rows times hidden states are, [..., tokens]; -inf in another shard."""
-        local, mine = self._local(tokens)
-        if self.bias is not None:
-            products = products + self.bias[local].float()
-        r = cap_and_scale(products, self.soft_cap, self.scale)
-        return r.where(mine, NEG_INF) if self.sharded else r
+def logits_of(head: OutputHead, products: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of what the tokens' rows times hidden states are, [..., tokens]; -inf in another shard."""
+    local, mine = _local(head, tokens)
+    if head.bias is not None:
+        products = products + head.bias[local].float()
+    r = cap_and_scale(products, head)
+    return r if head.all_reduce is None else r.where(mine, NEG_INF)
 
 
 def logsumexp_by(values: torch.Tensor, owner: torch.Tensor, size: int) -> torch.Tensor:
@@ -233,7 +150,7 @@ def logsumexp_by(values: torch.Tensor, owner: torch.Tensor, size: int) -> torch.
     return most + torch.zeros(size).scatter_add_(0, owner, (values - most[owner]).exp()).log()
 
 
-def reward_groups(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def normalize(keys: torch.Tensor, y: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """The reward of each candidate's group.
 
     Args:

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .types import Mixture
+
 BLOCK = 1024
 """Of the hidden size, what a program mixes."""
 WARPS = 4
@@ -34,8 +36,9 @@ def mix_kernel(
     tl.store(mixed_ptr + row_idx * hidden_size + d, mixed, mask=d < hidden_size)
 
 
-def mix_contexts(hidden_states: torch.Tensor, contexts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """:func:`.reference.mix_contexts`."""
+def mix_contexts(hidden_states: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """:func:`.scoring.mix_contexts`, of a mixture that is contiguous."""
+    contexts, weights = mixture
     num_rows, num_contexts = contexts.shape
     hidden_size = hidden_states.shape[1]
     mixed = torch.empty(num_rows, hidden_size, dtype=torch.float32, device=hidden_states.device)

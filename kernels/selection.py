@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from .types import Rows
+
 NEG_INF = float("-inf")
+MAX_LOGIT = 1e30
+"""Of a logit with its controls undone: absurd ones overflow, and the differences of two must stay finite."""
 SLICE = 64
 """Tokens of the vocabulary that are looked at together."""
 FEW_ROWS = 4
 """So many rows are sorted sooner as they are, on a CPU, than by slices."""
 
 
-def select_candidates(
-    logits: torch.Tensor, rows: torch.Tensor, top_k: torch.Tensor, max_top_k: int, vocab_size: int, may_read: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Candidates(NamedTuple):
+    """The candidates of each guided row."""
+
+    ids: torch.Tensor
+    """[R, K] int64"""
+    z: torch.Tensor
+    """[R, K] float32, the base logits; -inf in places beyond a row's candidates"""
+    is_readable: bool = True
+    """As of their :class:`.types.Rows`"""
+
+
+def select_candidates(logits: torch.Tensor, rows: Rows, vocab_size: int) -> Candidates:
     """The candidates of each guided row, largest base logit first; of equal ones the lower token ids are in.
 
     Args:
         logits: [N, V].
-        rows: [R] int64, the guided rows.
-        top_k: [R] int64, 0 <= top_k <= max_top_k.
-        max_top_k: K, host integer.
+        rows: those that are guided.
         vocab_size: only the first ``vocab_size`` <= V tokens can be candidates.
-        may_read: whether the host may look at values, and at lengths that depend on them: it waits for no device.
-
-    Returns:
-        ids [R, K] int64, and z [R, K] float32: the base logits, -inf in places beyond a row's candidates.
     """
-    place = torch.arange(max_top_k, device=logits.device)
-    if may_read and len(rows) > 0 and max_top_k < vocab_size:
-        found = largest_without_ties(logits, rows, max_top_k, vocab_size)
+    index, top_k = rows.index, rows.top_k
+    place = torch.arange(rows.max_top_k, device=logits.device)
+    if rows.is_readable and index.shape[0] > 0 and rows.max_top_k < vocab_size:
+        found = largest_without_ties(logits, index, rows.max_top_k, vocab_size)
         if found is not None:
-            return found[0], found[1].masked_fill(place >= top_k.unsqueeze(1), NEG_INF)
+            return Candidates(found[0], found[1].masked_fill(place >= top_k.unsqueeze(1), NEG_INF), True)
     # The k first tokens are in the k first slices, by largest logit: one pass over the vocabulary, and no copy of it.
     maxima = slice_maxima(logits, vocab_size)
-    if not may_read or not bool((maxima < float("inf")).all()):
+    if not rows.is_readable or not bool((maxima < float("inf")).all()):
         logits = logits.nan_to_num(nan=NEG_INF, posinf=NEG_INF, neginf=NEG_INF)
         maxima = slice_maxima(logits, vocab_size)
-    k, num_slices = min(max_top_k, vocab_size), maxima.shape[1]
-    _, slices = largest(maxima[rows].float(), torch.arange(num_slices, device=rows.device), min(k, num_slices))
-    ids = (slices.unsqueeze(-1) * SLICE + torch.arange(SLICE, device=rows.device)).flatten(1)
+    k, num_slices = min(rows.max_top_k, vocab_size), maxima.shape[1]
+    _, slices = largest(maxima[index].float(), torch.arange(num_slices, device=index.device), min(k, num_slices))
+    ids = (slices.unsqueeze(-1) * SLICE + torch.arange(SLICE, device=index.device)).flatten(1)
     # What the last slice lacks comes behind all tokens, of which there are k in these slices.
-    z = logits[rows.unsqueeze(1), ids.clamp(max=vocab_size - 1)].float().masked_fill(ids >= vocab_size, NEG_INF)
+    z = logits[index.unsqueeze(1), ids.clamp(max=vocab_size - 1)].float().masked_fill(ids >= vocab_size, NEG_INF)
     values, ids = largest(z, ids, k)
-    return ids, values.masked_fill(place[:k] >= top_k.unsqueeze(1), NEG_INF)
+    return Candidates(ids, values.masked_fill(place[:k] >= top_k.unsqueeze(1), NEG_INF), rows.is_readable)
 
 
 def largest_without_ties(

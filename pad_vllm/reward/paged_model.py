@@ -8,7 +8,6 @@ model in a worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,7 @@ from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, res
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
+from pad_vllm.kernels.types import OutputHead
 from pad_vllm.releases import plan_kv_cache
 from pad_vllm.reward.derive import base_memory, least_of_ranks
 from pad_vllm.reward.memory import derive_kv_cache_bytes
@@ -62,24 +62,6 @@ def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str]) -> nn.Modu
         loader.not_backbone = not_backbone
     with set_model_tag("pad_reward_model"):  # a compilation cache of its own
         return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """What turns a hidden state into logits, one candidate at a time."""
-
-    weight: torch.Tensor
-    """[vocab_size, hidden_size]"""
-    bias: torch.Tensor | None
-    """[vocab_size], or None"""
-    soft_cap: float | None
-    scale: float
-    vocab_start: int
-    """First token of this rank's shard; ``vocab_size`` above is the shard's."""
-    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None
-    """Sums over the tensor-parallel group; None on one device."""
-    shard: tuple[int, int]
-    """This rank in that group, and how many ranks there are"""
 
 
 @dataclass
@@ -229,7 +211,7 @@ class PagedModel:
         return compilation.cudagraph_capture_sizes
 
     @torch.inference_mode()
-    def lm_head(self, hidden_states: torch.Tensor) -> LMHead:
+    def output_head(self, hidden_states: torch.Tensor) -> OutputHead:
         """What the architecture makes its logits with: whatever it hands to vLLM's LogitsProcessor, which in some is
         not called ``lm_head`` (tied embeddings).
 
@@ -264,14 +246,14 @@ class PagedModel:
                 "PAD needs for its candidates"
             )
         num_shards = get_tensor_model_parallel_world_size()
-        return LMHead(
+        return OutputHead(
             weight[: head.num_org_embeddings_per_partition],
             kwargs.get("embedding_bias", bias),
             processor.soft_cap,
             processor.scale,
             head.shard_indices.org_vocab_start_index,
-            tensor_model_parallel_all_reduce if num_shards > 1 else None,
             (get_tensor_model_parallel_rank(), num_shards),
+            tensor_model_parallel_all_reduce if num_shards > 1 else None,
         )
 
     @torch.inference_mode()

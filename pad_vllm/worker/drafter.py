@@ -73,7 +73,7 @@ class Drafter:
     """
 
     def __init__(self, loaded: Loaded, contexts: Contexts, slots: Slots, max_model_len: int) -> None:
-        self.contexts, self.slots, self.heads = contexts, slots, loaded.heads
+        self.contexts, self.slots = contexts, slots
         self.compute_logits = loaded.model.model.compute_logits
         self.max_top_k, self.max_position = loaded.fit.config.max_top_k, max_model_len - 1
         self.weights = torch.zeros(slots.no_slot + 1, MAX_CONTEXTS, device=loaded.device)
@@ -130,19 +130,19 @@ class Drafter:
             logits [R, K] in descending order, -inf beyond a row's own k; token ids [R, K] int64.
         """
         dtype, slots = hidden_states.dtype, params.layout.row_slots
-        if params.mix_heads:
-            hidden_states = map_heads(hidden_states, self.heads.weight, self.heads.bias, params.head_weights)
+        if params.head_mix is not None:
+            hidden_states = map_heads(hidden_states, params.head_mix)
         if params.contexts.mixture is not None:
             contexts = params.contexts.mixture.contexts
             mixture = Mixture(contexts, self.weights[slots, : contexts.shape[1]].contiguous())
             hidden_states = mix_contexts(hidden_states, mixture)
         logits, base_ids = self.contexts.draftable(self.compute_logits(hidden_states.to(dtype)))
         # What an unguided row leaves out is drawn by verification.
-        most = self.max_top_k if params.num_unguided else params.max_top_k
+        most = self.max_top_k if params.num_unguided else params.rows.max_top_k
         values, ids = logits.topk(min(most, logits.shape[1]))
         if params.min_top_k < most:
             place = torch.arange(values.shape[1], device=values.device)
-            top_k = params.ints.top_k.unsqueeze(1)
+            top_k = params.rows.top_k.unsqueeze(1)
             values = values.masked_fill((place >= top_k) & (top_k > 0), float("-inf"))
         if base_ids is not None:
             ids = base_ids[ids]

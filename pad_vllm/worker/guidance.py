@@ -49,7 +49,7 @@ class Guidance:
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = max_num_seqs * self.max_rows_per_request
         self.engine = make_engine(loaded, max_num_seqs, max_num_rows)
-        self.slots = Slots(max_num_seqs + 1, len(loaded.fit.head_names), loaded.base_vocab_size, device)
+        self.slots = Slots(max_num_seqs + 1, loaded.heads, loaded.base_vocab_size, device)
         self.contexts = make_contexts(loaded, self.engine, max_num_seqs + 1, self.max_rows_per_request, num_drafts)
         self.rule = Rule(loaded)
         self.drafter = Drafter(loaded, self.contexts, self.slots, max_model_len) if num_drafts else None
@@ -167,7 +167,7 @@ class Guidance:
         began = time.perf_counter()
         params = self._params_of(batch.layout)
         hidden_states = self.contexts.hidden_states(batch, params)
-        if params.max_top_k:
+        if params.rows.max_top_k:
             controls = None
             if params.control:
                 output = batch.output_tokens() if params.penalize else None

@@ -11,8 +11,9 @@ from vllm.logger import init_logger
 
 from pad_vllm import kernels
 from pad_vllm.config import PADConfig
+from pad_vllm.kernels import OutputHead
 from pad_vllm.reward.heads import ValueHeads
-from pad_vllm.reward.paged_model import LMHead, PagedModel
+from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.worker.compatibility import Fit, fit
 from pad_vllm.worker.tokens import listed
 
@@ -25,7 +26,7 @@ class Loaded:
 
     fit: Fit
     model: PagedModel
-    head: LMHead
+    head: OutputHead
     heads: ValueHeads | None
     """On the device."""
     base_vocab_size: int
@@ -59,7 +60,7 @@ def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Lo
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
     model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, fits.not_backbone)
     hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
-    head = model.lm_head(hidden_states)
+    head = model.output_head(hidden_states)
     check_logits(config.reward_model, model, head, hidden_states)
     return Loaded(fits, model, head, heads, vllm_config.model_config.get_vocab_size(), hidden_states)
 
@@ -73,7 +74,7 @@ def warnings(fits: Fit) -> Iterator[str]:
 
 
 @torch.inference_mode()
-def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_states: torch.Tensor) -> None:
+def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_states: torch.Tensor) -> None:
     """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
 
     Args:
@@ -88,8 +89,8 @@ def check_logits(reward_model: str, model: PagedModel, head: LMHead, hidden_stat
     if head.all_reduce is not None:
         return  # a rank has a shard, and the architecture is the same
     ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
-    scores = kernels.score_candidates(hidden_states, head.weight, ids, head.bias)
-    ours = kernels.cap_and_scale(scores, head.soft_cap, head.scale)
+    scores = kernels.score_candidates(hidden_states, head, ids)
+    ours = kernels.cap_and_scale(scores, head)
     theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
     if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
         raise ValueError(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from pad_vllm.kernels import Controls, Mixture, OutputTokens
+from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputTokens, Rows
 from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
+from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.worker.batch import Layout
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class SamplingControls:
 class Slots:
     """A row of each column for each slot, on the device; what the host asks of them too, on the host."""
 
-    def __init__(self, num_slots: int, num_heads: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, heads: ValueHeads | None, vocab_size: int, device: torch.device) -> None:
+        self.heads = heads
+        num_heads = len(heads.names) if heads else 0
         self.ints = torch.zeros(num_slots, len(IntColumns._fields), dtype=torch.int64, device=device)
         """[slots, 3]: :class:`IntColumns`"""
         self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
@@ -120,6 +123,10 @@ class Slots:
         self.host_top_k[slot] = ints.top_k
         self.host_uses_heads[slot] = uses_heads
 
+    def head_mix(self, head_weights: torch.Tensor) -> HeadMix | None:
+        """Of contexts with these weights, [context rows, 1 + H]; None where there are no heads."""
+        return self.heads and HeadMix(self.heads.weight, self.heads.bias, head_weights)
+
 
 class ControlSlots:
     """What the requests in the slots do to their logits by bias and penalties."""
@@ -160,23 +167,25 @@ class RowParams:
 
     def __init__(self, layout: Layout, slots: Slots, max_rows_per_request: int) -> None:
         self.layout = layout
-        self.ints = IntColumns(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
+        ints = IntColumns(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
         floats = slots.floats[layout.row_slots]
-        self.beta, self.reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
+        beta, reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
         host_top_k = slots.host_top_k[layout.slots]
-        self.max_top_k = int(host_top_k.max())
+        self.rows = Rows(layout.rows, ints.top_k, beta, reference, ints.end_id, int(host_top_k.max()))
+        """What the guidance step is told of them"""
         self.min_top_k = int(host_top_k.min())
         self.num_unguided = int((host_top_k == 0).sum())
         """Requests that are only drafted for."""
-        self.mix_heads = bool(slots.host_uses_heads[layout.slots].any())
         self.penalize = bool(slots.controls.host_penalizes[layout.slots].any())
         self.control = self.penalize or bool(slots.controls.host_biases[layout.slots].any())
-        self.contexts = ContextRowParams(layout, slots, self.ints.num_contexts, max_rows_per_request)
+        self.contexts = ContextRowParams(layout, slots, ints.num_contexts, max_rows_per_request)
         self.head_weights = floats[:, 2:]
         """[context rows, 1 + H]"""
         if self.contexts.rows is not None:
             self.head_weights = self.head_weights[self.contexts.rows]
+        uses_heads = slots.host_uses_heads[layout.slots].any()
+        self.head_mix = slots.head_mix(self.head_weights) if uses_heads else None
 
 
 class ContextRowParams:

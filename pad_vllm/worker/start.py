@@ -40,11 +40,12 @@ def warm_up_kernels(loaded: Loaded, rule: Rule, slots: Slots, max_rows: int, max
     has_first = pair is not None and pair.tables.first is not None
 
     def guide(top_k: int, params: RowParams, controls: Controls | None = None) -> None:
-        rows = params.layout.rows
-        params.ints.top_k.fill_(top_k)
-        params.max_top_k, params.mix_heads = top_k, loaded.heads is not None
-        offsets = torch.zeros_like(rows) if has_first else None
-        rule.apply(logits, loaded.hidden_states.expand(len(rows), -1), params, controls, offsets)
+        params.rows.top_k.fill_(top_k)
+        params.rows = params.rows._replace(max_top_k=top_k)
+        params.head_mix = slots.head_mix(params.head_weights)
+        index = params.rows.index
+        offsets = torch.zeros_like(index) if has_first else None
+        rule.apply(logits, loaded.hidden_states.expand(len(index), -1), params, controls, offsets)
 
     few = sorted({1, min(num_rows, MANY_ROWS)})
     for top_k in sorted({most} | {2**n for n in range(4, most.bit_length()) if 2**n < most}):

@@ -7,7 +7,6 @@ tensor's values on the host.
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -60,8 +59,12 @@ def watch_steps(llm, prompts: list[list[int]], params: list[dict]) -> tuple[list
     """Reads in the first step, in ten steps of decoding, and in one after the reward KV cache was lost."""
     from vllm import SamplingParams
 
-    guidance = running_guidance(llm)
-    guidance.rule.guide_ = partial(guidance.rule.guide_, may_read=False)  # as on a device
+    rule = running_guidance(llm).rule
+
+    def as_on_a_device(logits, hidden_states, head, rows, *args, _guide=rule.guide_, **kwargs):
+        _guide(logits, hidden_states, head, rows._replace(may_read=False), *args, **kwargs)
+
+    rule.guide_ = as_on_a_device
     for i, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(**asked))
     reads = []

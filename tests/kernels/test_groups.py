@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pad_vllm.kernels import Mixture
+from pad_vllm.kernels import Groups, Mixture
 from pad_vllm.kernels import groups as in_torch
-from pad_vllm.kernels.groups import Groups
 from pad_vllm.kernels.large_groups import find_large
 from tests import oracle
 from tests.kernels.test_kernels import control, ends, interpreter, problem, run  # noqa: F401 (fixtures)
@@ -30,7 +29,7 @@ def tables(vocab_size: int, reward_vocab: int = REWARD_VOCAB, seed: int = 3) -> 
     ]
     starts = torch.tensor([0, *(len(part) for part in members)]).cumsum(0)
     flat = torch.tensor([u for part in members for u in part])
-    groups = Groups(key.int(), flat.int(), starts.int(), max(map(len, members)))
+    groups = Groups(vocab_size, key.int(), flat.int(), starts.int(), max(map(len, members)))
     return groups, oracle.Groups(key.tolist(), members, [])
 
 
@@ -51,7 +50,7 @@ def test_rows_with_their_own_k_and_beta(dtype, reference, shards, run):  # noqa:
     top_k, beta = torch.tensor([1, 2, 10, 3, 20]), torch.tensor([0.0, 0.5, 1.0, 1.5, 3.0])
     for num_shards in shards:
         out = run(
-            logits, hidden, lm_head, top_k=top_k, beta=beta, reference=float(reference == "base"), groups=groups,
+            logits, hidden, lm_head, top_k=top_k, beta=beta, reference=float(reference == "base"), vocabulary=groups,
             num_shards=num_shards,
         )  # fmt: skip
         for i in range(5):
@@ -63,8 +62,8 @@ def test_rows_with_their_own_k_and_beta(dtype, reference, shards, run):  # noqa:
 def test_groups_of_one_token_are_the_ordinary_rule(run):  # noqa: F811
     logits, hidden, lm_head = problem(4)
     each = torch.arange(98)
-    groups = Groups(each[:97].int(), each[:97].int(), each.int(), 1)
-    out = run(logits, hidden, lm_head, top_k=20, beta=0.7, groups=groups)
+    groups = Groups(97, each[:97].int(), each[:97].int(), each.int(), 1)
+    out = run(logits, hidden, lm_head, top_k=20, beta=0.7, vocabulary=groups)
     torch.testing.assert_close(out, run(logits, hidden, lm_head, top_k=20, beta=0.7), rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +81,7 @@ def test_rows_of_several_contexts(soft_cap, run):  # noqa: F811
         torch.tensor([[weight for _, weight in row] for row in padded]),
     )
     totals = torch.tensor([sum(weight for _, weight in row) for row in rows])
-    settings = {"bias": bias, "soft_cap": soft_cap, "scale": 0.7, "mixture": mixture, "groups": groups}
+    settings = {"bias": bias, "soft_cap": soft_cap, "scale": 0.7, "mixture": mixture, "vocabulary": groups}
     for num_shards in (1, 2):
         out = run(logits, hidden, lm_head, top_k=10, beta=0.8, reference=totals, num_shards=num_shards, **settings)
         for i, row in enumerate(rows):
@@ -100,7 +99,7 @@ def test_the_reward_does_not_see_bias_and_penalties(run):  # noqa: F811
         0: {"penalties": (1.0, 0.5, 1.3), "prompt": list(range(40)), "output": [7, 7, 50], "drafts": [60]},
     }
     z, controls = control(y, 3, [1, 0, 2], requests)
-    out = run(z, hidden, lm_head, top_k=torch.tensor([12, 12, 0]), beta=1.5, controls=controls, groups=groups)
+    out = run(z, hidden, lm_head, top_k=torch.tensor([12, 12, 0]), beta=1.5, controls=controls, vocabulary=groups)
     for i in range(2):
         expected = oracle.guided_logits(z[i], lm_head @ hidden[i], 12, 1.5, y=y[i], groups=plain)
         torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
@@ -112,7 +111,7 @@ def test_a_row_whose_reward_is_not_finite_gets_its_end_token(bad, run):  # noqa:
     logits, hidden, lm_head, groups, plain = grouped(3)
     hidden[1] = bad
     logits[2] = NEG_INF
-    out = run(logits, hidden, lm_head, top_k=5, groups=groups)
+    out = run(logits, hidden, lm_head, top_k=5, vocabulary=groups)
     assert ends(out[1], 21)
     assert ends(out[2], 22)
     torch.testing.assert_close(out[0], oracle.guided_logits(logits[0], lm_head @ hidden[0], 5, 1.0, groups=plain))
@@ -126,7 +125,7 @@ def test_shapes(run, vocab_size, reward_vocab, hidden_size, top_k):  # noqa: F81
     logits, hidden, lm_head, groups, plain = grouped(2, vocab_size, hidden_size, reward_vocab)
     groups = groups._replace(key=groups.key.clamp(max=reward_vocab - 1))
     plain = plain._replace(key=groups.key.tolist())
-    out = run(logits, hidden, lm_head, top_k=top_k, beta=0.8, groups=groups)
+    out = run(logits, hidden, lm_head, top_k=top_k, beta=0.8, vocabulary=groups)
     for i in range(2):
         expected = oracle.guided_logits(logits[i], lm_head @ hidden[i], top_k, 0.8, groups=plain)
         torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
@@ -151,7 +150,7 @@ def test_large_groups_are_read_once_for_all_rows(soft_cap, dtype, run, monkeypat
     top_k = torch.arange(num_rows) * 2
     for num_shards in (1, 2):
         out = run(
-            logits, hidden, lm_head, top_k=top_k, beta=0.8, reference=weights.sum(1), bias=bias, groups=groups,
+            logits, hidden, lm_head, top_k=top_k, beta=0.8, reference=weights.sum(1), bias=bias, vocabulary=groups,
             soft_cap=soft_cap, mixture=Mixture(contexts, weights), num_shards=num_shards,
         )  # fmt: skip
         assert torch.equal(out[0], logits[0])
@@ -173,7 +172,7 @@ def test_keys_of_each_row(run):  # noqa: F811
     other = groups.key.roll(7).where(groups.key >= 0, -1).clamp(max=REWARD_VOCAB - 1)
     other = other.where((groups.key < 0) | (other >= 0), 1)
     both = groups._replace(key=torch.cat([groups.key, other]))
-    out = run(logits, hidden, lm_head, top_k=10, groups=both, key_offsets=torch.tensor([97, 0, 97]))
+    out = run(logits, hidden, lm_head, top_k=10, vocabulary=both, key_offsets=torch.tensor([97, 0, 97]))
     for i in range(3):
         now = plain if i == 1 else plain._replace(key=other.tolist())
         expected = oracle.guided_logits(logits[i], lm_head @ hidden[i], 10, 1.0, groups=now)

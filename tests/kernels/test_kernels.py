@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 from pad_vllm.kernels.selection import select_candidates
 from tests import oracle
 from tests.support.engine import Worker, set_environment
@@ -29,36 +31,32 @@ END = 20
 """End token of the first guided row; those of the others follow."""
 
 
-def run_guide(implementation: str, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards=1):
+def run_guide(implementation: str, logits, hidden, head, rows, vocabulary, kwargs, num_shards=1):
     """``guide_`` on a copy whose rows lie apart, with something between them that must stay; and, sharded, on every
     rank of a tensor-parallel group. Runs in a process that has the Triton interpreter on where it must."""
-    from pad_vllm.kernels import fused, fused_groups, groups
-    from pad_vllm.kernels import reference as in_torch
+    from pad_vllm.kernels import load_guide
 
-    if "groups" in kwargs:
-        step = fused_groups.guide_groups_ if implementation == "triton" else groups.guide_groups_
-    else:
-        step = fused.guide_ if implementation == "triton" else in_torch.guide_
-    if implementation != "triton":
-        kwargs["may_read"] = implementation == "reference"
-    num_cols, shard_size = logits.shape[1], -(-lm_head.shape[0] // num_shards)
-    partial, outputs, bias_of_all = [], [], kwargs.pop("bias", None)
+    step = load_guide("triton" if implementation == "triton" else "reference")
+    rows = rows._replace(may_read=False if implementation == "reference as on a device" else None)
+    num_cols, shard_size = logits.shape[1], -(-head.weight.shape[0] // num_shards)
+    partial, outputs = [], []
     for collect in (True, False) if num_shards > 1 else (False,):
         for shard in range(num_shards):
             wide = torch.full((len(logits), num_cols + 40), SENTINEL, dtype=logits.dtype)
             out = wide[:, 20 : 20 + num_cols]
             out.copy_(logits)
-            mine = slice(shard * shard_size, (shard + 1) * shard_size)
+            mine, part = slice(shard * shard_size, (shard + 1) * shard_size), head
             if num_shards > 1:
-                kwargs["vocab_start"] = mine.start
-                kwargs |= {"shard": (shard, num_shards)} if "groups" in kwargs else {}
-                kwargs["all_reduce"] = (
-                    (lambda scores: partial.append(scores.clone()) or scores)
+                part = head._replace(
+                    weight=head.weight[mine],
+                    bias=None if head.bias is None else head.bias[mine],
+                    vocab_start=mine.start,
+                    shard=(shard, num_shards),
+                    all_reduce=(lambda scores: partial.append(scores.clone()) or scores)
                     if collect
-                    else (lambda scores: sum(partial))
+                    else (lambda scores: sum(partial)),
                 )
-            bias = None if bias_of_all is None else bias_of_all[mine]
-            step(out, hidden, lm_head[mine], rows, top_k, beta, reference, ends, bias=bias, **kwargs)
+            step(out, hidden, part, rows, vocabulary, **kwargs)
             outputs.append(out.clone())
             assert (wide[:, :20] == SENTINEL).all()
             assert (wide[:, 20 + num_cols :] == SENTINEL).all()
@@ -80,19 +78,36 @@ def interpreter():
 def run(request):
     """``guide_`` by either implementation, on a copy; scalars fill tensors."""
 
-    def run(logits, hidden, lm_head, rows=None, *, top_k, beta=None, reference=None, num_shards=1, **kwargs):
-        rows = torch.arange(len(logits)) if rows is None else torch.tensor(rows, dtype=torch.int64)
-        top_k = torch.as_tensor(top_k).expand(len(rows))
-        beta = torch.as_tensor(1.0 if beta is None else beta).expand(len(rows))
-        reference = torch.as_tensor(1.0 if reference is None else reference).expand(len(rows))
-        ends = END + torch.arange(len(rows))
-        kwargs = {"vocab_size": logits.shape[1], "max_top_k": int(top_k.max()) if len(rows) else 1} | kwargs
-        arguments = (request.param, logits, hidden, lm_head, rows, top_k, beta, reference, ends, kwargs, num_shards)
+    def run(
+        logits, hidden, lm_head, rows=None, *, top_k, beta=1.0, reference=1.0, vocabulary=None, key_offsets=None,
+        bias=None, soft_cap=None, scale=1.0, num_shards=1, **kwargs,
+    ):  # fmt: skip
+        index = torch.arange(len(logits)) if rows is None else torch.tensor(rows, dtype=torch.int64)
+        num_rows = len(index)
+        top_k, beta, reference = (torch.as_tensor(value).expand(num_rows) for value in (top_k, beta, reference))
+        most = int(top_k.max()) if num_rows else 1
+        rows = Rows(index, top_k, beta, reference, END + torch.arange(num_rows), most, key_offsets)
+        head = OutputHead(lm_head, bias, soft_cap, scale)
+        vocabulary = vocabulary or SharedVocabulary(logits.shape[1])
+        arguments = (request.param, logits, hidden, head, rows, vocabulary, kwargs, num_shards)
         if request.param == "triton":
             return request.getfixturevalue("interpreter").run(run_guide, *arguments)
         return run_guide(*arguments)
 
     return run
+
+
+def test_both_back_ends_have_one_signature():
+    from pad_vllm.kernels import controls, fused, mixture, reference, scoring
+
+    for in_torch, in_triton in (
+        (reference.guide_, fused.guide_),
+        (scoring.mix_contexts, mixture.mix_contexts),
+        (reference.undo_controls, controls.undo_controls),
+    ):
+        assert in_torch.__module__ != in_triton.__module__
+        assert inspect.signature(in_torch) == inspect.signature(in_triton)
+        assert len(inspect.signature(in_torch).parameters) <= 9
 
 
 def expected_row(z, hidden, lm_head, top_k, beta, reference="base", bias=0.0):
@@ -189,8 +204,6 @@ def test_a_row_whose_reward_is_not_finite_gets_its_end_token_and_nothing_else(ba
 def control(y, num_slots: int, slots: list[int], requests: dict[int, dict]):
     """What requests make of the base logits, and the step's ``controls``. ``requests``: slot -> ``bias``,
     ``penalties``, ``prompt``, ``output``, ``drafts``."""
-    from pad_vllm.kernels.reference import Controls, OutputTokens
-
     width = 600
     num_bias, bias_ids = torch.zeros(num_slots, dtype=torch.int32), torch.zeros(num_slots, width, dtype=torch.int32)
     bias, penalties = torch.full((num_slots, width), 50.0), torch.tensor([[0.0, 0.0, 1.0]]).repeat(num_slots, 1)
@@ -290,8 +303,6 @@ MIXTURES = [
 def test_rows_of_several_contexts(contexts, soft_cap, num_shards, run):
     """A row's reward is the weighted sum of its contexts', with an output head that has a bias; what is not a row's is
     not read, and may be NaN."""
-    from pad_vllm.kernels import Mixture
-
     logits, _, lm_head = problem(3)
     hidden = torch.randn(7, 16, generator=torch.Generator().manual_seed(7))
     hidden[6] = float("nan")
@@ -321,7 +332,7 @@ def test_mixed_heads(run):
     generator = torch.Generator().manual_seed(3)
     weight, bias = torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator)
     mix = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.3, -0.7], [0.0, 1.0, 0.0]])
-    out = run(logits, hidden, lm_head, top_k=10, heads=(weight, bias, mix))
+    out = run(logits, hidden, lm_head, top_k=10, head_mix=HeadMix(weight, bias, mix))
     mapped = [
         hidden[0],
         0.3 * (weight[0] @ hidden[1] + bias[0]) - 0.7 * (weight[1] @ hidden[1] + bias[1]),
@@ -337,9 +348,9 @@ def test_vector_heads_are_diagonal_matrices(run):
     generator = torch.Generator().manual_seed(4)
     vectors, bias = torch.randn(2, 16, generator=generator), torch.randn(2, 16, generator=generator)
     mix = torch.tensor([[0.0, 0.3, -0.7], [1.0, 0.0, 0.0]])
-    out = run(logits, hidden, lm_head, top_k=10, heads=(vectors, bias, mix))
+    out = run(logits, hidden, lm_head, top_k=10, head_mix=HeadMix(vectors, bias, mix))
     matrices = torch.stack([torch.diag(vector) for vector in vectors])
-    torch.testing.assert_close(out, run(logits, hidden, lm_head, top_k=10, heads=(matrices, bias, mix)))
+    torch.testing.assert_close(out, run(logits, hidden, lm_head, top_k=10, head_mix=HeadMix(matrices, bias, mix)))
 
 
 def test_tensor_parallel_shards_sum_to_the_whole(run):
@@ -353,7 +364,7 @@ def test_tensor_parallel_shards_sum_to_the_whole(run):
 def test_tokens_beyond_the_shared_vocabulary_are_no_candidates(run):
     logits, hidden, lm_head = problem(2)
     logits[:, 90:] += 50
-    out = run(logits, hidden, lm_head[:90], top_k=10, vocab_size=90)
+    out = run(logits, hidden, lm_head[:90], top_k=10, vocabulary=SharedVocabulary(90))
     masked = logits.clone()
     masked[:, 90:] = NEG_INF
     r = torch.cat([hidden @ lm_head[:90].T, torch.zeros(2, 7)], dim=1)
@@ -411,7 +422,8 @@ def test_candidates_by_slices(case, rows):
     logits = sliced(case)
     top_k = torch.arange(5, 5 + len(rows))
     rows = torch.tensor(rows)
-    ids, z = select_candidates(logits.clone(), rows, top_k, 11, 1280, may_read=True)
+    nothing = torch.zeros(len(rows))
+    ids, z, _ = select_candidates(logits.clone(), Rows(rows, top_k, nothing, nothing, top_k, 11), 1280)
     for row, k, found, values in zip(logits[rows], top_k.tolist(), ids.tolist(), z, strict=True):
         finite = [i for i in range(1280) if row[i].isfinite()]
         expected = sorted(finite, key=lambda i: (-float(row[i]), i))[:k]
@@ -475,7 +487,8 @@ def fuzz_fused(max_examples: int) -> None:
         ends = torch.arange(len(rows)) % vocab_size
         for step in (in_torch.guide_, fused.guide_):
             out = logits.clone()
-            step(out, hidden, lm_head, rows, top_k, beta, mode, ends, max_top_k=12, vocab_size=vocab_size)
+            asked = Rows(rows, top_k, beta, mode, ends, 12)
+            step(out, hidden, OutputHead(lm_head), asked, SharedVocabulary(vocab_size))
             outputs.append(out)
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -496,8 +509,8 @@ def run_benchmark(argv: list[str]) -> None:
 def run_benchmark_of_a_wrong_step(argv: list[str]) -> None:
     from benchmarks import kernel
 
-    def almost(logits, hidden, lm_head, rows, top_k, beta, *args, **kwargs):
-        kernel.reference.guide_(logits, hidden, lm_head, rows, top_k, 1.01 * beta, *args, **kwargs)
+    def almost(logits, hidden, head, rows, *args, **kwargs):
+        kernel.reference.guide_(logits, hidden, head, rows._replace(beta=1.01 * rows.beta), *args, **kwargs)
 
     with patch.object(kernel.fused, "guide_", almost):
         kernel.main(argv)

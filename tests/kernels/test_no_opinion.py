@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pad_vllm.kernels import Mixture
+from pad_vllm.kernels import Mixture, SharedVocabulary
 from tests import oracle
 from tests.kernels.test_groups import grouped
 from tests.kernels.test_kernels import NEG_INF, control, ends, interpreter, problem, run  # noqa: F401 (fixtures)
@@ -23,7 +23,7 @@ def silent_problem(num_rows: int, by_groups: bool):
         groups.key[SILENT] = -2
         groups = groups._replace(any_silent=True)
         logits[:, SILENT] = torch.linspace(-1, 1, len(SILENT))
-        settings, expected = {"groups": groups}, {"groups": plain._replace(key=groups.key.tolist())}
+        settings, expected = {"vocabulary": groups}, {"groups": plain._replace(key=groups.key.tolist())}
     else:
         logits, hidden, lm_head = problem(num_rows, VOCAB)
         lm_head = lm_head[:ROWS_OF_HEAD]
@@ -31,7 +31,7 @@ def silent_problem(num_rows: int, by_groups: bool):
         logits[:, SILENT] = torch.linspace(-1, 1, len(SILENT))
         no_opinion = torch.zeros(VOCAB, dtype=torch.bool)
         no_opinion[SILENT] = True
-        settings, expected = {"no_opinion": no_opinion}, {"no_opinion": SILENT}
+        settings, expected = {"vocabulary": SharedVocabulary(VOCAB, no_opinion)}, {"no_opinion": SILENT}
     logits[0, SILENT] += torch.tensor([6.0, -9.0, 5.0, -9.0, 4.5, 6.5])
     logits[1, SILENT] += 30.0
     logits[2, SILENT] -= 30.0

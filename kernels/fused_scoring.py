@@ -1,0 +1,75 @@
+"""What the kernels that score have in common: rows of the output head times hidden states, and the arguments of their
+launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .types import Mixture, Rows
+
+
+def row_args(logits: torch.Tensor, rows: Rows) -> tuple[Any, ...]:
+    """A launch's, from ``logits_ptr`` to ``top_k_stride``."""
+    return logits, logits.stride(0), rows.index, rows.top_k, rows.top_k.stride(0)
+
+
+def rule_args(rows: Rows) -> tuple[Any, ...]:
+    """A launch's, from ``beta_ptr`` to ``end_ids_ptr``."""
+    return rows.beta, rows.beta.stride(0), rows.reference, rows.reference.stride(0), rows.end_ids
+
+
+def context_args(mixture: Mixture | None) -> tuple[Any, ...]:
+    """A launch's, from ``contexts_ptr`` to ``num_contexts``."""
+    return (None, None, 1) if mixture is None else (*mixture, mixture.contexts.shape[1])
+
+
+@triton.jit
+def capped(scores, soft_cap):
+    """tanh by exp, of a negative number: it cannot overflow."""
+    x = scores / soft_cap
+    e = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e) * soft_cap
+
+
+@triton.jit
+def sum_weights(weights_ptr, begin, end):
+    total = 0.0
+    for i in range(begin, end):
+        total += tl.load(weights_ptr + i)
+    return total
+
+
+@triton.jit
+def dot_candidates(
+    hidden_ptr,  # [hidden_size]
+    lm_head_ptr,
+    lm_head_stride,
+    bias_ptr,  # [shard_size], or nothing
+    bias_weight,
+    local,
+    is_mine,
+    hidden_size,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """[K] float32: the rows ``local`` of lm_head times a hidden state, and the bias so many times; 0 where they are not
+    this shard's."""
+    products = tl.zeros([K, BLOCK_D], tl.float32)
+    for start in range(0, hidden_size, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden_ptr + d, mask=d < hidden_size, other=0.0).to(tl.float32)
+        weight = tl.load(
+            lm_head_ptr + local[:, None] * lm_head_stride + d[None, :],
+            mask=is_mine[:, None] & (d < hidden_size)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        products += weight * h[None, :]
+    scores = tl.sum(products, 1)
+    if HAS_BIAS:
+        scores += bias_weight * tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)
+    return scores
