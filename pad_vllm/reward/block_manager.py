@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_toke
 
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.pace import ALONE
+from pad_vllm.reward.rows import ContextSlot
 
 Tail = tuple[BlockHash | str | None, tuple[int, ...]]
 """Tokens that begin a block, behind the hash of the block before it; of a first one, behind its context's salt."""
@@ -42,8 +43,7 @@ class Context:
     A context either holds blocks, and everything before its next token is computed in them, or holds none.
     """
 
-    slot: int
-    """Its row of the block table."""
+    slot: ContextSlot
     prompt_ids: list[int]
     block_hashes: list[BlockHash]
     """Of the prompt's full blocks, without the prompt's last token: what ``BlockPool.cache_full_blocks`` reads."""
@@ -115,7 +115,7 @@ class BlockManager:
         return self.pool.get_usage()
 
     def add(
-        self, slot: int, prompt_ids: list[int], shared: Sequence[int] = (), cache_salt: str | None = None
+        self, slot: ContextSlot, prompt_ids: list[int], shared: Sequence[int] = (), cache_salt: str | None = None
     ) -> Context:
         """Begin a context at ``slot``, which must be free.
 

@@ -18,14 +18,14 @@ from pad_vllm.reward.block_manager import BlockManager, Context
 from pad_vllm.reward.decode import Decoder
 from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
-from pad_vllm.reward.rows import ContextRows
+from pad_vllm.reward.rows import ContextRows, ContextSlot
 
 
 @dataclass
 class Piece:
     """Tokens of a context to be computed; their hidden states are not wanted."""
 
-    slot: int
+    slot: ContextSlot
     start: int
     token_ids: Sequence[int]
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NewType
 
 import numpy as np
 import torch
 
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.pace import ALONE
+
+ContextSlot = NewType("ContextSlot", int)
+"""A context's place in the reward engine: its row of the block table"""
 
 
 @dataclass
@@ -29,7 +33,7 @@ class ContextRows:
     """[R] int64, on the device: position of the row's token in its context; None if the host knows it"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device"""
-    history: Callable[[int], Sequence[int]]
+    history: Callable[[ContextSlot], Sequence[int]]
     """Slot -> the context's generated tokens, up to that of its first row; none while that is the prompt's last.
     Called only for a context that must be computed; may synchronize with the device."""
     step: int = ALONE
@@ -53,7 +57,7 @@ class ContextRows:
             step=ALONE,
         )
 
-    def advance(self, step: int, token_ids: torch.Tensor, history: Callable[[int], Sequence[int]]) -> None:
+    def advance(self, step: int, token_ids: torch.Tensor, history: Callable[[ContextSlot], Sequence[int]]) -> None:
         """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
         self.num_tokens, self.lengths = self.num_tokens + 1, self.lengths + 1
         self.step, self.token_ids, self.history = step, token_ids, history

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NewType
 
 import numpy as np
 import torch
 
 from pad_vllm.kernels import OutputTokens
+from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.pace import ALONE
+from pad_vllm.reward.rows import ContextSlot
+
+RequestSlot = NewType("RequestSlot", int)
+"""A request's place in the engine. Its contexts have places of their own in the reward engine: MAX_CONTEXTS each."""
+
+
+def context_slots(slot: RequestSlot) -> range:
+    """Those of a request's contexts, as many as it may have."""
+    return range(slot * MAX_CONTEXTS, (slot + 1) * MAX_CONTEXTS)
+
+
+def request_of(slot: ContextSlot) -> RequestSlot:
+    """Whose context it is."""
+    return RequestSlot(slot // MAX_CONTEXTS)
 
 
 @dataclass(eq=False)
@@ -20,8 +36,8 @@ class Layout:
 
     slots: np.ndarray
     """[C] int64, distinct"""
-    rows: torch.Tensor
-    """[R] int64, on the device: rows of the logits, distinct"""
+    logits_rows: torch.Tensor
+    """[R] int64, on the device: which rows of the logits, distinct"""
     row_slots: torch.Tensor
     """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
 
@@ -44,7 +60,7 @@ class GuidedBatch:
     ``num_tokens - 1``"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device: that token"""
-    output_ids: Callable[[int], Sequence[int]]
+    output_ids: Callable[[RequestSlot], Sequence[int]]
     """Slot -> the request's generated tokens that are settled: no drafts. May synchronize; called only when the reward
     model has to read them again."""
     output_tokens: Callable[[], OutputTokens] | None = None

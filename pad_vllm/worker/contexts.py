@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from pad_vllm.worker.batch import GuidedBatch
+from pad_vllm.worker.batch import GuidedBatch, RequestSlot
 from pad_vllm.worker.slots import RowParams
 
 
@@ -36,7 +36,7 @@ class Contexts(Protocol):
     def own_ids(self, token_ids: list[int]) -> list[int]:
         """Composed tokens, each as the reward model has it."""
 
-    def begin(self, slot: int, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
         """A request begins in a slot; ``prompt_len`` tokens of the base's prompt."""
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Contexts(Protocol):
     def key_offsets(self, batch: GuidedBatch) -> torch.Tensor | None:
         """[R] int64: where the keys of each row's candidates begin; None where all have the same."""
 
-    def forget_drafts(self, slots: int | np.ndarray) -> None:
+    def forget_drafts(self, slots: RequestSlot | np.ndarray) -> None:
         """What was drafted for requests is not what their next rows hold."""
 
     def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> Draft | None:

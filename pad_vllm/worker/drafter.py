@@ -27,7 +27,7 @@ import torch
 from pad_vllm.kernels import Mixture, map_heads, mix_contexts
 from pad_vllm.params import MAX_CONTEXTS, GuidanceParams
 from pad_vllm.reward.device import to_device
-from pad_vllm.worker.batch import GuidedBatch
+from pad_vllm.worker.batch import GuidedBatch, RequestSlot
 from pad_vllm.worker.contexts import Contexts
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams, Slots
@@ -87,7 +87,7 @@ class Drafter:
         logits = self.compute_logits(hidden_states.expand(self.slots.no_slot, -1))
         (logits * 1.0).topk(min(self.max_top_k, logits.shape[1]))
 
-    def begin(self, slot: int, params: GuidanceParams) -> None:
+    def begin(self, slot: RequestSlot, params: GuidanceParams) -> None:
         """A request begins in a slot."""
         weights, scale = draft_weights(params)
         weights += [0.0] * (MAX_CONTEXTS - len(weights))

@@ -16,10 +16,11 @@ from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import RewardEngine
 from pad_vllm.reward.paged_model import PagedModel
+from pad_vllm.reward.rows import ContextSlot
 from pad_vllm.reward.template import Composed
 from pad_vllm.stats import Stats
 from pad_vllm.worker import start
-from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot, context_slots
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.contexts import Contexts
 from pad_vllm.worker.drafter import Drafter
@@ -71,12 +72,12 @@ class Guidance:
         return self.loaded.device
 
     @property
-    def no_slot(self) -> int:
+    def no_slot(self) -> RequestSlot:
         """The slot of a row that is to be left alone."""
         return self.slots.no_slot
 
     def new_request(
-        self, slot: int, params: GuidanceParams, controls: SamplingControls, prompt_ids: list[int], end_id: int
+        self, slot: RequestSlot, params: GuidanceParams, controls: SamplingControls, prompt_ids: list[int], end_id: int
     ) -> list[Context]:
         """Begin guiding a request in a slot that is free; returns its contexts.
 
@@ -106,8 +107,8 @@ class Guidance:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
         return [
-            self.engine.blocks.add(slot * MAX_CONTEXTS + i, one.ids, one.shared, params.cache_salt)
-            for i, one in enumerate(composed)
+            self.engine.blocks.add(ContextSlot(place), one.ids, one.shared, params.cache_salt)
+            for place, one in zip(context_slots(slot), composed, strict=False)
         ]
 
     def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:
@@ -130,7 +131,7 @@ class Guidance:
 
     def _write_slot(
         self,
-        slot: int,
+        slot: RequestSlot,
         params: GuidanceParams,
         num_own: int,
         composed: list[Composed],
@@ -151,10 +152,10 @@ class Guidance:
         for context in contexts:
             self.engine.blocks.remove(context)
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: RequestSlot) -> None:
         """Forget a request that could not begin, however far it came."""
-        first = slot * MAX_CONTEXTS
-        self.free([context for context in self.engine.blocks.contexts[first : first + MAX_CONTEXTS] if context])
+        held = [self.engine.blocks.contexts[place] for place in context_slots(slot)]
+        self.free([context for context in held if context is not None])
         self.slots.controls.clear(slot)
 
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
@@ -186,7 +187,7 @@ class Guidance:
 
     def _count(self, params: RowParams) -> None:
         layout, stats = params.layout, self.stats
-        num_rows, num_unguided = layout.rows.shape[0], params.num_unguided
+        num_rows, num_unguided = layout.logits_rows.shape[0], params.num_unguided
         if num_unguided:  # how many of the rows are theirs is known on the device
             num_rows = min(num_rows, (len(layout.slots) - num_unguided) * self.max_rows_per_request)
         stats.guided_tokens += num_rows

@@ -12,17 +12,17 @@ nowhere; how long a context is, the host learns a step or two later, and until t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
-from pad_vllm.reward.rows import ContextRows
+from pad_vllm.reward.rows import ContextRows, ContextSlot
 from pad_vllm.reward.token_tables import NO_KEY, TokenTables
-from pad_vllm.worker.batch import GuidedBatch
+from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
 from pad_vllm.worker.contexts import Prompt
 from pad_vllm.worker.piece_counts import PieceCounts, PieceTable
 from pad_vllm.worker.slots import RowParams
@@ -54,7 +54,7 @@ class OtherTokens:
     def own_ids(self, token_ids: list[int]) -> list[int]:
         return token_ids
 
-    def begin(self, slot: int, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
         self.counts.begin(slot, prompt_len, prompt.begins_answer)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
@@ -77,7 +77,7 @@ class OtherTokens:
         is_first = batch.device_positions() + 1 == counts.prompt_len[row_slots]
         return counts.first[row_slots].where(is_first, 0)
 
-    def forget_drafts(self, slots: int | np.ndarray) -> None:
+    def forget_drafts(self, slots: RequestSlot | np.ndarray) -> None:
         """Nothing of them is kept: a token's rows are computed again."""
 
     def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> OtherTokensDraft | None:
@@ -85,15 +85,17 @@ class OtherTokens:
         rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
         if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
             return None
-        return OtherTokensDraft(self, rows, last, params.contexts.rows)
+        return OtherTokensDraft(self, rows, last, params.contexts.layout_rows)
 
     def draftable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logits[:, self.whole.columns], self.whole.base_ids
 
-    def _history(self, batch: GuidedBatch, slot: int) -> list[int]:
-        """Of :class:`ContextRows`."""
-        slot //= MAX_CONTEXTS
-        return self.table.history(list(batch.output_ids(slot)), self.counts.host_first[slot])
+    def _history(self, batch: GuidedBatch) -> Callable[[ContextSlot], Sequence[int]]:
+        def history(slot: ContextSlot) -> Sequence[int]:
+            request = request_of(slot)
+            return self.table.history(list(batch.output_ids(request)), self.counts.host_first[request])
+
+        return history
 
     def _on_host(
         self, batch: GuidedBatch, params: RowParams
@@ -130,7 +132,7 @@ class OtherTokens:
             row_slots=contexts.row_slots[owner_] if grows else contexts.row_slots,
             positions=None,
             token_ids=token_ids,
-            history=lambda slot: self._history(batch, slot),
+            history=self._history(batch),
         )
         is_full = ends >= self.max_len
         return (
@@ -158,8 +160,8 @@ class OtherTokens:
         n = (table.device_starts[tokens + 1] - starts).where(base_positions >= prompt_len, 0)
         totals = counts.count_on_device(row_slots, base_positions, n, batch.local_positions)
         offset, last_prompt_id = contexts.ints.offset, contexts.ints.last_prompt_id
-        if contexts.rows is not None:
-            n, totals, starts = n[contexts.rows], totals[contexts.rows], starts[contexts.rows]
+        if contexts.layout_rows is not None:
+            n, totals, starts = n[contexts.layout_rows], totals[contexts.layout_rows], starts[contexts.layout_rows]
         # Right-aligned: the last of a context's rows is always there.
         back = torch.arange(width - 1, -1, -1, device=n.device)
         is_there = (back < n.clamp(min=1).unsqueeze(1)) & (contexts.row_slots != self.engine.no_slot).unsqueeze(1)
@@ -176,7 +178,7 @@ class OtherTokens:
             row_slots=contexts.row_slots.unsqueeze(1).where(is_there, self.engine.no_slot).flatten(),
             positions=positions.flatten(),
             token_ids=token_ids.flatten(),
-            history=lambda slot: self._history(batch, slot),
+            history=self._history(batch),
         )
         return rows, slice(width - 1, None, width), ends >= self.max_len
 
@@ -203,13 +205,13 @@ class OtherTokensDraft:
     Args:
         rows: pieces of the requests' last tokens; their ``num_tokens`` those with all drafts.
         last: which of these are the last of their contexts.
-        of_rows: [context rows] int64, the row of each; None: one for each.
+        layout_rows: [context rows] int64, the layout's row of each; None: one for each.
     """
 
     def __init__(
-        self, contexts: OtherTokens, rows: ContextRows, last: torch.Tensor | slice, of_rows: torch.Tensor | None
+        self, contexts: OtherTokens, rows: ContextRows, last: torch.Tensor | slice, layout_rows: torch.Tensor | None
     ) -> None:
-        self.contexts, self.rows, self.of_rows = contexts, rows, of_rows
+        self.contexts, self.rows, self.layout_rows = contexts, rows, layout_rows
         self.last: torch.Tensor | slice | None = last
 
     def hidden_states(self) -> torch.Tensor:
@@ -223,5 +225,5 @@ class OtherTokensDraft:
         self.rows = replace(
             self.rows,
             positions=(self.rows.positions + 1).clamp(max=self.contexts.max_len - 1),
-            token_ids=token_ids if self.of_rows is None else token_ids[self.of_rows],
+            token_ids=token_ids if self.layout_rows is None else token_ids[self.layout_rows],
         )

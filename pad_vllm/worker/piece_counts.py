@@ -13,6 +13,7 @@ import torch
 
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.token_tables import TokenTables
+from pad_vllm.worker.batch import RequestSlot
 
 
 class PieceTable:
@@ -77,7 +78,7 @@ class PieceCounts:
         """[slots, 2] as ``known``, of the settled token of the last step"""
         self.news = News(self.latest)
 
-    def begin(self, slot: int, prompt_len: int, begins_answer: bool) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, begins_answer: bool) -> None:
         """A request begins in a slot; ``prompt_len`` of the base's prompt. ``begins_answer``: its first token begins an
         answer in a chat."""
         self.host_first[slot] = self.table.vocab_size if begins_answer and self.table.has_first else 0
@@ -87,7 +88,11 @@ class PieceCounts:
         self.is_new[slot] = True
 
     def count_on_host(
-        self, slots: np.ndarray, generated: np.ndarray, n: np.ndarray, output_ids: Callable[[int], Sequence[int]]
+        self,
+        slots: np.ndarray,
+        generated: np.ndarray,
+        n: np.ndarray,
+        output_ids: Callable[[RequestSlot], Sequence[int]],
     ) -> np.ndarray:
         """Count this step's tokens.
 
@@ -104,12 +109,12 @@ class PieceCounts:
         totals = totals + np.where(generated == num_known + 1, n, 0)
         is_irregular = self.is_new[slots] | (generated < num_known) | (generated > num_known + 1)
         for i in np.flatnonzero(is_irregular):
-            slot = int(slots[i])
+            slot = RequestSlot(int(slots[i]))
             totals[i] = self.table.total(list(output_ids(slot))[: generated[i]], self.host_first[slot])
         self.known[slots, 0], self.known[slots, 1], self.is_new[slots] = generated, totals, False
         return totals
 
-    def begin_on_device(self, slot: int, generated: Sequence[int]) -> None:
+    def begin_on_device(self, slot: RequestSlot, generated: Sequence[int]) -> None:
         """A request is in its first step, with these tokens."""
         before = len(generated) - 1
         total = self.table.total(generated[:-1], self.host_first[slot])

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
-from pad_vllm.reward.rows import ContextRows
-from pad_vllm.worker.batch import GuidedBatch
+from pad_vllm.reward.rows import ContextRows, ContextSlot
+from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
 from pad_vllm.worker.contexts import Prompt
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams
@@ -48,7 +47,7 @@ class SameTokens:
     def own_ids(self, token_ids: list[int]) -> list[int]:
         return self.reads.of_prompt(token_ids)
 
-    def begin(self, slot: int, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
         self.forget_drafts(slot)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
@@ -56,8 +55,10 @@ class SameTokens:
         if self.drafted is None:
             hidden_states = self.engine.step(rows)
         else:
-            of_rows = params.contexts.rows
-            local_positions = batch.local_positions if of_rows is None else batch.local_positions[of_rows]
+            layout_rows = params.contexts.layout_rows
+            local_positions = batch.local_positions
+            if layout_rows is not None:
+                local_positions = local_positions[layout_rows]
             hidden_states = self.drafted.verified(self.engine, rows, batch.layout.slots, local_positions)
         if rows.is_full is not None:
             hidden_states = hidden_states.masked_fill(rows.is_full.unsqueeze(1), float("nan"))
@@ -66,7 +67,7 @@ class SameTokens:
     def key_offsets(self, batch: GuidedBatch) -> None:
         return None
 
-    def forget_drafts(self, slots: int | np.ndarray) -> None:
+    def forget_drafts(self, slots: RequestSlot | np.ndarray) -> None:
         if self.drafted is not None:
             self.drafted.num_kept[slots] = 0
 
@@ -87,8 +88,8 @@ class SameTokens:
         """The rows of a batch in the reward model's contexts: as many as its rows, or, of requests that have several,
         more."""
         contexts, token_ids = params.contexts, batch.token_ids
-        if contexts.rows is not None:
-            token_ids = token_ids[contexts.rows]
+        if contexts.layout_rows is not None:
+            token_ids = token_ids[contexts.layout_rows]
         token_ids, history = self.reads.on_device(token_ids), self._history(batch)
         if self._last is None or self._last.params is not params:
             self._last = LaidOut(params)
@@ -104,8 +105,8 @@ class SameTokens:
         positions = None
         if not last.past_prompts:
             positions = batch.device_positions()
-            if contexts.rows is not None:
-                positions = positions[contexts.rows]
+            if contexts.layout_rows is not None:
+                positions = positions[contexts.layout_rows]
                 if not batch.exact:
                     positions = positions.masked_fill(contexts.row_slots == self.engine.no_slot, 0)
             # The composed prompt may end otherwise than the base's, from which the base samples its first token.
@@ -125,8 +126,8 @@ class SameTokens:
         last.rows, last.room = rows if last.past_prompts else None, max(room, 0)
         return rows
 
-    def _history(self, batch: GuidedBatch) -> Callable[[int], Sequence[int]]:
-        return lambda slot: self.reads.on_host(batch.output_ids(slot // MAX_CONTEXTS))
+    def _history(self, batch: GuidedBatch) -> Callable[[ContextSlot], Sequence[int]]:
+        return lambda slot: self.reads.on_host(batch.output_ids(request_of(slot)))
 
 
 @dataclass
@@ -234,8 +235,8 @@ class SameTokensDraft:
 
     def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         of = self.params.contexts
-        if of.rows is not None:
-            token_ids, positions = token_ids[of.rows], positions[of.rows]
+        if of.layout_rows is not None:
+            token_ids, positions = token_ids[of.layout_rows], positions[of.layout_rows]
         # Behind the last position, verification ends the request.
         positions = (positions + of.ints.offset).clamp(max=self.contexts.max_len - 1)
         self.rows = replace(self.rows, positions=positions, token_ids=token_ids)

@@ -17,7 +17,7 @@ from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputTokens, Rows
 from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.heads import ValueHeads
-from pad_vllm.worker.batch import Layout
+from pad_vllm.worker.batch import Layout, RequestSlot, context_slots
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -91,13 +91,13 @@ class Slots:
         self.host_uses_heads = np.zeros(num_slots, bool)
 
     @property
-    def no_slot(self) -> int:
+    def no_slot(self) -> RequestSlot:
         """The slot that stands for no request."""
-        return len(self.ints) - 1
+        return RequestSlot(len(self.ints) - 1)
 
     def write(
         self,
-        slot: int,
+        slot: RequestSlot,
         ints: IntColumns,
         floats: list[float],
         contexts: list[ContextColumns],
@@ -110,8 +110,8 @@ class Slots:
             contexts: as many as ``ints`` says, each with its part in the reward in ``weights``.
             uses_heads: whether the request's heads have weights.
         """
-        device, first = self.ints.device, slot * MAX_CONTEXTS
-        places = slice(first, first + len(contexts))
+        device, places = self.ints.device, context_slots(slot)
+        places = slice(places.start, places.start + len(contexts))
         self.ints[slot] = to_device(list(ints), device, torch.int64)
         self.floats[slot] = to_device(floats, device, torch.float32)
         self.contexts[places] = to_device(np.array(contexts, np.int64), device, torch.int64)
@@ -140,7 +140,7 @@ class ControlSlots:
         self.host_biases = np.zeros(num_slots, bool)
         self.host_penalizes = np.zeros(num_slots, bool)
 
-    def write(self, slot: int, controls: SamplingControls, prompt_ids: list[int]) -> None:
+    def write(self, slot: RequestSlot, controls: SamplingControls, prompt_ids: list[int]) -> None:
         device, bias = self.bias.device, controls.logit_bias or {}
         if bias or self.host_biases[slot]:
             self.num_bias[slot] = len(bias)
@@ -153,7 +153,7 @@ class ControlSlots:
             self.prompt_mask[slot] = to_device(np.packbits(seen, bitorder="little").view("<i4"), device, torch.int32)
         self.host_biases[slot], self.host_penalizes[slot] = bool(bias), controls.penalizes
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: RequestSlot) -> None:
         """Of a request that could not begin there may be anything: the next one writes all of its controls."""
         self.host_biases[slot] = self.host_penalizes[slot] = True
 
@@ -172,7 +172,7 @@ class RowParams:
         beta, reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
         host_top_k = slots.host_top_k[layout.slots]
-        self.rows = Rows(layout.rows, ints.top_k, beta, reference, ints.end_id, int(host_top_k.max()))
+        self.rows = Rows(layout.logits_rows, ints.top_k, beta, reference, ints.end_id, int(host_top_k.max()))
         """What the guidance step is told of them"""
         self.min_top_k = int(host_top_k.min())
         self.num_unguided = int((host_top_k == 0).sum())
@@ -182,8 +182,8 @@ class RowParams:
         self.contexts = ContextRowParams(layout, slots, ints.num_contexts, max_rows_per_request)
         self.head_weights = floats[:, 2:]
         """[context rows, 1 + H]"""
-        if self.contexts.rows is not None:
-            self.head_weights = self.head_weights[self.contexts.rows]
+        if self.contexts.layout_rows is not None:
+            self.head_weights = self.head_weights[self.contexts.layout_rows]
         uses_heads = slots.host_uses_heads[layout.slots].any()
         self.head_mix = slots.head_mix(self.head_weights) if uses_heads else None
 
@@ -202,8 +202,8 @@ class ContextRowParams:
         """[context rows] int64"""
         self.requests: np.ndarray | None = None
         """[C] int64: places in the layout of the contexts' requests; None: one for each"""
-        self.rows: torch.Tensor | None = None
-        """[context rows] int64: the row of each; None: one for each"""
+        self.layout_rows: torch.Tensor | None = None
+        """[context rows] int64: the layout's row of each; None: one for each"""
         self.mixture: Mixture | None = None
         if slots.host_mixes[layout.slots].any():
             self._expand(layout, slots, num_contexts, max_rows_per_request)
@@ -211,7 +211,11 @@ class ContextRowParams:
         self.host_offset = slots.host_offset[self.slots]
 
     def _expand(self, layout: Layout, slots: Slots, num_contexts: torch.Tensor, max_rows_per_request: int) -> None:
-        counts, num_rows, device = slots.host_num_contexts[layout.slots], len(layout.rows), layout.rows.device
+        counts, num_rows, device = (
+            slots.host_num_contexts[layout.slots],
+            len(layout.logits_rows),
+            layout.logits_rows.device,
+        )
         self.requests = np.repeat(np.arange(len(counts)), counts)
         within = np.arange(len(self.requests)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.slots = self.slots[self.requests] + within
@@ -221,9 +225,9 @@ class ContextRowParams:
         ends = num_contexts.cumsum(0)
         begins, place = ends - num_contexts, torch.arange(total, device=device)
         rows = torch.searchsorted(ends, place, right=True)
-        self.rows = rows.clamp(max=num_rows - 1)
+        self.layout_rows = rows.clamp(max=num_rows - 1)
         # What the device finds to be no context of any row is one of the slot that stands for none.
-        row_slots = self.row_slots[self.rows] + place - begins[self.rows]
+        row_slots = self.row_slots[self.layout_rows] + place - begins[self.layout_rows]
         self.row_slots = row_slots.where(rows < num_rows, (len(slots.ints) - 1) * MAX_CONTEXTS)
         column = torch.arange(most, device=device).minimum((num_contexts - 1).clamp(min=0).unsqueeze(1))
         self.mixture = Mixture(

@@ -43,7 +43,7 @@ class V1Batch:
         slots = np.array([state.slot for state in states], np.int64)
         layout = Layout(
             slots=slots,
-            rows=to_device(list(rows), device, torch.int64),
+            logits_rows=to_device(list(rows), device, torch.int64),
             row_slots=to_device(slots, device, torch.int64),
         )
         by_slot = {state.slot: state for state in states}
@@ -57,7 +57,7 @@ class V1Batch:
             num_tokens=self.prompt_lens,
             exact=True,
             positions=None,
-            token_ids=layout.rows,  # until there is a step
+            token_ids=layout.logits_rows,  # until there is a step
             output_ids=lambda slot: by_slot[slot].output_ids,
             output_tokens=self.penalties and self.penalties.output_tokens,
         )

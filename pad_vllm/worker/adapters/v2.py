@@ -42,7 +42,7 @@ class V2Adapter(Adapter):
         self.failed = np.zeros(req_states.max_num_reqs, bool)
         """[max_num_reqs] of these, slots whose request was given up"""
         self.num_tokens = np.zeros(req_states.max_num_reqs, np.int64)
-        """[max_num_reqs] at most so many tokens had a slot's request before it sampled in its last step"""
+        """[max_num_reqs] upper bound on the tokens of a slot's request before its last sampling step"""
         self.sampled = np.zeros(req_states.max_num_reqs, bool)
         """[max_num_reqs] slots whose request is not greedy"""
         self.arrived: dict[int, HostCopy | None] = {}  # slot -> the tokens of a request that has not begun
@@ -130,7 +130,7 @@ class V2Adapter(Adapter):
 
     def _guide_again(self, logits: torch.Tensor, ctx: LogitsContext, batch: GuidedBatch) -> None:
         """Guide the last step's batch, which has advanced."""
-        batch.token_ids = ctx.input_ids[batch.layout.rows]
+        batch.token_ids = ctx.input_ids[batch.layout.logits_rows]
         batch.output_ids = self._output_ids
         batch.output_tokens = lambda: self._output_tokens(ctx, batch.layout)
         self.guidance.apply(logits, batch)
@@ -158,8 +158,8 @@ class V2Adapter(Adapter):
         exact = self.guidance.max_rows_per_request == 1
         positions = local_positions = None
         if not exact:
-            local_positions = ctx.expanded_local_pos[layout.rows].long()
-            positions = ctx.pos[layout.rows]
+            local_positions = ctx.expanded_local_pos[layout.logits_rows].long()
+            positions = ctx.pos[layout.logits_rows]
             if len(ctx.pos) > len(ctx.idx_mapping_np):
                 positions = positions.masked_fill(layout.row_slots == self.guidance.no_slot, 0)
         prompt_len = self.req_states.prompt_len.np
@@ -168,7 +168,7 @@ class V2Adapter(Adapter):
             num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
             exact=exact,
             positions=positions,
-            token_ids=ctx.input_ids[layout.rows],
+            token_ids=ctx.input_ids[layout.logits_rows],
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
             output_tokens=lambda: self._output_tokens(ctx, layout),
             local_positions=local_positions,
@@ -229,15 +229,15 @@ class V2Adapter(Adapter):
 
     def _output_tokens(self, ctx: LogitsContext, layout: Layout) -> OutputTokens:
         """The tokens that penalties count, where they are: settled ones in the runner's state, drafts in the step's."""
-        local = ctx.expanded_local_pos[layout.rows].unsqueeze(1)
+        local = ctx.expanded_local_pos[layout.logits_rows].unsqueeze(1)
         before = torch.arange(self.guidance.max_rows_per_request - 1, device=self.guidance.device)
-        drafts = ctx.input_ids[(layout.rows.unsqueeze(1) - before).clamp(min=0)]
+        drafts = ctx.input_ids[(layout.logits_rows.unsqueeze(1) - before).clamp(min=0)]
         slots = layout.row_slots.clamp(max=self.req_states.max_num_reqs - 1)
         return OutputTokens(
             token_ids=self.req_states.all_token_ids.gpu,
             rows=slots,
             begin=self.req_states.prompt_len.gpu[slots].long(),
-            end=ctx.pos[layout.rows] - local.squeeze(1) + 1,
+            end=ctx.pos[layout.logits_rows] - local.squeeze(1) + 1,
             draft_ids=drafts.where(before < local, -1).int(),
         )
 
