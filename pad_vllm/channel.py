@@ -38,6 +38,9 @@ logger = logging.getLogger(f"vllm.{__name__}")
 ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
 """Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
 machines; such a folder is never removed."""
+LAUNCH = "PAD_VLLM_LAUNCH"
+"""Environment: an id of what was launched together. The first process in which the hook runs makes it, and those that
+it starts inherit it: a server's engines, and its API servers."""
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 FOLDER_PREFIX = "pad-vllm-"
 OWNER = "owner.lock"
@@ -82,6 +85,8 @@ class Announcement:
     """As :attr:`~pad_vllm.config.PADConfig.chat`."""
     insert_after: str | None = None
     """As :attr:`~pad_vllm.config.PADConfig.insert_after`."""
+    launch: str = ""
+    """Of :data:`LAUNCH`."""
 
     @property
     def guides_all(self) -> bool:
@@ -109,6 +114,8 @@ _served: set[str] = set()
 def make_folder() -> None:
     """Make the folder of announcements, once for a frontend and its engines, or join the one that there is."""
     global _failure
+    if LAUNCH not in os.environ:
+        _export(LAUNCH, uuid.uuid4().hex)
     try:
         if named := os.environ.get(ANNOUNCE_DIR):
             folder = Path(named)
@@ -126,9 +133,14 @@ def make_folder() -> None:
         logger.warning("No folder for announcements of PAD engines: %s", error)
         return
     if not named:
-        os.environ[ANNOUNCE_DIR] = str(folder)
-        also = os.environ.get(RAY_COPIES)  # or Ray's workers would not know the folder
-        os.environ[RAY_COPIES] = f"{also},{ANNOUNCE_DIR}" if also else ANNOUNCE_DIR
+        _export(ANNOUNCE_DIR, str(folder))
+
+
+def _export(name: str, value: str) -> None:
+    """To all processes that this one starts; Ray's workers must be told."""
+    os.environ[name] = value
+    also = os.environ.get(RAY_COPIES)
+    os.environ[RAY_COPIES] = f"{also},{name}" if also else name
 
 
 def why_no_folder() -> str:
@@ -289,7 +301,12 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
     """
     if (vllm_config := getattr(engine, "vllm_config", None)) is not None:
         address = data_parallel_address(vllm_config)
-        announcement = replace(announcement, instance_id=vllm_config.instance_id, data_parallel_address=address)
+        announcement = replace(
+            announcement,
+            instance_id=vllm_config.instance_id,
+            data_parallel_address=address,
+            launch=os.environ.get(LAUNCH, ""),
+        )
     try:
         make_folder()
         if ANNOUNCE_DIR not in os.environ:

@@ -6,13 +6,14 @@ by its own engines alone; and whether a tokenizer may bring code is for its own 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.channel import Announcement, announced, data_parallel_address, serve, without_rank
+from pad_vllm.channel import LAUNCH, Announcement, announced, data_parallel_address, serve, without_rank
 from pad_vllm.config import read_pad
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def server(vllm_config: VllmConfig) -> Server:
 
 def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
     """What the engines of ``vllm_config``'s server announced, by their files; without it, those of every server that
-    this process is a frontend of. One of several API servers on a machine knows no ids: to it, all are its own."""
+    this process is a frontend of. One of several API servers has a configuration of its own, with another id than the
+    one from which the engines have theirs: its own are those that were launched with it."""
     servers = _servers if vllm_config is None else {server(vllm_config)}
     found = announced()
     if not servers:
@@ -91,7 +93,9 @@ def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
         for path, engine in found.items()
         if without_rank(engine.instance_id) in ids or engine.data_parallel_address in addresses
     }
-    return mine if mine or addresses else found
+    if mine or addresses:
+        return mine
+    return {path: engine for path, engine in found.items() if engine.launch == os.environ.get(LAUNCH)} or found
 
 
 def may_run_code(tokenizer: Mapping[str, Any], vllm_config: VllmConfig | None) -> bool:

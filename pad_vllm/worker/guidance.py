@@ -57,7 +57,7 @@ class Guidance:
         self.stats = Stats()
         self._params: RowParams | None = None
         self.has_written = False
-        """Whether a step came to the kernel, which writes over the guided rows, and not to its end"""
+        """Whether a step reached the kernel, which overwrites the guided rows, and did not finish"""
         start.warm_up_kernels(loaded, self.rule, self.slots, max_num_rows, self.max_rows_per_request)
         if self.drafter is not None:
             self.drafter.warm_up(loaded.hidden_states)

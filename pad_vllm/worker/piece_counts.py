@@ -70,7 +70,7 @@ class PieceCounts:
         self.is_new = np.zeros(num_slots, bool)
         """[slots] begun, and in no step yet"""
         self.known = np.zeros((num_slots, 2), np.int64)
-        """[slots, 2] so many generated tokens have so many reward tokens: those that the host knows of"""
+        """[slots, 2] generated tokens of each request, and their reward tokens, as far as the host knows them"""
         self.window = max_rows_per_request + 1
         self.totals = torch.zeros(num_slots, self.window, dtype=torch.int64, device=device)
         """[slots, window] reward tokens up to each of the last positions, by position modulo the window"""

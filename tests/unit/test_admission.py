@@ -251,6 +251,19 @@ def test_servers_that_share_a_folder_are_kept_apart(serves):
     del owners
 
 
+def test_several_api_servers_know_their_engines_by_the_launch(serves, monkeypatch):
+    """Each has a configuration, and an id, that no engine knows; another server has such, too, in the same folder."""
+    owners = []
+    for launch, persona in (("theirs", "alice"), ("ours", "bob")):
+        monkeypatch.setenv(channel.LAUNCH, launch)
+        owners.append(announce(Announcement(True, personas=(persona,)), engine_config(f"an engine of {launch}")))
+    serves(engine_config("an API server"))
+    validate(pad_persona="bob")
+    with pytest.raises(ValueError, match="no such persona"):
+        validate(pad_persona="alice")
+    del owners
+
+
 def test_engines_on_other_machines_are_known_by_where_the_server_meets(serves):
     """A frontend of another machine than its engines' does not know their ids."""
     owners = (
