@@ -240,5 +240,6 @@ def test_what_is_installed(folder):
     assert (installed / "pad_vllm" / "demo" / "serve.py").exists()
     assert (installed / "pad_vllm" / "py.typed").exists()
     assert not (installed / "tests").exists()
+    assert not (installed / "pad_vllm" / "synthetic").exists()
     (entry_points,) = installed.glob("pad_vllm-*.dist-info/entry_points.txt")
     assert "pad = pad_vllm:PADLogitsProcessor" in entry_points.read_text()
