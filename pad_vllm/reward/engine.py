@@ -50,7 +50,7 @@ class ContextRows:
     def within(self, max_len: int, no_slot: int) -> ContextRows:
         """These rows, those behind a context's last position left alone."""
         if self.lengths is None:
-            is_full = self.positions >= max_len
+            is_full = self.device_positions() >= max_len
         else:
             is_full = to_device(self.lengths > max_len, self.row_slots.device, torch.bool)
         return replace(
@@ -71,6 +71,7 @@ class ContextRows:
     def settle(self) -> None:
         """Bring ``num_tokens`` and ``lengths`` up to date."""
         if self.num_ahead:
+            assert self.lengths is not None
             self.num_tokens = self.num_tokens + self.num_ahead
             self.lengths, self.num_ahead = self.lengths + self.num_ahead, 0
 
@@ -89,6 +90,7 @@ class ContextRows:
         """[R] int64, on the device."""
         if self.positions is not None:
             return self.positions
+        assert self.lengths is not None
         return to_device(self.lengths - 1, self.row_slots.device, torch.int64)
 
 
