@@ -30,7 +30,8 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.cache import cached
 from pad_vllm.evaluation import evaluate as evaluation
-from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate
+from pad_vllm.evaluation import harness, methods
+from pad_vllm.evaluation.evaluate import BASE, EvaluationConfig, evaluate, guided, prompting
 from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.reward.heads import load_heads
@@ -44,7 +45,10 @@ from pad_vllm.training.train import Stage, TrainingConfig, train
 from .record import hardware
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
-HEADLINE = "pad, beta 0.8"
+PROMPTING = "{preference} {prompt}"
+HEADLINE = guided(0.8)
+RIVALS = (BASE, prompting(PROMPTING))
+"""What the headline is held against."""
 RESULT = "result.json"
 MARGIN = 5
 """Percentage points of well-formed answers that PAD may lose."""
@@ -198,7 +202,7 @@ def measure_base(
             checker="pad_vllm.synthetic.world:check",
             betas=BETAS,
             best_of=best_of,
-            prompting="{preference} {prompt}",
+            prompting=PROMPTING,
             reference=str(models.build_base(ARCHITECTURES[0], cache_dir, seed, recipe)),
             max_tokens=128,
             seed=seed,
@@ -210,7 +214,7 @@ def measure_base(
 def fingerprint(*settings: Any) -> str:
     """A hash of what determines a result: settings, and the code that measures."""
     digest = hashlib.sha256(repr(settings).encode())
-    for source in (__file__, evaluation.__file__):
+    for source in (__file__, evaluation.__file__, harness.__file__, methods.__file__):
         digest.update(Path(source).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -234,13 +238,13 @@ def verdicts(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     for base, rows in results.items():
         for group in ("seen", "unseen"):
             found = {row["method"]: row for row in rows if row["group"] == group}
-            pad = found[HEADLINE]
-            parts = [f"{base}, {group}: {HEADLINE} satisfies {100 * pad['satisfaction'][0]:.0f}%"]
-            for name in ("base", "prompting"):
-                ours, theirs = Estimate(*pad["satisfaction"]), Estimate(*found[name]["satisfaction"])
+            pad, unguided = found[HEADLINE.name], found[BASE.name]
+            parts = [f"{base}, {group}: {HEADLINE.name} satisfies {100 * pad['satisfaction'][0]:.0f}%"]
+            for rival in RIVALS:
+                ours, theirs = Estimate(*pad["satisfaction"]), Estimate(*found[rival.name]["satisfaction"])
                 apart = "intervals apart" if ours.apart_from(theirs) else "intervals NOT apart"
-                parts.append(f"{name} {100 * theirs.mean:.0f}% ({apart})")
-            gain = 100 * (pad["well_formed"][0] - found["base"]["well_formed"][0])
+                parts.append(f"{rival.name} {100 * theirs.mean:.0f}% ({apart})")
+            gain = 100 * (pad["well_formed"][0] - unguided["well_formed"][0])
             within = "within" if gain >= -MARGIN else "OUTSIDE"
             parts.append(f"well formed {gain:+.0f} points against base, {within} the margin of {MARGIN}")
             lines.append("; ".join(parts))
@@ -266,10 +270,10 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
     for base, rows in results["rows"].items():
         text += [f"## {base}", table(rows).strip()]
     (output / "alignment.md").write_text("\n\n".join(text) + "\n")
-    plot(results["rows"], output)
+    plot(results["rows"], output, [*RIVALS, *map(guided, BETAS)])
 
 
-FULL = {
+FULL: dict[str, Any] = {
     "recipe": models.FULL,
     "architectures": ARCHITECTURES,
     "num_users": 8,

@@ -9,30 +9,34 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
 from pad_vllm.demo.recipe import ENGINE
-from pad_vllm.evaluation.metrics import bootstrap, distinct
+from pad_vllm.evaluation.harness import Asked, Method
+from pad_vllm.evaluation.methods import Examples, Guided, Prompting
+from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
+from .language_bench import Bench
+from .language_methods import BASE, all_of
 from .record import hardware
-
-if TYPE_CHECKING:
-    from .language import Bench
 
 NUM_SCORED = 96
 """Answers of a method whose likelihood under the unguided base takes a pass of its own: the base model that made them
 had read something else than the prompt."""
-READ_ELSE = ("prompting", "DPO")
+
+
+Moves = list[tuple[float, str]]
+"""By how much answers moved, each with its prompt."""
 
 
 class Unguided:
     """The measures of unguided answers to each prompt."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> None:
+    def __init__(self, bench: Bench, records: Sequence[Mapping[str, Any]]) -> None:
         by_prompt = defaultdict(list)
         for record in records:
-            by_prompt[prompts[record["cell"]]].append(measure(record["text"]))
+            by_prompt[bench.cells[record["cell"]].prompt].append(measure(record["text"]))
         self.mean, self.median = (
             {p: {d: f(m[d] for m in own) for d in DIMENSIONS} for p, own in by_prompt.items()}
             for f in (statistics.mean, statistics.median)
@@ -42,18 +46,16 @@ class Unguided:
 def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each method and group: ``moved`` has each measure's mean change in the direction asked, in its unit,
     over both directions; every estimate is a mean and its 95% interval, by a bootstrap over prompts."""
-    prompts = bench.prompts
-    unguided = Unguided(found["base"], prompts)
-    base_seconds = statistics.mean(record["seconds"] for record in found["base"])
-    rows = [_base_row(found["base"], prompts)]
-    for method, records in found.items():
-        if method == "base":
-            continue
+    base = found[BASE.name]
+    unguided, base_seconds = Unguided(bench, base), _mean(base, "seconds")
+    rows = [_base_row(bench, base)]
+    for method in (one.method for one in all_of(bench) if one.method.name in found and one.method != BASE):
+        records = found[method.name]
         nll = _likelihoods(bench, method, records)
         for group in dict.fromkeys(bench.cells[record["cell"]].group for record in records):
             own = [r for r in records if bench.cells[r["cell"]].group == group]
             rows.append(
-                {"method": method, "group": group, "seconds_over_base": _mean(own, "seconds") / base_seconds}
+                {"method": method.name, "group": group, "seconds_over_base": _mean(own, "seconds") / base_seconds}
                 | _moves(bench, own, unguided)
                 | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own])
                 | {"nll": statistics.mean(nll[r["cell"]] for r in own if r["cell"] in nll)}
@@ -61,16 +63,18 @@ def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> l
     return rows
 
 
-def _base_row(records: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> dict[str, Any]:
+def _base_row(bench: Bench, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return (
-        {"method": "base", "group": "all", "seconds_over_base": 1.0, "num_answers": len(records)}
-        | _fluency([(r["text"], prompts[r["cell"]]) for r in records])
+        {"method": BASE.name, "group": "all", "seconds_over_base": 1.0, "num_answers": len(records)}
+        | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in records])
         | {"nll": _mean(records, "nll")}
     )
 
 
 def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
-    moved, satisfied, together = defaultdict(list), [], defaultdict(lambda: defaultdict(list))
+    moved: dict[str, Moves] = defaultdict(list)
+    together: dict[str, dict[str, Moves]] = defaultdict(lambda: defaultdict(list))
+    satisfied: Moves = []
     for record in records:
         cell = bench.cells[record["cell"]]
         measures = measure(record["text"])
@@ -81,13 +85,16 @@ def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguide
             satisfied.append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
     return {
         "num_answers": len(records),
-        "satisfied": bootstrap(*zip(*satisfied, strict=True)),
-        "moved": {name: bootstrap(*zip(*moved[name], strict=True)) for name in DIMENSIONS if name in moved},
+        "satisfied": _estimate(satisfied),
+        "moved": {name: _estimate(moved[name]) for name in DIMENSIONS if name in moved},
         "by_values": {
-            values: {name: bootstrap(*zip(*found, strict=True)) for name, found in own.items()}
-            for values, own in together.items()
+            values: {name: _estimate(found) for name, found in own.items()} for values, own in together.items()
         },
     }
+
+
+def _estimate(values: Moves) -> Estimate:
+    return bootstrap([value for value, _ in values], [prompt for _, prompt in values])
 
 
 def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -95,11 +102,11 @@ def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return {"loops": bootstrap([float(loops(text)) for text in texts], prompts), "distinct_2": distinct(texts, 2)}
 
 
-def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def _likelihoods(bench: Bench, method: Method, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Cell -> negative log-likelihood per token of its answer after the plain prompt, by the unguided base."""
-    if not method.startswith(READ_ELSE):
+    if method.reads_the_prompt:
         return {record["cell"]: record["nll"] for record in records}
-    file = bench.work / f"nll of {method}.json"
+    file = bench.work / f"nll of {method.name}.json"
     if not file.exists():
         from transformers import AutoModelForCausalLM
 
@@ -108,7 +115,9 @@ def _likelihoods(bench: Bench, method: str, records: Sequence[Mapping[str, Any]]
 
         model = AutoModelForCausalLM.from_pretrained(bench.models.base).eval()
         some = random.Random(0).sample(list(records), min(NUM_SCORED, len(records)))
-        examples = [Example(bench.plain(bench.cells[r["cell"]].prompt), bench.answer_ids(r["text"])) for r in some]
+        examples = [
+            Example(bench.models.plain(bench.cells[r["cell"]].prompt), bench.answer_ids(r["text"])) for r in some
+        ]
         sums = score_answers(model, examples).tolist()
         per_token = [-total / max(len(e.answer), 1) for total, e in zip(sums, examples, strict=True)]
         file.write_text(json.dumps([[r["of"], n] for r, n in zip(some, per_token, strict=True)]))
@@ -120,19 +129,23 @@ def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
     return statistics.mean(record[name] for record in records)
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def verdicts(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[str]:
     """Of users with one wish: which measures PAD moves further than prompting does."""
     own = {row["method"]: row for row in rows if row["group"] == "one"}
-    base = next(row for row in rows if row["method"] == "base")
+    base = next(row for row in rows if row["method"] == BASE.name)
+    prompted = next((own[m.name]["moved"] for m in methods if isinstance(m, Prompting) and m.name in own), None)
+    if prompted is None:
+        return []
     lines = []
-    for method, row in own.items():
-        if "PAD" not in method or "prompting" not in own:
+    for method in methods:
+        if not isinstance(method, Guided) or method.name not in own:
             continue
-        further = [name for name, (_, low, _) in row["moved"].items() if low > own["prompting"]["moved"][name][2]]
-        less = [name for name, (_, _, high) in row["moved"].items() if high < own["prompting"]["moved"][name][1]]
+        row = own[method.name]
+        further = [name for name, (_, low, _) in row["moved"].items() if low > prompted[name][2]]
+        less = [name for name, (_, _, high) in row["moved"].items() if high < prompted[name][1]]
         lines.append(
-            f"{method} moves {len(further)} of {len(row['moved'])} measures further than prompting, intervals apart "
-            f"({', '.join(further) or 'none'}), and {len(less)} less ({', '.join(less) or 'none'}); "
+            f"{method.name} moves {len(further)} of {len(row['moved'])} measures further than prompting, intervals "
+            f"apart ({', '.join(further) or 'none'}), and {len(less)} less ({', '.join(less) or 'none'}); "
             f"{100 * (row['loops'][0] - base['loops'][0]):+.0f} points of looping answers against base."
         )
     return lines
@@ -182,6 +195,8 @@ TITLES = {"one": "One wish", "two": "Two wishes"}
 def write(
     output: Path, name: str, bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
+    asked = [one for one in all_of(bench) if one.method.name in found]
+    methods = [one.method for one in asked]
     rows = figures(bench, found)
     base = rows[0]
     output.mkdir(parents=True, exist_ok=True)
@@ -199,21 +214,36 @@ def write(
         f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
         f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
         f"{base['distinct_2']:.2f}, {base['num_answers']} answers.",
-        "\n".join(f"- {line}" for line in verdicts(rows)),
+        "\n".join(f"- {line}" for line in verdicts(rows, methods)),
     ]
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", table(rows, group)]
     text += ["Each two wishes by themselves:", combinations(rows)]
     text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
-    if parts := [method for method in found if method.startswith(("best of", "sliders", "DPO"))]:
+    if parts := [one.method.name for one in asked if one.method.is_personal and is_a_part(bench, one)]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    plot(rows, output / f"{name}.png")
+    plot(rows, methods, output / f"{name}.png")
     return rows
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def is_a_part(bench: Bench, asked: Asked) -> bool:
+    """Whether a method answers but a part of a group's prompts, or of its users."""
+    own = {bench.cells[i].group for i in asked.indices}
+    return set(asked.indices) != {i for i, cell in enumerate(bench.cells) if cell.group in own}
+
+
+def color_of(method: Method) -> str:
+    match method:
+        case Prompting() | Examples() | Guided(prompting=Prompting()):
+            return "tab:blue"
+        case Guided():
+            return "tab:green"
+    return "tab:gray"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], path: Path) -> None:
     """Satisfaction against fluency, a point for each method."""
     import matplotlib
 
@@ -222,11 +252,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 4))
     own = [row for row in rows if row["group"] == "one"]
-    kinds = {"PAD": "tab:green", "prompting": "tab:blue"}
+    colors = {method.name: color_of(method) for method in methods}
     for row in own:
-        color = next((c for kind, c in kinds.items() if row["method"].startswith(kind)), "tab:gray")
         point = row["nll"], 100 * row["satisfied"][0]
-        axis.plot(*point, "o", color=color)
+        axis.plot(*point, "o", color=colors[row["method"]])
         axis.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.axvline(rows[0]["nll"], color="black", linewidth=0.8, linestyle=":")
     axis.annotate("unguided", (rows[0]["nll"], 50), fontsize=7, rotation=90, va="bottom", ha="right")

@@ -300,13 +300,8 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
         ValueError: an engine that guides cannot write where its frontends would look.
     """
     if (vllm_config := getattr(engine, "vllm_config", None)) is not None:
-        address = data_parallel_address(vllm_config)
-        announcement = replace(
-            announcement,
-            instance_id=vllm_config.instance_id,
-            data_parallel_address=address,
-            launch=os.environ.get(LAUNCH, ""),
-        )
+        whose = {"instance_id": vllm_config.instance_id, "launch": os.environ.get(LAUNCH, "")}
+        announcement = replace(announcement, data_parallel_address=data_parallel_address(vllm_config), **whose)
     try:
         make_folder()
         if ANNOUNCE_DIR not in os.environ:

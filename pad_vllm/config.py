@@ -115,8 +115,11 @@ class PADConfig:
             ValueError: ``pad`` is malformed; the message names the key, the value and what is allowed.
         """
         pad = read_pad(additional_config)
-        if pad is None:
-            return None
+        return None if pad is None else cls.from_pad(pad)
+
+    @classmethod
+    def from_pad(cls, pad: Mapping[str, Any]) -> PADConfig:
+        """As :meth:`from_additional_config`, of what ``pad`` says there."""
         known = {f.name for f in fields(cls) if f.init}
         for key in pad:
             if key not in known:

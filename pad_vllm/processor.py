@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -18,7 +19,7 @@ from pad_vllm.channel import ANNOUNCE_DIR, Announcement, announce, why_no_folder
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
-from pad_vllm.params import PAD
+from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.worker.order import num_giving_way, processors, say
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device_or_req_states: Any, is_pin_memory: bool = False) -> None:
         self.vllm_config = vllm_config
         self.adapter: V1Adapter | V2Adapter | None = None
+        self._v1: V1Adapter | None = None
+        self._v2: V2Adapter | None = None
         found = processors(vllm_config.model_config.logits_processors, PADLogitsProcessor)
         num_before = sum(processor.vllm_config is vllm_config for processor in self._built)
         self._built.add(self)
@@ -101,7 +104,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.start import announcement
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
-        guidance, resolve, speculator = None, refuse_unless_silent, None
+        guidance, speculator = None, None
+        resolve: Callable[[PAD | None], GuidanceParams | None] = refuse_unless_silent
         if config is not None:
             check_engine(self.vllm_config, on_v2)
             device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
@@ -115,32 +119,39 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 lambda: Guidance(config, self.vllm_config, device, num_drafts), self.vllm_config, on_v2
             )
             resolve = guidance.loaded.fit.resolve
-        self.adapter = V2Adapter(guidance, resolve, device_or_req_states) if on_v2 else V1Adapter(guidance, resolve)
-        if speculator is not None:
-            speculator.adapter = self.adapter
+        adapter: V1Adapter | V2Adapter
+        if on_v2:
+            adapter = V2Adapter(guidance, resolve, device_or_req_states)
+            self._v2 = adapter
+            if speculator is not None:
+                speculator.adapter = adapter
+        else:
+            adapter = V1Adapter(guidance, resolve)
+            self._v1 = adapter
+        self.adapter = adapter
         accepted = Announcement(configured=False)
         if guidance is not None:
             accepted = announcement(guidance.loaded, self.vllm_config)
         path = announce(accepted, self)
-        if guidance is not None and is_first_rank():
-            self.adapter.board = Board(path, accepted.labels)
+        if guidance is not None and path is not None and is_first_rank():
+            adapter.board = Board(path, accepted.labels)
 
     def is_argmax_invariant(self) -> bool:
         return self.adapter is None
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """V1: requests joined, left or moved."""
-        if self.adapter is not None and batch_update is not None:
-            self.adapter.update_state(batch_update)
+        if self._v1 is not None and batch_update is not None:
+            self._v1.update_state(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes slot ``req_idx``. Returns whether it is guided."""
-        return self.adapter is not None and self.adapter.add_request(req_idx, sampling_params)
+        return self._v2 is not None and self._v2.add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
         """V2: before the base model's forward."""
-        if self.adapter is not None:
-            self.adapter.apply_staged_writes()
+        if self._v2 is not None:
+            self._v2.apply_staged_writes()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Guide the rows of guided requests in place; [num_rows, vocab_size] float32. ``ctx`` comes from V2 only."""
@@ -149,7 +160,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return logits
 
 
-def refuse_unless_silent(asked: PAD | None) -> None:
+def refuse_unless_silent(asked: PAD | None) -> GuidanceParams | None:
     """``resolve`` of an engine without a reward model."""
     if asked is not None and asked.asks_for_guidance:
         raise ValueError("this engine runs without a reward model")
+    return None

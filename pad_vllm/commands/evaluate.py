@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: str, output: str) -> int:
-    from pad_vllm.evaluation.evaluate import evaluate, read_config
+    from pad_vllm.evaluation.evaluate import asked_of, cells_of, evaluate, read_config
     from pad_vllm.evaluation.report import plot, table
 
     sys.path.insert(0, str(Path(config).resolve().parent))  # the checker's module may stand beside its name
@@ -24,5 +24,6 @@ def run(config: str, output: str) -> int:
     print(table(result["rows"]))  # seen, should the disk be full
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "evaluation.md").write_text(table(result["rows"]))
-    plot({"base": result["rows"]}, folder)
+    methods = [asked.method for asked in asked_of(settings, cells_of(settings))]
+    plot({"base": result["rows"]}, folder, methods)
     return 0

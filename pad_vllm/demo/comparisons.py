@@ -88,15 +88,15 @@ def compare(
                 for users, chosen, rejected in ((values, more, less), (opposite, less, more))
             ]
 
-    records = []
+    found_couples: list[list[dict[str, Any]]] = []
     for wants, share in (
         ([(dimension.more,) for dimension in DIMENSIONS.values()], 1 - combined),
         (wishes.combinations(held_out, with_opposites=True), combined),
     ):
         for values in wants:
-            records += itertools.islice(couples(values), max(1, round(num * share / len(wants) / 2)))
-    rng.shuffle(records)
-    return [record for couple in records for record in couple]
+            found_couples += itertools.islice(couples(values), max(1, round(num * share / len(wants) / 2)))
+    rng.shuffle(found_couples)
+    return [record for couple in found_couples for record in couple]
 
 
 def _is_sound(answer: Mapping[str, Any]) -> bool:

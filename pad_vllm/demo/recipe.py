@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
-ENGINE = {
+ENGINE: dict[str, Any] = {
     "dtype": "bfloat16" if FAST_BF16 else "float32",
     "max_model_len": 1024,
     "enforce_eager": True,
@@ -181,7 +181,7 @@ def _answer(
         rng = random.Random(f"{recipe.seed} {i}" + f" {number}" * bool(number))
         ids = prompt_ids(prompt, tokenizer)
         for how, values in _ways(turn, rng):
-            text = wishes.preference(values, rng) if values else None
+            text = wishes.preference(values, rng) if values else ""
             guidance = {"pad_preference": text} if how == "guided" else {}
             requests.append(Request(template.compose(ids, text) if how == "prompted" else ids, guidance))
             records.append({"prompt": prompt, "how": how, "values": values})
@@ -296,8 +296,12 @@ def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])
     (target / ADAPTER_SETTINGS.name).write_text(json.dumps(kept, indent=1) + "\n")
-    record = {"made_by": "python -m pad_vllm.demo.recipe", "model": "SmolLM2-135M-Instruct", "recipe": asdict(recipe)}
-    record["rounds"] = [{name: one[name] for name in ("num_comparisons", "metrics")} for one in made]
+    record = {
+        "made_by": "python -m pad_vllm.demo.recipe",
+        "model": "SmolLM2-135M-Instruct",
+        "recipe": asdict(recipe),
+        "rounds": [{name: one[name] for name in ("num_comparisons", "metrics")} for one in made],
+    }
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -12,32 +12,36 @@ Every method answers the same cells, a user and a prompt each:
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from pad_vllm.config import PADConfig
-from pad_vllm.evaluation.engine import Answers, Request, generate
+from pad_vllm.evaluation.engine import Answers
+from pad_vllm.evaluation.harness import Asked, Method, Models, Prompt, answers, in_tokens_of
 from pad_vllm.evaluation.judgement import Judgement
+from pad_vllm.evaluation.methods import (
+    Base,
+    BestOf,
+    Guided,
+    Prompting,
+    RewardModel,
+    Tuned,
+    Weighted,
+    in_last_turn,
+    load_model,
+)
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
-from pad_vllm.reward.byte_tokens import same_ordinary_tokens
-from pad_vllm.reward.heads import HEAD_FILES
-from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, answer_ids, prompt_ids
+from pad_vllm.training.data import Example, prompt_ids
 from pad_vllm.training.records import json_lines
 from pad_vllm.training.train import another_tokenizer
 from pad_vllm.training.trainer import score_answers
 
 METHODS = ("base", "prompting", "best_of_n", "pad", "pad_weights", "reward_model", "dpo")
+"""What ``methods`` may name."""
+BASE = Base("base")
 
 
 Checker = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Judgement]
@@ -103,6 +107,14 @@ class Cell(NamedTuple):
     record: Mapping[str, Any]
     preference: str | None
 
+    @property
+    def prompt(self) -> Prompt:
+        return self.record["prompt"]
+
+    @property
+    def group(self) -> str:
+        return self.user.get("group", "all")
+
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Answer, judge, and summarize.
@@ -111,18 +123,17 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         JSON: ``rows``, one for a group of users and a method, and ``answers``, of every method for every cell.
     """
     checker = load_checker(config.checker)
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
-    cells = _cells(config)
-    reward_tokenizer = AutoTokenizer.from_pretrained(config.pad["reward_model"])
-    tokenizers = {"reward_model": reward_tokenizer}
-    answers = _answer(config, tokenizer, reward_tokenizer, cells)
+    models = Models.load(config.base, config.pad)
+    cells = cells_of(config)
+    found = _answer(config, models, cells)
     model = config.reference or config.base
-    reference, reads = _load(model), another_tokenizer(model, tokenizer) or tokenizer
-    judged = {}
-    for method, (indices, found) in answers.items():
-        own = [cells[i] for i in indices]
-        nll = _nll(reference, reads, own, in_tokens_of(reads, found, tokenizers.get(method, tokenizer)))
-        judged[method] = [
+    reference, reads = load_model(model), another_tokenizer(model, models.tokenizer) or models.tokenizer
+    judged: dict[Method, list[dict[str, Any]]] = {}
+    for asked, own_answers in found:
+        own = [cells[i] for i in asked.indices]
+        tokens = in_tokens_of(reads, own_answers, asked.method.tokenizer(models))
+        nll = _nll(reference, reads, own, tokens)
+        judged[asked.method] = [
             {
                 "cell": i,
                 "user": cell.name,
@@ -133,23 +144,22 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
                 "well_formed": judgement.well_formed,
             }
             for i, cell, text, value, judgement in zip(
-                indices,
+                asked.indices,
                 own,
-                found.texts,
+                own_answers.texts,
                 nll,
-                (checker(text, cell.record, cell.user) for cell, text in zip(own, found.texts, strict=True)),
+                (checker(text, cell.record, cell.user) for cell, text in zip(own, own_answers.texts, strict=True)),
                 strict=True,
             )
         ]
-    seconds = {method: found.seconds / len(indices) for method, (indices, found) in answers.items()}
-    groups = list(dict.fromkeys(cell.user.get("group", "all") for cell in cells))
+    seconds = {asked.method: own_answers.seconds / len(asked.indices) for asked, own_answers in found}
     rows = [
         row
-        for group in groups
+        for group in dict.fromkeys(cell.group for cell in cells)
         for method, records in judged.items()
-        if (row := _summarize(group, method, records, judged["base"], cells, seconds)) is not None
+        if (row := _summarize(group, method, records, judged[BASE], cells, seconds[method] / seconds[BASE])) is not None
     ]
-    return {"rows": rows, "answers": judged}
+    return {"rows": rows, "answers": {method.name: records for method, records in judged.items()}}
 
 
 def load_checker(name: str) -> Checker:
@@ -161,7 +171,7 @@ def load_checker(name: str) -> Checker:
         raise ValueError(f"checker: {name!r} is not the 'module:name' of a function ({error})") from None
 
 
-def _cells(config: EvaluationConfig) -> list[Cell]:
+def cells_of(config: EvaluationConfig) -> list[Cell]:
     cells = []
     for name, user in config.users.items():
         prompts = user.get("prompts", config.prompts)
@@ -171,74 +181,32 @@ def _cells(config: EvaluationConfig) -> list[Cell]:
     return cells
 
 
-def _answer(
-    config: EvaluationConfig, tokenizer: Any, reward_tokenizer: Any, cells: Sequence[Cell]
-) -> dict[str, tuple[list[int], Answers]]:
-    """For each method, the cells that it answered and its answers. One engine serves all that the base model can."""
+def guided(beta: float) -> Guided:
+    """``pad`` at one beta."""
+    return Guided(f"pad, beta {beta:g}", beta)
+
+
+def prompting(template: str) -> Prompting:
+    return Prompting("prompting", in_last_turn(template))
+
+
+def asked_of(config: EvaluationConfig, cells: Sequence[Cell]) -> list[Asked]:
+    """The table's methods, and which cells have what each needs."""
     said = [i for i, cell in enumerate(cells) if cell.preference is not None]
-    plain = [prompt_ids(cell.record["prompt"], tokenizer) for cell in cells]
-    plans: dict[str, tuple[list[int], list[Request]]] = {"base": (list(range(len(cells))), list(map(Request, plain)))}
-
-    def preferring(i: int) -> dict[str, Any]:
-        return {"pad_preference": cells[i].preference} if cells[i].preference is not None else {}
-
-    if "prompting" in config.methods:
-        asked = [prompt_ids(_with_preference(config.prompting, cells[i]), tokenizer) for i in said]
-        plans["prompting"] = (said, list(map(Request, asked)))
-    if "best_of_n" in config.methods:
-        plans["best_of_n"] = (said, [Request(plain[i]) for i in said for _ in range(config.best_of)])
-    if "pad" in config.methods:
-        for beta in config.betas:
-            requests = [Request(plain[i], {**preferring(i), "pad_beta": beta}) for i in said]
-            plans[f"pad, beta {beta:g}"] = (said, requests)
-    if "pad_weights" in config.methods:
-        weights = [_weights(cell.user) for cell in cells]
-        for name in dict.fromkeys(name for own in weights for name in own):
-            weighed = [i for i, own in enumerate(weights) if name in own]
-            requests = [Request(plain[i], {"pad_weights": weights[i][name], "pad_beta": 1.0}) for i in weighed]
-            plans[name] = (weighed, requests)
-
-    settings = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": config.seed}
-    pad = PADConfig.from_additional_config({"pad": config.pad})
-    read = plain
-    same = same_ordinary_tokens(tokenizer, reward_tokenizer)
-    if not same:  # it reads the same texts, in its own chat template
-        read = [prompt_ids(cell.record["prompt"], reward_tokenizer) for cell in cells]
-    chat_tokenizer = tokenizer if same else reward_tokenizer
-    template = PromptTemplate(reward_tokenizer, pad.prompt_template, pad.insert_after, chat_tokenizer)
-    found = generate(
-        config.base,
-        {method: requests for method, (_, requests) in plans.items() if requests},
-        **settings,
-        **config.engine,
-        logits_processors=["pad_vllm:PADLogitsProcessor"],
-        additional_config={"pad": config.pad},
-    )
-    if "best_of_n" in found:
-        contexts = [(template.compose(read[i], cells[i].preference), plain[i]) for i in said]
-        found["best_of_n"] = _pick_best(config, contexts, found["best_of_n"], tokenizer, reward_tokenizer)
-    answers = {method: (plans[method][0], found[method]) for method in plans if method in found}
-    if "reward_model" in config.methods and said:
-        requests = [Request(template.compose(read[i], cells[i].preference)) for i in said]
-        with _without_heads(config.pad["reward_model"]) as path:
-            alone = generate(path, {"it": requests}, **settings, **config.engine)
-        answers["reward_model"] = (said, alone["it"])
-    if "dpo" in config.methods:
-        tuned = defaultdict(list)
-        for i, cell in enumerate(cells):
-            if cell.user.get("dpo"):
-                tuned[cell.user["dpo"]].append(i)
-        parts = []
-        for path, indices in tuned.items():
-            parts.append(
-                generate(path, {"it": [Request(plain[i]) for i in indices]}, **settings, **config.engine)["it"]
-            )
-        if parts:
-            all_of = Answers(
-                [t for p in parts for t in p.texts], [t for p in parts for t in p.tokens], sum(p.seconds for p in parts)
-            )
-            answers["dpo"] = ([i for indices in tuned.values() for i in indices], all_of)
-    return answers
+    weights = [_weights(cell.user) for cell in cells]
+    table = {
+        "base": [Asked(BASE, range(len(cells)))],
+        "prompting": [Asked(prompting(config.prompting), said)],
+        "best_of_n": [Asked(BestOf("best_of_n", config.best_of), said)],
+        "pad": [Asked(guided(beta), said) for beta in config.betas],
+        "pad_weights": [
+            Asked(Weighted(name, _weights_named(name)), [i for i, own in enumerate(weights) if name in own])
+            for name in dict.fromkeys(name for own in weights for name in own)
+        ],
+        "reward_model": [Asked(RewardModel("reward_model"), said)],
+        "dpo": [Asked(Tuned("dpo", _tuned), [i for i, cell in enumerate(cells) if cell.user.get("dpo")])],
+    }
+    return [asked for kind in METHODS if kind in config.methods for asked in table[kind] if asked.indices]
 
 
 def _weights(user: Mapping[str, Any]) -> dict[str, Sequence[float]]:
@@ -251,79 +219,46 @@ def _weights(user: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     return {"pad_weights": weights}
 
 
-@contextlib.contextmanager
-def _without_heads(reward_model: str) -> Iterator[str]:
-    """A folder of the reward model that vLLM loads as a base: its loader takes heads for the model's own weights."""
-    if not Path(reward_model).is_dir():
-        yield reward_model
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for path in Path(reward_model).iterdir():
-            if path.name not in HEAD_FILES:
-                Path(folder, path.name).symlink_to(path.resolve())
-        yield folder
+def _weights_named(name: str) -> Callable[[Cell], dict[str, Any]]:
+    return lambda cell: {"pad_weights": _weights(cell.user)[name], "pad_beta": 1.0}
 
 
-def _with_preference(template: str, cell: Cell) -> Any:
-    prompt = cell.record["prompt"]
-    if isinstance(prompt, str):
-        return template.format(prompt=prompt, preference=cell.preference)
-    *head, last = prompt
-    return [*head, last | {"content": template.format(prompt=last["content"], preference=cell.preference)}]
+def _tuned(cell: Cell) -> str:
+    return cell.user["dpo"]
 
 
-def _pick_best(
-    config: EvaluationConfig,
-    contexts: Sequence[tuple[list[int], list[int]]],
-    samples: Answers,
-    tokenizer: Any,
-    reward_tokenizer: Any,
-) -> Answers:
-    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x)."""
-    start = time.perf_counter()
-    n = config.best_of
-    rewards = torch.zeros(len(samples.texts))
-    for path, side, sign in ((config.pad["reward_model"], 0, 1), (config.base, 1, -1)):
-        answers = in_tokens_of(reward_tokenizer if sign == 1 else tokenizer, samples, tokenizer)
-        examples = [Example(contexts[i // n][side], tokens) for i, tokens in enumerate(answers)]
-        rewards += sign * score_answers(_load(path), examples)
-    best = [i * n + int(own.argmax()) for i, own in enumerate(rewards.view(-1, n))]
-    seconds = samples.seconds + time.perf_counter() - start
-    return Answers([samples.texts[i] for i in best], [samples.tokens[i] for i in best], seconds)
-
-
-def in_tokens_of(reads: Any, answers: Answers, tokenizer: Any) -> list[list[int]]:
-    """Answers in ``tokenizer``'s tokens, in those of a tokenizer that is to read them; an end token stays one."""
-    if reads is tokenizer or same_ordinary_tokens(reads, tokenizer):
-        return answers.tokens
-    ended = [tokens[-1:] == [tokenizer.eos_token_id] for tokens in answers.tokens]
-    return [answer_ids(text, reads)[: None if end else -1] for text, end in zip(answers.texts, ended, strict=True)]
-
-
-def _load(path: str) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(path).eval().to(device)
+def _answer(config: EvaluationConfig, models: Models, cells: Sequence[Cell]) -> list[tuple[Asked, Answers]]:
+    """Each method's answers, in the order of the table."""
+    asked = asked_of(config, cells)
+    found = answers(
+        models,
+        cells,
+        asked,
+        seed=config.seed,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        **config.engine,
+    )
+    return sorted(found, key=lambda one: asked.index(one[0]))
 
 
 def _nll(reference: Any, tokenizer: Any, cells: Sequence[Cell], tokens: Sequence[list[int]]) -> list[float]:
     """Negative log-likelihood per token of each answer after its plain prompt, in nats; in the reference's tokens."""
-    examples = [
-        Example(prompt_ids(cell.record["prompt"], tokenizer), answer)
-        for cell, answer in zip(cells, tokens, strict=True)
-    ]
+    examples = [Example(prompt_ids(cell.prompt, tokenizer), answer) for cell, answer in zip(cells, tokens, strict=True)]
     sums = score_answers(reference, examples).tolist()
     return [-total / max(len(answer), 1) for total, answer in zip(sums, tokens, strict=True)]
 
 
 def _summarize(
     group: str,
-    method: str,
+    method: Method,
     records: Sequence[dict[str, Any]],
     base: Sequence[dict[str, Any]],
     cells: Sequence[Cell],
-    seconds: Mapping[str, float],
+    seconds_over_base: float,
 ) -> dict[str, Any] | None:
-    own = [record for record in records if cells[record["cell"]].user.get("group", "all") == group]
+    """What is measured of a method's answers for one group of users; None where it answered none of them."""
+    own = [record for record in records if cells[record["cell"]].group == group]
     if not own:
         return None
     users = [record["user"] for record in own]
@@ -336,7 +271,7 @@ def _summarize(
             by_dimension[dimension].append(value)
     return {
         "group": group,
-        "method": method,
+        "method": method.name,
         "num_users": len(by_user),
         "num_answers": len(own),
         "satisfaction": bootstrap(satisfaction, users),
@@ -344,7 +279,7 @@ def _summarize(
         "well_formed": bootstrap([float(record["well_formed"]) for record in own], users),
         "nll": bootstrap([record["nll"] for record in own], users),
         "distinct_2": sum(distinct(texts, 2) for texts in by_user.values()) / len(by_user),
-        "seconds_over_base": seconds[method] / seconds["base"],
+        "seconds_over_base": seconds_over_base,
         "dimensions": {name: sum(values) / len(values) for name, values in sorted(by_dimension.items())},
     }
 

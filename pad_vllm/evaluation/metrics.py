@@ -37,8 +37,8 @@ def bootstrap(values: Sequence[float], groups: Sequence[str], seed: int = 0) -> 
     inner = np.stack([rng.choice(v, (NUM_RESAMPLES, len(v))).mean(1) for v in map(np.asarray, by_group.values())], 1)
     picked = rng.integers(len(by_group), size=inner.shape)
     means = np.take_along_axis(inner, picked, 1).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(np.mean(values)), float(low), float(high))
+    low, high = (float(np.quantile(means, share)) for share in (0.025, 0.975))
+    return Estimate(float(np.mean(values)), low, high)
 
 
 def win_shares(values: Sequence[float], base: Sequence[float]) -> list[float]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pad_vllm.evaluation.harness import Method
+from pad_vllm.evaluation.methods import Base, Guided, Prompting
+
 HEAD = ("method", "satisfaction", "win rate", "well formed", "NLL / token", "distinct-2", "time / base")
 
 
@@ -29,11 +32,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path) -> list[Path]:
+def plot(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path, methods: Sequence[Method]
+) -> list[Path]:
     """Write two PNG files: satisfaction against well-formedness over beta, and satisfaction by dimension.
 
     Args:
         results: rows by base model.
+        methods: of the rows.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -46,6 +52,9 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path)
     from matplotlib import pyplot
 
     folder = Path(folder)
+    unguided = next(method for method in methods if isinstance(method, Base))
+    answered = {row["method"] for row in next(iter(results.values()))}
+    guided = [method for method in methods if isinstance(method, Guided) and method.name in answered]
     groups = list(dict.fromkeys(row["group"] for rows in results.values() for row in rows))
     figure, axes = pyplot.subplots(
         len(groups),
@@ -59,15 +68,14 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path)
         for group, axis in zip(groups, column, strict=True):
             own = {row["method"]: row for row in rows if row["group"] == group}
             points = {name: (100 * row["well_formed"][0], 100 * row["satisfaction"][0]) for name, row in own.items()}
-            path = {name: point for name, point in points.items() if name.startswith("pad, beta")}
-            line = [points["base"], *path.values()]
+            path = [(f"{method.beta:g}", points.pop(method.name)) for method in guided if method.name in points]
+            line = [points[unguided.name], *(point for _, point in path)]
             axis.plot(*zip(*line, strict=True), ".-", color="tab:green", linewidth=1, label="pad, by beta")
-            for i, (name, point) in enumerate(path.items()):  # at high satisfaction they crowd: above and below in turn
+            for i, (beta, point) in enumerate(path):  # at high satisfaction they crowd: above and below in turn
                 place = {"xytext": (0, 5 if i % 2 else -11), "textcoords": "offset points", "ha": "center"}
-                axis.annotate(name.removeprefix("pad, beta "), point, **place, fontsize=7, color="tab:green")
-            others = [name for name in points if name not in path]
-            for name, marker in zip(others, "oXsDP^vd<>*h", strict=False):
-                axis.plot(*points[name], marker, markersize=5, alpha=0.7, label=name)
+                axis.annotate(beta, point, **place, fontsize=7, color="tab:green")
+            for (name, point), marker in zip(points.items(), "oXsDP^vd<>*h", strict=False):
+                axis.plot(*point, marker, markersize=5, alpha=0.7, label=name)
             axis.set_title(f"{base}, {group}", fontsize=9)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
@@ -86,12 +94,12 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: str | Path)
         sharex=True,
         sharey=True,
     )
-    betas = [row["method"] for row in next(iter(results.values())) if row["method"].startswith("pad, beta")]
-    shown = ("base", "prompting", *betas[(len(set(betas)) - 1) // 2 :][:1])
+    prompting = [method for method in methods if isinstance(method, Prompting)]
+    shown = {method.name for method in (unguided, *prompting, *guided[(len(guided) - 1) // 2 :][:1])}
     for (base, rows), column in zip(results.items(), axes.T, strict=True):
         for group, axis in zip(groups, column, strict=True):
             own = {row["method"]: row for row in rows if row["group"] == group and row["method"] in shown}
-            names = list(own["base"]["dimensions"])
+            names = list(own[unguided.name]["dimensions"])
             for i, (method, row) in enumerate(own.items()):
                 positions = [x + (i - 1) * 0.27 for x in range(len(names))]
                 axis.bar(positions, [100 * row["dimensions"][n] for n in names], 0.25, label=method)

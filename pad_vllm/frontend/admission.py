@@ -133,11 +133,10 @@ def check(
     if asked.preference is not None:
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
-        _template_of(announcement, vllm_config).check_preferences(asked.preferences)
+        _template_of(announcement.tokenizer, announcement, vllm_config).check_preferences(asked.preferences)
     elif asked.preference_weights is not None:
-        personas = dict(zip(announcement.personas, announcement.num_preferences, strict=False))
-        name = announcement.default_persona if asked.persona is None else asked.persona
-        check_preference_weights(asked.preference_weights, personas.get(name, 0))
+        num_own = _of_persona(announcement, asked, announcement.num_preferences)
+        check_preference_weights(asked.preference_weights, num_own)
     if prompt_ids is not None:
         check_prompt(announcement, asked, vllm_config, prompt_ids)
 
@@ -161,13 +160,18 @@ def _reads_preference(announcement: Announcement, asked: PAD) -> bool:
     """Whether the reward model reads a preference for a request: one of weight 0 is not read."""
     texts, weights = asked.preferences, asked.preference_weights
     if not texts:
-        name = announcement.default_persona if asked.persona is None else asked.persona
-        num_own = dict(zip(announcement.personas, announcement.num_preferences, strict=False)).get(name, 0)
+        num_own = _of_persona(announcement, asked, announcement.num_preferences)
         return num_own > 0 and (weights is None or any(weights))
     totals = dict.fromkeys(texts, 0.0)
     for text, weight in zip(texts, weights or (1.0,) * len(texts), strict=True):
         totals[text] += weight
     return any(totals.values())
+
+
+def _of_persona(announcement: Announcement, asked: PAD, numbers: Sequence[int]) -> int:
+    """Of the personas' ``numbers`` that of the one which a request would have; 0 where it has none."""
+    name = announcement.default_persona if asked.persona is None else asked.persona
+    return 0 if name is None else dict(zip(announcement.personas, numbers, strict=False)).get(name, 0)
 
 
 def check_prompt_len(
@@ -179,18 +183,15 @@ def check_prompt_len(
     counts exactly, and ends what does not fit.
     """
     most, num_prompt = announcement.max_context_len, len(prompt_ids)
-    name = announcement.default_persona if asked.persona is None else asked.persona
-    of_personas = dict(zip(announcement.personas, announcement.num_preference_tokens, strict=False))
-    added = of_personas.get(name, 0)
+    added = _of_persona(announcement, asked, announcement.num_preference_tokens)
     if asked.preferences and announcement.tokenizer is not None:
-        template = _template_of(announcement, vllm_config)
+        template = _template_of(announcement.tokenizer, announcement, vllm_config)
         added = max(map(template.num_added_tokens, asked.preferences))
     if announcement.base_tokenizer is not None:
-        if (num_prompt * LONG_TOKEN) + added <= most:
+        if announcement.tokenizer is None or (num_prompt * LONG_TOKEN) + added <= most:
             return
-        base, reward = (
-            _arguments(tokenizer, vllm_config) for tokenizer in (announcement.base_tokenizer, announcement.tokenizer)
-        )
+        base = _arguments(announcement.base_tokenizer, vllm_config)
+        reward = _arguments(announcement.tokenizer, vllm_config)
         num_prompt = _num_translated(base, reward, prompt_ids)
     if (missing := num_prompt + added - most) > 0:
         raise ValueError(
@@ -219,7 +220,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     for engine in engines.own(vllm_config).values():
         if engine.tokenizer is not None:
             try:
-                _template_of(engine, vllm_config)
+                _template_of(engine.tokenizer, engine, vllm_config)
             except Exception as error:  # each request with a preference will say so
                 logger.warning("The frontend cannot read the reward model's tokenizer: %r", error)
         if engine.chat == "strict":
@@ -266,8 +267,11 @@ def _misreads_none(prompt_ids: Sequence[int]) -> bool:
     return False
 
 
-def _template_of(announcement: Announcement, vllm_config: VllmConfig | None) -> PromptTemplate:
-    arguments = _arguments(announcement.tokenizer, vllm_config)
+def _template_of(
+    tokenizer: dict[str, Any], announcement: Announcement, vllm_config: VllmConfig | None
+) -> PromptTemplate:
+    """``tokenizer``: that of the announcement, which has one."""
+    arguments = _arguments(tokenizer, vllm_config)
     return _template(arguments, announcement.prompt_template, announcement.max_preference_tokens)
 
 

@@ -48,28 +48,28 @@ def of_this_request() -> VllmConfig | None:
     from the frames of vLLM's input processor, which hands ``validate_params`` none."""
     if (vllm_config := _serving.get()) is not None:
         return vllm_config
-    frame = sys._getframe(1)
+    frame = sys._getframe(1).f_back
     for _ in range(MAX_FRAMES):
-        frame = frame.f_back
         if frame is None:
             return None
         if frame.f_code.co_name == "_validate_params":
             return getattr(frame.f_locals.get("self"), "vllm_config", None)
+        frame = frame.f_back
     return None
 
 
 def prompt_of_this_request() -> Sequence[int] | None:
     """The ids of its prompt, from the frames of vLLM's servers and of its input processor; None where they show none,
     and the worker decides."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(1).f_back
     for _ in range(MAX_FRAMES):
-        frame = frame.f_back
         if frame is None:
             return None
         for name in ("engine_input", "prompt"):
             prompt = frame.f_locals.get(name)
             if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_token_ids"), Sequence):
                 return prompt["prompt_token_ids"]
+        frame = frame.f_back
     return None
 
 

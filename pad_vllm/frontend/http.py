@@ -44,7 +44,8 @@ class Place(NamedTuple):
     outer: Place | None
 
     def keys(self) -> list[str]:
-        keys, place = [], self
+        keys: list[str] = []
+        place: Place | None = self
         while place is not None:
             keys.append(place.key)
             place = place.outer
@@ -167,5 +168,10 @@ def _all_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
         kept: set[str] = set()
-        read[LOST] = [{key: value} for key, value in reversed(pairs) if key in kept or kept.add(key)]
+        lost: list[dict[str, Any]] = []
+        for key, value in reversed(pairs):
+            if key in kept:
+                lost.append({key: value})
+            kept.add(key)
+        read[LOST] = lost
     return read

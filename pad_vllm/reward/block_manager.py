@@ -85,7 +85,7 @@ class BlockManager:
         self.pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=block_size)
         self.hash_block = block_hasher()
         self.contexts: list[Context | None] = [None] * max_num_contexts
-        self.num_held = np.zeros(max_num_contexts, np.int64)
+        self.num_held: np.ndarray = np.zeros(max_num_contexts, np.int64)
         """[max_num_contexts] blocks that each context holds"""
         self.table = torch.zeros(max_num_contexts + 1, max_num_blocks, dtype=torch.int32, device=device)
         """[max_num_contexts + 1, max_num_blocks] int32; the last row stands for no context: null blocks"""
@@ -99,9 +99,11 @@ class BlockManager:
         self._unwritten: list[tuple[Context, int]] = []  # from which of its blocks on
         self._clock = 0
         self._step_began = 0
-        self._last_used = np.zeros(max_num_contexts, np.int64)  # by the clock, but for those that were ready last
+        # By the clock, but for those that were ready last.
+        self._last_used: np.ndarray = np.zeros(max_num_contexts, np.int64)
         self._ready: np.ndarray | None = None  # slots that were, and hold their blocks since
-        self._lengths_begin = np.zeros(0, np.int64)  # [C] of these, the least length with the same last block
+        # [C] of these, the least length with the same last block.
+        self._lengths_begin: np.ndarray = np.zeros(0, np.int64)
         self._room = 0  # tokens that each of these may get without another block
         self._step = ALONE  # in which they were
 
@@ -132,6 +134,12 @@ class BlockManager:
             hashes.append(self.hash_block(parent, prompt_ids[start : start + self.block_size], cache_salt))
         context = Context(slot, prompt_ids, hashes, shared=tuple(sorted(ends)), cache_salt=cache_salt)
         self.contexts[slot] = context
+        return context
+
+    def _context(self, slot: int) -> Context:
+        """Of a slot that has one."""
+        context = self.contexts[slot]
+        assert context is not None
         return context
 
     def remove(self, context: Context) -> None:
@@ -218,10 +226,11 @@ class BlockManager:
             tokens that are computed already, or will be for a context before it.
         """
         self._note_used()
-        admitted, cold = 0, []
+        admitted = 0
+        cold: list[tuple[Context, int]] = []
         victims = self._victims(line)
         for slot, length in zip(line, num_tokens, strict=True):
-            context = self.contexts[slot]
+            context = self._context(slot)
             is_cold = not context.blocks
             if is_cold:
                 self._reuse_prefix(context)
@@ -268,10 +277,10 @@ class BlockManager:
     def _victims(self, line: Sequence[int]) -> list[Context]:
         """Whose blocks may be taken, the next to give last; the line's first is the list's first."""
         waiting = set(line)
-        others = [self.contexts[slot] for slot in np.flatnonzero(self.num_held).tolist() if slot not in waiting]
+        others = [self._context(slot) for slot in np.flatnonzero(self.num_held).tolist() if slot not in waiting]
         others.sort(key=lambda context: self._last_used[context.slot])
         done = [context for context in others if self._last_used[context.slot] > self._step_began]
-        return [self.contexts[slot] for slot in line] + done + others[: len(others) - len(done)][::-1]
+        return [self._context(slot) for slot in line] + done + others[: len(others) - len(done)][::-1]
 
     def _reuse_prefix(self, context: Context) -> None:
         """Start an empty context from the longest cached prefix of its prompt."""
@@ -314,7 +323,8 @@ class BlockManager:
 
     def _write_table(self) -> None:
         """Bring the device's block table up to date with the blocks just given."""
-        at, ids = [], []
+        at: list[int] = []
+        ids: list[int] = []
         for context, start in self._unwritten:
             row = context.slot * self.table.shape[1]
             at += range(row + start, row + len(context.blocks))

@@ -150,7 +150,7 @@ class ByteTokens:
                 an added token that is text is written for its own.
         """
         tokens = [i for i, content in enumerate(self.bytes) if content]
-        contents = [self.bytes[i] for i in tokens]
+        contents = [content for content in self.bytes if content]
         starts, ids = self.encode(contents)
         wrong = np.flatnonzero(self.inexact(contents, starts, ids))
         if len(wrong):
@@ -354,17 +354,17 @@ def running_model(model: dict[str, Any], marker_ids: frozenset[int]) -> tuple[mo
         names = {vocabulary[i][0]: f"{NOWHERE}{i}" for i in marker_ids & set(range(len(vocabulary)))}
         return models.Unigram([(names.get(token, token), score) for token, score in vocabulary], **options), names
     names = {token: f"{NOWHERE}{i}" for token, i in vocabulary.items() if i in marker_ids}
-    merges = map(tuple, model["merges"])
+    merges = [(left, right) for left, right in model["merges"]]
     if names:
         vocabulary = {names.get(token, token): i for token, i in vocabulary.items()}
-        merges = (
+        merges = [
             (left, right)
             for left, right in merges
             if left + right not in names and left not in names and right not in names
-        )
+        ]
         if "unk_token" in options:
             options["unk_token"] = names.get(options["unk_token"], options["unk_token"])
-    return models.BPE(vocabulary, list(merges), **options), names
+    return models.BPE(vocabulary, merges, **options), names
 
 
 def steps_of(component: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -86,9 +86,9 @@ class Grammar:
                 goes_on = "" if self.openers.get("") == "assistant" else f"(?={goes_on})"
                 parts.append(f"(?:{before})?{marker}(?:{behind})?{goes_on}")
             else:
-                goes_on = [*map(re.escape, filter(None, following)), *(g for g in last if closer or g != r"\Z")]
-                if goes_on:
-                    parts.append(f"{re.escape(closer)}(?={'|'.join(goes_on)})")
+                behinds = [*map(re.escape, filter(None, following)), *(g for g in last if closer or g != r"\Z")]
+                if behinds:
+                    parts.append(f"{re.escape(closer)}(?={'|'.join(behinds)})")
         return re.compile("|".join(parts) or r"(?!)")
 
     def messages(self, text: str) -> Iterator[Message]:
@@ -111,10 +111,10 @@ class Grammar:
             if following is not None:
                 role, begin = following, position
                 continue
-            following = yield from self._skip(role, text, position)
-            if following is None:
+            skipped = yield from self._skip(role, text, position)
+            if skipped is None:
                 return
-            role, begin = following
+            role, begin = skipped
 
     def opens(self, text: str) -> bool:
         """Whether a prompt begins with what opens a message, or its first message may do without."""
@@ -153,7 +153,7 @@ class Grammar:
             return None, len(text), None
         return match.start(), match.end(), self.direct[role][match[0]] if match.lastgroup else None
 
-    def _skip(self, role: str, text: str, at: int) -> Iterator[Message]:
+    def _skip(self, role: str, text: str, at: int) -> Generator[Message, None, tuple[str, int] | None]:
         """To where the next message begins: its role and that; None where there is none. Yields what stands before."""
         while True:
             rest = len(text) - at

@@ -240,15 +240,15 @@ class ChatStructure:
                 elif not generate and behind:
                     grammar.endings.add(behind)
             for role, part in zip(roles, parts[:-1], strict=True):
-                opener = next((o for o, of in grammar.openers.items() if of == role and o), None)
+                opener = next((o for o, of in grammar.openers.items() if of == role and o), "")
                 at = part.rfind(opener) if opener else -1
                 preamble = part[at + len(opener) :] if at >= 0 else ""
                 if preamble and not has_text(preamble):
                     grammar.preambles.setdefault(role, set()).add(preamble)
-        opener = self._of_role.get("assistant")
+        answers = self._of_role.get("assistant")
         for behind in itertools.chain(*grammar.generation.values()):
-            if opener and behind.startswith(opener) and behind != opener and not has_text(behind[len(opener) :]):
-                grammar.preambles.setdefault("assistant", set()).add(behind[len(opener) :])
+            if answers and behind.startswith(answers) and behind != answers and not has_text(behind[len(answers) :]):
+                grammar.preambles.setdefault("assistant", set()).add(behind[len(answers) :])
         # What every conversation ends with, an answer to follow or not, is no sign that it has ended.
         grammar.endings -= set().union(*grammar.generation.values())
 

@@ -139,6 +139,7 @@ class Decoder:
             self._graphs[size].replay()
         else:
             self._keep(self.model.forward(batch))
+        assert self._hidden_states is not None  # kept now, or when the graph was captured
         return self._hidden_states[:num_rows]
 
     def _write(self, first: DecodeRows, rows: ContextRows) -> None:

@@ -87,7 +87,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, and meant for the one who asks
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    stdin, stdout = sys.stdin.buffer.raw, sys.stdout.buffer
+    stdin = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+    stdout = sys.stdout.buffer
     while select.select([stdin], [], [], IDLE_SECONDS)[0] and (head := read(stdin, _LENGTH.size)):
         request = json.loads(read(stdin, *_LENGTH.unpack(head)))
         give(request.pop("seconds"))

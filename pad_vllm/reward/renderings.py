@@ -31,7 +31,10 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
 
 
 TOOLS = ([tool("qzf", q={"type": "string", "description": "Of q."})], [tool("vwg"), tool("kzh")])
-DOCUMENTS = ([{"title": text, "text": text, "content": text, "doc_id": text} for text in TEXTS], [])
+DOCUMENTS: tuple[list[dict[str, str]], ...] = (
+    [{"title": text, "text": text, "content": text, "doc_id": text} for text in TEXTS],
+    [],
+)
 
 
 def render(

@@ -44,7 +44,7 @@ class ContextRows:
     def within(self, max_len: int, no_slot: int) -> ContextRows:
         """These rows, those behind a context's last position left alone."""
         if self.lengths is None:
-            is_full = self.positions >= max_len
+            is_full = self.device_positions() >= max_len
         else:
             is_full = to_device(self.lengths > max_len, self.row_slots.device, torch.bool)
         return replace(
@@ -59,6 +59,7 @@ class ContextRows:
 
     def advance(self, step: int, token_ids: torch.Tensor, history: Callable[[ContextSlot], Sequence[int]]) -> None:
         """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
+        assert self.lengths is not None
         self.num_tokens, self.lengths = self.num_tokens + 1, self.lengths + 1
         self.step, self.token_ids, self.history = step, token_ids, history
 
@@ -78,4 +79,5 @@ class ContextRows:
         """[R] int64, on the device."""
         if self.positions is not None:
             return self.positions
+        assert self.lengths is not None
         return to_device(self.lengths - 1, self.row_slots.device, torch.int64)

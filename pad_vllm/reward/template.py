@@ -287,7 +287,7 @@ class PromptTemplate:
 
     def _running(self, template: str, preference: str) -> tuple[int, ...]:
         """Ids of text that follows other text: without the space that some tokenizers write before a text."""
-        if not self.chat.adds_prefix:
+        if self.chat is None or not self.chat.adds_prefix:
             return self._fill(template, preference)
         newline, ids = tuple(self._encode("\n")), self._fill("\n" + template, preference)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._fill(template, preference)

@@ -95,7 +95,7 @@ class TokenTables:
         """[reward tokens] int64: a base token of which the reward token is the only piece, the first of several;
         :data:`NO_KEY` where there is none."""
         tokens = np.flatnonzero((self.num_pieces == 1) & (self.key >= 0))[::-1]
-        whole = np.full(len(self.member_starts) - 1, NO_KEY, np.int64)
+        whole: np.ndarray = np.full(len(self.member_starts) - 1, NO_KEY, np.int64)
         whole[self.pieces[self.piece_starts[tokens]]] = tokens
         return whole
 
@@ -211,8 +211,8 @@ def _make(
         num_pieces[i] = len(spelled[i])
     piece_starts = np.concatenate([[0], np.cumsum(num_pieces)])
     pieces = np.full(piece_starts[-1], end, np.int32)
-    source = np.repeat(fits, lengths)
-    at = np.repeat(piece_starts[tokens[fits]], lengths[fits])
+    source: np.ndarray = np.repeat(fits, lengths)
+    at: np.ndarray = np.repeat(piece_starts[tokens[fits]], lengths[fits])
     within = np.arange(len(at)) - np.repeat(np.cumsum(lengths[fits]) - lengths[fits], lengths[fits])
     pieces[at + within] = ids[source]
     for i, parts in spelled.items():
@@ -289,7 +289,7 @@ def load_tables(
         file = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)  # noqa: SIM115
         try:
             with file:
-                np.savez(file, **kept, checksum=_checksum(kept))
+                np.savez(file, **kept, checksum=_checksum(kept))  # type: ignore[arg-type]  # none is allow_pickle
             Path(file.name).rename(folder / TABLES_FILE)
         finally:
             Path(file.name).unlink(missing_ok=True)

@@ -81,8 +81,7 @@ class PromptTranslator:
         structure, is_misread = self.structure, False
         if structure is not None:
             chat = self._conversation(structure, text)
-            ids = chat and self._translate_chat(chat)
-            if ids:
+            if chat is not None and (ids := self._translate_chat(chat)):
                 return Translated(ids, begins_answer=chat.answer == "")
             is_misread = structure.looks_like_chat(text)
             if is_misread and self._kinds.is_new(structure.kind(text)):
@@ -122,10 +121,11 @@ class PromptTranslator:
     @cached_property
     def _adds_space(self) -> tuple[bool, bool]:
         """Whether base and reward model write a space before a text that has none."""
-        return tuple(
-            tokens.decode(tokens.tokenizer.encode("a", add_special_tokens=False)).startswith(b" ")
-            for tokens in (self.base, self.reward)
-        )
+
+        def adds_space(tokens: ByteTokens) -> bool:
+            return tokens.decode(tokens.tokenizer.encode("a", add_special_tokens=False)).startswith(b" ")
+
+        return adds_space(self.base), adds_space(self.reward)
 
     def _translate_plain(self, text: str) -> list[int]:
         ids: list[int] = []

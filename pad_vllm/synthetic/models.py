@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -246,6 +247,6 @@ def fingerprint(seed: int, recipe: Recipe) -> str:
     modules = (world, own_tokenizers, chat, template, data, heads, objective, train, trainer)
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
     digest = hashlib.sha256(repr((seed, dataclasses.astuple(recipe), versions)).encode())
-    for source in (__file__, *(module.__file__ for module in modules)):
+    for source in (__file__, *map(inspect.getfile, modules)):
         digest.update(Path(source).read_bytes())
     return digest.hexdigest()[:16]

@@ -385,9 +385,10 @@ def sample_pair(rng: random.Random, held_out: bool = False) -> Pair:
     topic = rng.choice(HELD_OUT_TOPICS if held_out else TRAIN_TOPICS)
     question = rng.choice(HELD_OUT_QUESTIONS if held_out else TRAIN_QUESTIONS)
     seed = rng.getrandbits(32)
-    answers = (answer(topic, style, random.Random(seed)) for style in (chosen, rejected))
     labels = {DIMENSIONS[d][0]: 1 if wanted[d] == DIMENSIONS[d][0] else -1 for d in flipped}
-    return Pair(topic, wanted, preference(wanted, rng, held_out), question.format(topic.task), *answers, labels)
+    in_words, asked = preference(wanted, rng, held_out), question.format(topic.task)
+    answers = [answer(topic, style, random.Random(seed)) for style in (chosen, rejected)]
+    return Pair(topic, wanted, in_words, asked, answers[0], answers[1], labels)
 
 
 def check(text: str, prompt: Mapping[str, str], user: Mapping[str, Mapping[str, str]]) -> Judgement:

@@ -103,7 +103,8 @@ def read_comparisons(
         raise DataError(f"columns: {', '.join(sorted(unknown))}: the fields are {', '.join(COLUMNS)}")
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    names = {name: (columns[name],) if name in (columns or ()) else known for name, known in COLUMNS.items()}
+    named = columns or {}
+    names = {name: (named[name],) if name in named else known for name, known in COLUMNS.items()}
     rows = folder_rows(path, split) if path.is_dir() else json_lines(path)
     comparisons = [_comparison(record, names, where) for where, record in rows]
     if not comparisons:
@@ -130,23 +131,22 @@ def _comparison(record: Any, names: Mapping[str, Sequence[str]], where: str) -> 
             f"{where}, field {foreign!r}: is not read, and the answers may hang on it; write all that they answer into "
             "'prompt', as messages, and take the field out"
         )
-    heads, answers = [], []
-    for name in ("chosen", "rejected"):
+
+    def split(name: str) -> tuple[Messages, str]:
         key, value = find(name)
-        head, answer = _split_answer(value, f"{where}, field {key!r}")
-        heads.append(head)
-        answers.append(answer)
-    if answers[0] == answers[1]:
+        return _split_answer(value, f"{where}, field {key!r}")
+
+    (head, chosen), (other_head, rejected) = split("chosen"), split("rejected")
+    if chosen == rejected:
         raise DataError(f"{where}: chosen and rejected are the same text")
-    _refuse_transcripts(*answers, where)
-    prompt = _prompt(find, heads, where)
+    _refuse_transcripts(chosen, rejected, where)
+    prompt = _prompt(find, (head, other_head), where)
     key, preference = find("preference")
     if preference is not None and not isinstance(preference, str):
         raise DataError(f"{where}, field {key!r}: expected text, found {say(preference)}")
     _check_encodable(preference or "", f"{where}, field {key!r}")
-    return Comparison(
-        prompt, *answers, (preference or "").strip() or None, _labels(*find("labels")[::-1], where), where
-    )
+    key, labels = find("labels")
+    return Comparison(prompt, chosen, rejected, (preference or "").strip() or None, _labels(labels, key, where), where)
 
 
 def _prompt(find: Callable[[str], tuple[str, Any]], heads: Sequence[Messages], where: str) -> str | Messages:
@@ -234,17 +234,17 @@ def _split_answer(value: Any, where: str) -> tuple[Messages, str]:
     """The messages before an answer, and the answer."""
     if value is None:
         raise DataError(f"{where}: missing")
+    head: Messages = ()
+    answer = value
     if not isinstance(value, str):
-        *head, last = _messages(value, where)
+        *before, last = _messages(value, where)
         if last["role"] != "assistant":
             raise DataError(f"{where}: the last message is of role {last['role']!r}, not 'assistant'")
-        head, value = tuple(head), last["content"]
-    else:
-        head = ()
-    if not value.strip():
+        head, answer = tuple(before), last["content"]
+    if not answer.strip():
         raise DataError(f"{where}: empty")
-    _check_encodable(value, where)
-    return head, value
+    _check_encodable(answer, where)
+    return head, answer
 
 
 def _check_encodable(text: str, where: str) -> None:
@@ -318,14 +318,16 @@ def encode(
     for c in comparisons:
         ids = prompt_ids(c.prompt, tokenizer, c.where)
         prompt = template.compose(ids, c.preference) if c.preference else ids
-        answers = [answer_ids(text, tokenizer)[:max_answer] for text in (c.chosen, c.rejected)]
-        read, theirs = [len(prompt) + max(map(len, answers))], None
+        chosen, rejected = (answer_ids(text, tokenizer)[:max_answer] for text in (c.chosen, c.rejected))
+        read = [len(prompt) + max(len(chosen), len(rejected))]
+        theirs: tuple[list[int], list[int], list[int]] | None = None
         if reference_tokenizer is not None:
-            theirs = prompt_ids(c.prompt, reference_tokenizer, c.where)
-            theirs = (theirs, *(answer_ids(text, reference_tokenizer) for text in (c.chosen, c.rejected)))
-            read.append(len(theirs[0]) + max(map(len, theirs[1:])))
+            own_prompt = prompt_ids(c.prompt, reference_tokenizer, c.where)
+            own_chosen, own_rejected = (answer_ids(text, reference_tokenizer) for text in (c.chosen, c.rejected))
+            theirs = own_prompt, own_chosen, own_rejected
+            read.append(len(own_prompt) + max(len(own_chosen), len(own_rejected)))
         if max(read) <= max_length:
-            examples.append(PairExample(prompt, ids, *answers, c.labels, theirs))
+            examples.append(PairExample(prompt, ids, chosen, rejected, c.labels, theirs))
     if not examples:
         raise DataError(f"all {len(comparisons)} comparisons are longer than {max_length} tokens")
     return examples

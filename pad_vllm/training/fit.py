@@ -87,7 +87,7 @@ def load(
     model = load_model("reward_model", reward_model).eval().to(device)
     tokenizer = load_tokenizer("reward_model", reward_model)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
-    pad = PADConfig.from_additional_config({"pad": {key: value for key, value in given.items() if value is not None}})
+    pad = PADConfig.from_pad({key: value for key, value in given.items() if value is not None})
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
 
 

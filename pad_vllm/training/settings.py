@@ -99,12 +99,12 @@ def check_settings(config: TrainingConfig) -> None:
         "save_steps",
         "eval_steps",
     )
-    if strange := [
+    if foreign := [
         name
         for name in config.trainer
         if name in (*taken, *SAVING) or name not in TrainingArguments.__dataclass_fields__
     ]:
-        raise ValueError(f"trainer: {', '.join(strange)}: set by another option, or not of TrainingArguments")
+        raise ValueError(f"trainer: {', '.join(foreign)}: set by another option, or not of TrainingArguments")
     check_numbers(config)
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
         raise ValueError("opposites: comparisons come by two, so batch_size has to be even")

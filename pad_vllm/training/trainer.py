@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm import trange
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pad_vllm.training.data import DataError, Example, PairExample
@@ -91,10 +91,11 @@ def reward_margins(
     Without a reference: by how much it is likelier, which is the same where margins of opposites are added.
     """
     both = None if weights is None else weights.repeat(2, 1)
-    sums = score_answers(model, answers_of(pairs), both).chunk(2)
+    chosen, rejected = score_answers(model, answers_of(pairs), both).chunk(2)
     if reference is None:
-        return sums[0] - sums[1]
-    return pad_loss(*sums, *score_answers(reference, answers_of(pairs, ref=True)).chunk(2), beta=1.0)[1]
+        return chosen - rejected
+    ref_chosen, ref_rejected = score_answers(reference, answers_of(pairs, ref=True)).chunk(2)
+    return pad_loss(chosen, rejected, ref_chosen, ref_rejected, beta=1.0)[1]
 
 
 def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]:
@@ -182,6 +183,8 @@ class PADTrainer(_Trainer):
         weights: for a model with heads, the user of each pair: (num_pairs, num_heads) float32.
         measure: what :meth:`evaluate` reports.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.evaluation.engine import Answers
-from pad_vllm.evaluation.evaluate import EvaluationConfig, load_checker, read_config
+from pad_vllm.evaluation.evaluate import EvaluationConfig, guided, load_checker, read_config
+from pad_vllm.evaluation.harness import Models, in_tokens_of
+from pad_vllm.evaluation.methods import Base, pick_best
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.synthetic import world
@@ -65,12 +66,12 @@ def test_best_of_n_takes_the_answer_of_the_highest_reward(models):
             logprob(models.reward_model, theta, answer) - logprob(models.base_model, ref, answer) for answer in own
         ]
         expected.append(own[rewards.index(max(rewards))])
-    config = EvaluationConfig(
-        str(models.base), {"reward_model": str(models.reward)}, {"u": {}}, "c", prompts=[{"prompt": "p"}], best_of=3
-    )
     texts = [str(sample) for sample in samples]
-    found = evaluation._pick_best(
-        config, contexts, Answers(texts, samples, seconds=1.0), models.tokenizer, models.tokenizer
+    found = pick_best(
+        Models.load(str(models.base), {"reward_model": str(models.reward)}),
+        contexts,
+        [range(3), range(3, 6)],
+        Answers(texts, samples, seconds=1.0),
     )
     assert found.tokens == expected
     assert found.texts == list(map(str, expected))
@@ -81,11 +82,11 @@ def test_a_reference_reads_answers_in_its_own_tokens():
     own, reads = make("metaspace", 600), make("byte-level", 600)
     texts = ["The user likes short answers.", "naïve café"]
     tokens = [[*own.encode(texts[0], add_special_tokens=False), own.eos_token_id], own.encode(texts[1])]
-    ended, cut = evaluation.in_tokens_of(reads, Answers(texts, tokens, 1.0), own)
+    ended, cut = in_tokens_of(reads, Answers(texts, tokens, 1.0), own)
     assert reads.decode(ended[:-1]) == texts[0]
     assert ended[-1] == reads.eos_token_id
     assert reads.decode(cut) == texts[1]
-    assert evaluation.in_tokens_of(own, Answers(texts, tokens, 1.0), make("metaspace", 600)) is tokens
+    assert in_tokens_of(own, Answers(texts, tokens, 1.0), make("metaspace", 600)) is tokens
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,5 @@ def test_table_and_plot_of_one_group(tmp_path):
         "dimensions": {"tone": 0.5},
     }
     assert "| base | 50% (25 to 75) | 50% (25 to 75) | 50% (25 to 75) | 1.23 | 0.50 | 1.0 |" in table([row])
-    assert len(plot({"base": [row, row | {"method": "pad, beta 1"}]}, tmp_path)) == 2
+    rows, methods = [row, row | {"method": "pad, beta 1"}], [Base("base"), guided(1)]
+    assert len(plot({"base": rows}, tmp_path, methods)) == 2
