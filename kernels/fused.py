@@ -254,13 +254,14 @@ def guide_(
     assert logits.stride(1) == hidden_states.stride(1) == head.weight.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
     candidates = torch.empty(num_rows, pad_k(rows.max_top_k), dtype=torch.int64, device=logits.device)
-    score, reweight_ = score_tokens, reweight_tokens_
     if isinstance(vocabulary, Groups):
-        score, reweight_ = score_groups, reweight_groups_
-    scores = score(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
+        of_groups = score_groups(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
+        y = None if controls is None else undo_controls(Candidates(candidates, rows.top_k), controls)
+        return reweight_groups_(logits, head, rows, vocabulary, candidates, mixture, of_groups, y)
+    scores = score_tokens(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
     if scores is not None:
         y = None if controls is None else undo_controls(Candidates(candidates, rows.top_k), controls)
-        reweight_(logits, head, rows, vocabulary, candidates, mixture, scores, y)
+        reweight_tokens_(logits, head, rows, vocabulary, candidates, mixture, scores, y)
 
 
 def score_tokens(

@@ -61,7 +61,7 @@ def gather_shards(partial: torch.Tensor, head: OutputHead) -> torch.Tensor:
     rank, num_ranks = head.shard
     whole = partial.new_zeros(num_ranks, *partial.shape)
     whole[rank] = partial
-    return head.all_reduce(whole)
+    return whole if head.all_reduce is None else head.all_reduce(whole)
 
 
 def score_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,8 +54,9 @@ def _answers(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Itera
         return
     behind = (_render(tokenizer, [QUESTION, plain], False) or "").partition(CONTENT)[2]
     reasons = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), REASONING)
-    for more in (reasons, *({"tool_calls": [call]} for call in _calls())):
-        text = _render(tokenizer, [QUESTION, plain | more], False)
+    calls: list[dict[str, Any]] = [{"tool_calls": [call]} for call in _calls()]
+    for more in (reasons, *calls):
+        text = _render(tokenizer, [QUESTION, {**plain, **more}], False)
         if text is None:
             continue
         ids = tokenizer.encode(text.removesuffix(behind), add_special_tokens=False)

@@ -115,6 +115,7 @@ class _Multiprocess:
         registry = CollectorRegistry()
         self.metrics: dict[str, Any] = {}
         for name, text in HELP.items():
+            metric: Gauge | Counter
             if name in GAUGES:
                 metric = Gauge(f"pad_{name}", text, LABELS, registry=registry, multiprocess_mode="mostrecent")
             else:

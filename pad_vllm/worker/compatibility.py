@@ -65,7 +65,7 @@ class Fit:
         if self.template is None:
             return None
         pair, preference = self.tokens.pair, self.config.example_preference
-        return self.template.example(preference, pair and pair.translator)
+        return self.template.example(preference, None if pair is None else pair.translator)
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
         """A request's guidance, or None where it asks for none.

@@ -111,7 +111,7 @@ class Drafter:
             return layout.row_slots.new_empty(len(layout.slots), 0)
         if self._params is None or self._params.layout is not layout:
             self._params = RowParams(layout, self.slots, 1)
-        params, positions = self._params, batch.positions
+        params, positions = self._params, batch.device_positions()
         draft = self.contexts.begin_draft(batch, params, num_drafts)
         if draft is None:
             return None

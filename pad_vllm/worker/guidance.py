@@ -28,7 +28,7 @@ from pad_vllm.worker.loading import Loaded, load
 from pad_vllm.worker.other_tokens import OtherTokens
 from pad_vllm.worker.rule import Rule
 from pad_vllm.worker.same_tokens import SameTokens
-from pad_vllm.worker.slots import ContextColumns, IntColumns, RowParams, SamplingControls, Slots
+from pad_vllm.worker.slots import ContextInts, RequestInts, RowParams, SamplingControls, Slots
 
 
 class Guidance:
@@ -115,7 +115,9 @@ class Guidance:
         """A context's prompt. Raises ValueError for a token that the reward model has no row for."""
         composed = Composed(prompt_ids, ())
         if preference is not None:
-            composed = self.loaded.fit.template.compose_shared(prompt_ids, preference)
+            template = self.loaded.fit.template
+            assert template is not None  # without a tokenizer there are no preferences: Fit.resolve
+            composed = template.compose_shared(prompt_ids, preference)
         max_len, vocab_size = self.loaded.model.max_model_len, self.loaded.vocab_size
         if len(composed.ids) > max_len:
             raise ValueError(
@@ -142,8 +144,8 @@ class Guidance:
         default = heads.default_weights if heads and params.guides else None
         weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.loaded.fit.head_names))
-        contexts = [ContextColumns(len(ids) - num_own, num_own, ids[-1]) for ids, *_ in composed]
-        ints = IntColumns(len(contexts), params.top_k, end_id)
+        contexts = [ContextInts(len(ids) - num_own, num_own, ids[-1]) for ids, *_ in composed]
+        ints = RequestInts(len(contexts), params.top_k, end_id)
         floats = [params.beta, params.base_weight, *mix]
         self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)
 
@@ -171,7 +173,7 @@ class Guidance:
         if params.rows.max_top_k:
             controls = None
             if params.control:
-                output = batch.output_tokens() if params.penalize else None
+                output = batch.output_tokens() if params.penalize and batch.output_tokens else None
                 controls = self.slots.controls.of_rows(batch.layout.row_slots, output)
             key_offsets = self.contexts.key_offsets(batch)
             self.has_written = True

@@ -9,9 +9,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from pad_vllm import kernels
 from pad_vllm.config import PADConfig
-from pad_vllm.kernels import OutputHead
+from pad_vllm.kernels import OutputHead, cap_and_scale, score_candidates
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.worker.compatibility import Fit, fit
@@ -89,8 +88,8 @@ def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_
     if head.all_reduce is not None:
         return  # a rank has a shard, and the architecture is the same
     ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
-    scores = kernels.score_candidates(hidden_states, head, ids)
-    ours = kernels.cap_and_scale(scores, head)
+    scores = score_candidates(hidden_states, head, ids)
+    ours = cap_and_scale(scores, head)
     theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
     if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
         raise ValueError(

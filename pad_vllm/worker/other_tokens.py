@@ -93,7 +93,7 @@ class OtherTokens:
     def _history(self, batch: GuidedBatch) -> Callable[[ContextSlot], Sequence[int]]:
         def history(slot: ContextSlot) -> Sequence[int]:
             request = request_of(slot)
-            return self.table.history(list(batch.output_ids(request)), self.counts.host_first[request])
+            return self.table.history(list(batch.output_ids(request)), int(self.counts.host_first[request]))
 
         return history
 
@@ -102,6 +102,7 @@ class OtherTokens:
     ) -> tuple[ContextRows, torch.Tensor | None, torch.Tensor | None]:
         """Rows of a batch whose tokens the host knows; which of them are the last of their contexts (None: all are);
         and which contexts are full (None: none is)."""
+        assert batch.last_ids is not None
         slots, contexts, table = batch.layout.slots, params.contexts, self.table
         generated = batch.num_tokens - self.counts.host_prompt_len[slots]
         first = np.where(generated == 1, self.counts.host_first[slots], 0)
@@ -113,7 +114,7 @@ class OtherTokens:
         requests = np.arange(len(slots)) if contexts.requests is None else contexts.requests
         ends = totals[requests] + contexts.host_offset
         num_rows = np.maximum(n, 1)[requests]
-        owner = np.repeat(np.arange(len(requests)), num_rows)
+        owner: np.ndarray = np.repeat(np.arange(len(requests)), num_rows)
         last = np.cumsum(num_rows) - 1
         back = last[owner] - np.arange(len(owner))
         piece = table.pieces[table.starts[last_ids[requests]][owner] + num_rows[owner] - 1 - back]
@@ -169,7 +170,7 @@ class OtherTokens:
         positions = (ends.unsqueeze(1) - back).clamp(0, self.max_len - 1).where(is_there, 0)
         token_ids = table.device_pieces[((starts + n - 1).unsqueeze(1) - back).clamp(min=0)]
         token_ids = torch.where(totals.unsqueeze(1) > 0, token_ids, last_prompt_id.unsqueeze(1))
-        most = 1 + counts.bounds(slots, batch.num_tokens)
+        most: np.ndarray = 1 + counts.bounds(slots, batch.num_tokens)
         requests = slice(None) if contexts.requests is None else contexts.requests
         rows = ContextRows(
             slots=contexts.slots,
@@ -193,7 +194,7 @@ class WholeTokens:
         """[W] int64: the reward tokens that are one"""
         self.base_ids = to_device(whole[columns], device, torch.int64)
         """[W] int64: of which"""
-        reward_ids = np.zeros(len(tables.key), np.int64)
+        reward_ids: np.ndarray = np.zeros(len(tables.key), np.int64)
         reward_ids[whole[columns]] = columns
         self.reward_ids = to_device(reward_ids, device, torch.int64)
         """[base tokens] int64: what the reward model reads for one of these; anything for others"""
@@ -224,6 +225,6 @@ class OtherTokensDraft:
         token_ids = self.contexts.whole.reward_ids[token_ids]
         self.rows = replace(
             self.rows,
-            positions=(self.rows.positions + 1).clamp(max=self.contexts.max_len - 1),
+            positions=(self.rows.device_positions() + 1).clamp(max=self.contexts.max_len - 1),
             token_ids=token_ids if self.layout_rows is None else token_ids[self.layout_rows],
         )

@@ -61,15 +61,15 @@ class PieceCounts:
 
     def __init__(self, table: PieceTable, num_slots: int, max_rows_per_request: int, device: torch.device) -> None:
         self.table = table
-        self.host_first = np.zeros(num_slots, np.int64)
+        self.host_first: np.ndarray = np.zeros(num_slots, np.int64)
         """[slots] what is added to the first generated token: ``vocab_size``, where it begins an answer"""
         self.first = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """[slots] likewise"""
-        self.host_prompt_len = np.zeros(num_slots, np.int64)
+        self.host_prompt_len: np.ndarray = np.zeros(num_slots, np.int64)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.is_new = np.zeros(num_slots, bool)
+        self.is_new: np.ndarray = np.zeros(num_slots, bool)
         """[slots] begun, and in no step yet"""
-        self.known = np.zeros((num_slots, 2), np.int64)
+        self.known: np.ndarray = np.zeros((num_slots, 2), np.int64)
         """[slots, 2] generated tokens of each request, and their reward tokens, as far as the host knows them"""
         self.window = max_rows_per_request + 1
         self.totals = torch.zeros(num_slots, self.window, dtype=torch.int64, device=device)
@@ -110,14 +110,14 @@ class PieceCounts:
         is_irregular = self.is_new[slots] | (generated < num_known) | (generated > num_known + 1)
         for i in np.flatnonzero(is_irregular):
             slot = RequestSlot(int(slots[i]))
-            totals[i] = self.table.total(list(output_ids(slot))[: generated[i]], self.host_first[slot])
+            totals[i] = self.table.total(list(output_ids(slot))[: generated[i]], int(self.host_first[slot]))
         self.known[slots, 0], self.known[slots, 1], self.is_new[slots] = generated, totals, False
         return totals
 
     def begin_on_device(self, slot: RequestSlot, generated: Sequence[int]) -> None:
         """A request is in its first step, with these tokens."""
         before = len(generated) - 1
-        total = self.table.total(generated[:-1], self.host_first[slot])
+        total = self.table.total(generated[:-1], int(self.host_first[slot]))
         self.totals[slot] = total
         self.known[slot] = max(before, 0), total
         self.news.forget(slot)
@@ -171,7 +171,7 @@ class News:
         self._values = self._copy.numpy()  # the same memory
         self._arrived = torch.cuda.Event() if on_gpu else None
         self._asked = False
-        self._is_true = np.zeros(len(self.source), bool)
+        self._is_true: np.ndarray = np.zeros(len(self.source), bool)
         """[slots] whether the copy is of the slot's request"""
 
     def forget(self, slot: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pad_vllm import kernels
-from pad_vllm.kernels import Controls
+from pad_vllm.kernels import Controls, implementation, load_guide
 from pad_vllm.worker.device_tables import device_vocabulary, foreign_candidates
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams
@@ -22,8 +21,8 @@ class Rule:
         tokens, vocab_size, device = loaded.fit.tokens, loaded.fit.vocab_size, loaded.device
         self.head, self.vocabulary = loaded.head, device_vocabulary(tokens, vocab_size, device)
         self.foreign_ids = foreign_candidates(tokens, vocab_size, loaded.vocab_size, device)
-        self.kernels = kernels.implementation(device)
-        self.guide_ = kernels.load_guide(self.kernels)
+        self.kernels = implementation(device)
+        self.guide_ = load_guide(self.kernels)
 
     def apply(
         self,

@@ -55,10 +55,10 @@ class SameTokens:
         if self.drafted is None:
             hidden_states = self.engine.step(rows)
         else:
-            layout_rows = params.contexts.layout_rows
+            assert batch.local_positions is not None  # drafts are verified
             local_positions = batch.local_positions
-            if layout_rows is not None:
-                local_positions = local_positions[layout_rows]
+            if params.contexts.layout_rows is not None:
+                local_positions = local_positions[params.contexts.layout_rows]
             hidden_states = self.drafted.verified(self.engine, rows, batch.layout.slots, local_positions)
         if rows.is_full is not None:
             hidden_states = hidden_states.masked_fill(rows.is_full.unsqueeze(1), float("nan"))
@@ -76,7 +76,8 @@ class SameTokens:
         rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
         if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
             return None
-        return SameTokensDraft(self, rows, params, num_drafts)
+        assert self.drafted is not None  # there is a drafter
+        return SameTokensDraft(self, self.drafted, rows, params, num_drafts)
 
     def draftable(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits = logits[:, : self.num_drafted]
@@ -185,7 +186,7 @@ class DraftedStates:
             num_contexts, num_drafts, config.get_hidden_size(), dtype=config.dtype, device=loaded.device
         )
         """[contexts, num_drafts, hidden_size]"""
-        self.num_kept = np.zeros(num_slots, np.int64)
+        self.num_kept: np.ndarray = np.zeros(num_slots, np.int64)
         """[slots] of a request's contexts"""
 
     def verified(
@@ -210,7 +211,7 @@ class DraftedStates:
         is_last = is_last[where]
         last = rows.select(where)
         last.row_slots = last.row_slots.where(is_last, engine.no_slot)
-        last.positions = last.positions.where(is_last, 0)
+        last.positions = last.device_positions().where(is_last, 0)
         computed = engine.step(last)
         hidden_states = self.kept[rows.row_slots, local_positions.clamp(max=num_kept - 1)]
         hidden_states[where] = computed.where(is_last.unsqueeze(1), hidden_states[where])
@@ -224,13 +225,15 @@ class SameTokensDraft:
         rows: of the requests' last tokens; their ``num_tokens`` those with all drafts.
     """
 
-    def __init__(self, contexts: SameTokens, rows: ContextRows, params: RowParams, num_drafts: int) -> None:
-        self.contexts, self.rows, self.params = contexts, rows, params
+    def __init__(
+        self, contexts: SameTokens, drafted: DraftedStates, rows: ContextRows, params: RowParams, num_drafts: int
+    ) -> None:
+        self.contexts, self.drafted, self.rows, self.params = contexts, drafted, rows, params
         self.num_drafts, self.num_made = num_drafts, 0
 
     def hidden_states(self) -> torch.Tensor:
         hidden_states = self.contexts.engine.step(self.rows)
-        self.contexts.drafted.kept[self.rows.row_slots, self.num_made] = hidden_states
+        self.drafted.kept[self.rows.row_slots, self.num_made] = hidden_states
         return hidden_states
 
     def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
@@ -242,4 +245,4 @@ class SameTokensDraft:
         self.rows = replace(self.rows, positions=positions, token_ids=token_ids)
         self.num_made += 1
         if self.num_made == self.num_drafts:
-            self.contexts.drafted.num_kept[self.params.layout.slots] = self.num_drafts
+            self.drafted.num_kept[self.params.layout.slots] = self.num_drafts

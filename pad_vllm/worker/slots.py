@@ -25,26 +25,42 @@ if TYPE_CHECKING:
 NO_PENALTIES = (0.0, 0.0, 1.0)
 
 
-class IntColumns(NamedTuple):
-    """Integers of a request; or of rows, each a [R] int64 tensor."""
+class RequestInts(NamedTuple):
+    """Integers of a request."""
 
-    num_contexts: int | torch.Tensor
+    num_contexts: int
     """0: there is no request."""
-    top_k: int | torch.Tensor
+    top_k: int
     """0: leave the row alone."""
-    end_id: int | torch.Tensor
+    end_id: int
     """The token that ends the request."""
 
 
-class ContextColumns(NamedTuple):
-    """Integers of a context; or of context rows, each a [R] int64 tensor."""
+class RowInts(NamedTuple):
+    """:class:`RequestInts` of the requests of rows, each a [R] int64 tensor."""
 
-    offset: int | torch.Tensor
+    num_contexts: torch.Tensor
+    top_k: torch.Tensor
+    end_id: torch.Tensor
+
+
+class ContextInts(NamedTuple):
+    """Integers of a context."""
+
+    offset: int
     """Tokens that the composed prompt has more than the base's."""
-    prompt_len: int | torch.Tensor
+    prompt_len: int
     """Length of the base's prompt."""
-    last_prompt_id: int | torch.Tensor
+    last_prompt_id: int
     """Last token of the composed prompt."""
+
+
+class ContextRowInts(NamedTuple):
+    """:class:`ContextInts` of the contexts of context rows, each a [context rows] int64 tensor."""
+
+    offset: torch.Tensor
+    prompt_len: torch.Tensor
+    last_prompt_id: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -72,23 +88,23 @@ class Slots:
     def __init__(self, num_slots: int, heads: ValueHeads | None, vocab_size: int, device: torch.device) -> None:
         self.heads = heads
         num_heads = len(heads.names) if heads else 0
-        self.ints = torch.zeros(num_slots, len(IntColumns._fields), dtype=torch.int64, device=device)
-        """[slots, 3]: :class:`IntColumns`"""
+        self.ints = torch.zeros(num_slots, len(RequestInts._fields), dtype=torch.int64, device=device)
+        """[slots, 3]: :class:`RequestInts`"""
         self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
         """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
         self.contexts = torch.zeros(
-            num_slots * MAX_CONTEXTS, len(ContextColumns._fields), dtype=torch.int64, device=device
+            num_slots * MAX_CONTEXTS, len(ContextInts._fields), dtype=torch.int64, device=device
         )
-        """[slots * MAX_CONTEXTS, 3]: :class:`ContextColumns`"""
+        """[slots * MAX_CONTEXTS, 3]: :class:`ContextInts`"""
         self.context_weights = torch.zeros(num_slots, MAX_CONTEXTS, device=device)
         """[slots, MAX_CONTEXTS]: 0 where there is none"""
         self.controls = ControlSlots(num_slots, vocab_size, device)
-        self.host_num_contexts = np.zeros(num_slots, np.int64)
-        self.host_mixes = np.zeros(num_slots, bool)
-        self.host_offset = np.zeros(num_slots * MAX_CONTEXTS, np.int64)
-        self.host_prompt_len = np.zeros(num_slots, np.int64)
-        self.host_top_k = np.zeros(num_slots, np.int64)
-        self.host_uses_heads = np.zeros(num_slots, bool)
+        self.host_num_contexts: np.ndarray = np.zeros(num_slots, np.int64)
+        self.host_mixes: np.ndarray = np.zeros(num_slots, bool)
+        self.host_offset: np.ndarray = np.zeros(num_slots * MAX_CONTEXTS, np.int64)
+        self.host_prompt_len: np.ndarray = np.zeros(num_slots, np.int64)
+        self.host_top_k: np.ndarray = np.zeros(num_slots, np.int64)
+        self.host_uses_heads: np.ndarray = np.zeros(num_slots, bool)
 
     @property
     def no_slot(self) -> RequestSlot:
@@ -98,9 +114,9 @@ class Slots:
     def write(
         self,
         slot: RequestSlot,
-        ints: IntColumns,
+        ints: RequestInts,
         floats: list[float],
-        contexts: list[ContextColumns],
+        contexts: list[ContextInts],
         weights: list[float],
         uses_heads: bool,
     ) -> None:
@@ -110,8 +126,8 @@ class Slots:
             contexts: as many as ``ints`` says, each with its part in the reward in ``weights``.
             uses_heads: whether the request's heads have weights.
         """
-        device, places = self.ints.device, context_slots(slot)
-        places = slice(places.start, places.start + len(contexts))
+        device, first = self.ints.device, context_slots(slot).start
+        places = slice(first, first + len(contexts))
         self.ints[slot] = to_device(list(ints), device, torch.int64)
         self.floats[slot] = to_device(floats, device, torch.float32)
         self.contexts[places] = to_device(np.array(contexts, np.int64), device, torch.int64)
@@ -137,8 +153,8 @@ class ControlSlots:
         self.bias = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=device)
         self.penalties = torch.tensor(NO_PENALTIES, device=device).repeat(num_slots, 1)
         self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.host_biases = np.zeros(num_slots, bool)
-        self.host_penalizes = np.zeros(num_slots, bool)
+        self.host_biases: np.ndarray = np.zeros(num_slots, bool)
+        self.host_penalizes: np.ndarray = np.zeros(num_slots, bool)
 
     def write(self, slot: RequestSlot, controls: SamplingControls, prompt_ids: list[int]) -> None:
         device, bias = self.bias.device, controls.logit_bias or {}
@@ -147,7 +163,7 @@ class ControlSlots:
             self.bias_ids[slot, : len(bias)] = to_device(list(bias), device, torch.int32)
             self.bias[slot, : len(bias)] = to_device(list(bias.values()), device, torch.float32)
         if controls.penalizes or self.host_penalizes[slot]:
-            self.penalties[slot] = to_device(controls.penalties, device, torch.float32)
+            self.penalties[slot] = to_device(list(controls.penalties), device, torch.float32)
             seen = np.zeros(32 * self.prompt_mask.shape[1], bool)
             seen[prompt_ids] = True
             self.prompt_mask[slot] = to_device(np.packbits(seen, bitorder="little").view("<i4"), device, torch.int32)
@@ -167,7 +183,7 @@ class RowParams:
 
     def __init__(self, layout: Layout, slots: Slots, max_rows_per_request: int) -> None:
         self.layout = layout
-        ints = IntColumns(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
+        ints = RowInts(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
         floats = slots.floats[layout.row_slots]
         beta, reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
@@ -196,7 +212,7 @@ class ContextRowParams:
 
     def __init__(self, layout: Layout, slots: Slots, num_contexts: torch.Tensor, max_rows_per_request: int) -> None:
         """``num_contexts``: [R] int64, of each row."""
-        self.slots = layout.slots * MAX_CONTEXTS
+        self.slots: np.ndarray = layout.slots * MAX_CONTEXTS
         """[C] int64, on the host"""
         self.row_slots = layout.row_slots * MAX_CONTEXTS
         """[context rows] int64"""
@@ -207,7 +223,7 @@ class ContextRowParams:
         self.mixture: Mixture | None = None
         if slots.host_mixes[layout.slots].any():
             self._expand(layout, slots, num_contexts, max_rows_per_request)
-        self.ints = ContextColumns(*(column.contiguous() for column in slots.contexts[self.row_slots].unbind(1)))
+        self.ints = ContextRowInts(*(column.contiguous() for column in slots.contexts[self.row_slots].unbind(1)))
         self.host_offset = slots.host_offset[self.slots]
 
     def _expand(self, layout: Layout, slots: Slots, num_contexts: torch.Tensor, max_rows_per_request: int) -> None:

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from pad_vllm.params import PAD, GuidanceParams
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.pace import Pace
+from pad_vllm.worker.batch import RequestSlot
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
@@ -37,7 +38,7 @@ class RequestState:
     params: GuidanceParams | None
     controls: SamplingControls
     stop_token_id: int
-    slot: int | None = None
+    slot: RequestSlot | None = None
     """None until the request has begun, and if it could not."""
     contexts: list[Context] = field(default_factory=list)
     failed: bool = False
@@ -52,10 +53,16 @@ class Adapter:
     """What the two runners' adapters share: reading a request, the guided step, and failing closed."""
 
     def __init__(self, guidance: Guidance | None, resolve: Resolve) -> None:
-        self.guidance = guidance
+        self._guidance = guidance
         self.resolve = resolve
         self.board: Board | None = None
         self.pace = Pace()
+
+    @property
+    def guidance(self) -> Guidance:
+        """Of an engine with a reward model; others begin no request."""
+        assert self._guidance is not None
+        return self._guidance
 
     def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
         """None for a request that is not guided."""
@@ -70,9 +77,10 @@ class Adapter:
             self.fail([state])
             return state
 
-    def begin(self, slot: int, state: RequestState, prompt_ids: list[int]) -> bool:
+    def begin(self, slot: RequestSlot, state: RequestState, prompt_ids: list[int]) -> bool:
         """Give a request its contexts, once its prompt is known. Returns whether it is guided."""
         try:
+            assert state.params is not None  # else it has failed
             state.contexts = self.guidance.new_request(
                 slot, state.params, state.controls, prompt_ids, state.stop_token_id
             )
@@ -120,7 +128,7 @@ class Adapter:
             if state.failed:
                 continue
             try:
-                if has_written and state.is_guided:
+                if has_written and state.is_guided and state.params is not None:
                     num_left = logits_of(state).isfinite().sum(-1)
                     if bool((num_left <= state.params.top_k).any()):
                         raise RuntimeError("the step failed when it had written over the request's logits")
@@ -131,8 +139,8 @@ class Adapter:
 
     def fail(self, states: list[RequestState]) -> None:
         """Give requests up: from now on they get end tokens."""
-        if self.guidance is not None:
-            self.guidance.stats.failed_requests += sum(not state.failed and state.is_guided for state in states)
+        if self._guidance is not None:
+            self._guidance.stats.failed_requests += sum(not state.failed and state.is_guided for state in states)
         for state in states:
             state.failed = True
         self.show()

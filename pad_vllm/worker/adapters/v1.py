@@ -16,7 +16,7 @@ from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.pace import Pace
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
-from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.guidance import Guidance
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class V1Batch:
             positions=None,
             token_ids=layout.logits_rows,  # until there is a step
             output_ids=lambda slot: by_slot[slot].output_ids,
-            output_tokens=self.penalties and self.penalties.output_tokens,
+            output_tokens=None if self.penalties is None else self.penalties.output_tokens,
         )
 
     def step(self, pace: Pace) -> GuidedBatch:
@@ -142,7 +142,7 @@ class V1Adapter(Adapter):
 
     def _has_begun(self, state: V1RequestState) -> bool:
         if state.slot is None and not state.failed:
-            slot = self.free_slots.pop()
+            slot = RequestSlot(self.free_slots.pop())
             if not self.begin(slot, state, state.prompt_ids):
                 self.free_slots.append(slot)
         return not state.failed
@@ -150,7 +150,8 @@ class V1Adapter(Adapter):
     def _guide(self, logits: torch.Tensor, batch: V1Batch) -> None:
         guided, penalties = batch.step(self.pace), batch.penalties
         if penalties is None:
-            return self.guidance.apply(logits, guided)
+            self.guidance.apply(logits, guided)
+            return
         penalties.apply_(logits)
         try:
             self.guidance.apply(logits, guided)
@@ -173,7 +174,7 @@ class V1Adapter(Adapter):
                 self.fail([state])
 
     def _guide_each(self, logits: torch.Tensor, error: Exception) -> None:
-        row_of = {state: row for row, state in self.rows.items()}
+        row_of: dict[RequestState, int] = {state: row for row, state in self.rows.items()}
 
         def guide(state: RequestState) -> None:
             row = row_of[state]

@@ -14,7 +14,7 @@ from pad_vllm.kernels import OutputTokens
 from pad_vllm.params import PAD
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
-from pad_vllm.worker.batch import GuidedBatch, Layout
+from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.drafter import UNGUIDED, Sample
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
@@ -35,7 +35,7 @@ class V2Adapter(Adapter):
     def __init__(self, guidance: Guidance | None, resolve: Resolve, req_states: LogitsProcRequestState) -> None:
         super().__init__(guidance, resolve)
         self.req_states = req_states
-        self.drafter = guidance and guidance.drafter
+        self.drafter = None if guidance is None else guidance.drafter
         self.states: list[RequestState | None] = [None] * req_states.max_num_reqs  # by slot
         self.asked = np.zeros(req_states.max_num_reqs, bool)
         """[max_num_reqs] slots whose request asked for guidance; and, if the reward model drafts, of all others"""
@@ -66,15 +66,22 @@ class V2Adapter(Adapter):
             self.arrived[slot] = None
         return state is not None
 
+    def _state(self, slot: int) -> RequestState:
+        """Of a slot whose request asked for guidance, or is drafted for."""
+        state = self.states[slot]
+        assert state is not None
+        return state
+
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
         self.last = self.last_drafted = self.last_step = None
         for slot, state in enumerate(self.states):
-            failed = state is not None and state.failed
-            is_guided = failed and state.is_guided
-            self.failed[slot] = is_guided
-            if failed and not is_guided:
-                self.asked[slot] = False  # it goes on without drafts
+            if state is None or not state.failed:
+                self.failed[slot] = False
+            elif state.is_guided:
+                self.failed[slot] = True
+            else:
+                self.failed[slot] = self.asked[slot] = False  # it goes on without drafts
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
@@ -84,7 +91,7 @@ class V2Adapter(Adapter):
                 self.arrived[slot] = HostCopy(self.req_states.all_token_ids.gpu[slot, :length])
             except Exception:
                 logger.exception("PAD cannot read a request's tokens: ending it.")
-                self.fail([self.states[slot]])
+                self.fail([self._state(slot)])
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         slots, num_tokens = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
@@ -107,10 +114,10 @@ class V2Adapter(Adapter):
             for slot in slots[asked[self.failed[slots[asked]]]]:
                 rows = ctx.expanded_idx_mapping == int(slot)
                 logits.masked_fill_(rows.unsqueeze(1), float("-inf"))
-                logits[:, self.states[slot].stop_token_id].masked_fill_(rows, 0.0)
+                logits[:, self._state(slot).stop_token_id].masked_fill_(rows, 0.0)
 
     def _guide_each(self, logits: torch.Tensor, ctx: LogitsContext, asked: np.ndarray, error: Exception) -> None:
-        place_of = {self.states[ctx.idx_mapping_np[place]]: place for place in asked.tolist()}
+        place_of = {self._state(ctx.idx_mapping_np[place]): place for place in asked.tolist()}
         self.last = self.last_step = None  # a step further than what was guided
 
         def guide(state: RequestState) -> None:
@@ -141,16 +148,18 @@ class V2Adapter(Adapter):
         fed: dict[int, list[int]] = {}  # of the requests that begin with this step
         if self.arrived:
             for slot in sorted(self.arrived.keys() & set(slots.tolist())):
-                tokens = self.arrived.pop(slot)
-                if self.states[slot].failed:
+                tokens, state = self.arrived.pop(slot), self._state(slot)
+                if state.failed:
                     continue
                 try:
+                    if tokens is None:
+                        raise RuntimeError("the runner has not staged its writes")
                     fed[slot] = tokens.tolist()
                 except Exception:
                     logger.exception("PAD cannot read a request's tokens: ending it.")
-                    self.fail([self.states[slot]])
+                    self.fail([state])
                     continue
-                self.begin(slot, self.states[slot], fed[slot][: self.req_states.prompt_len.np[slot]])
+                self.begin(RequestSlot(slot), state, fed[slot][: self.req_states.prompt_len.np[slot]])
         guided = asked[self.asked[slots] & ~self.failed[slots]]
         if not len(guided):
             return
@@ -209,6 +218,7 @@ class V2Adapter(Adapter):
                 token_ids=last_sampled[layout.row_slots],
                 output_ids=self._output_ids,
             )
+            assert self.drafter is not None  # the speculator is ours
             drafts = self.drafter.draft(batch, num_drafts, sample)
         except Exception:
             logger.exception("The reward model could not draft in a step.")
