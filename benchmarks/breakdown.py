@@ -29,7 +29,7 @@ PARTS = (
 )
 
 
-def measure(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
+def time_parts(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds per guided step, by part; the last is what the engine spends outside guidance."""
     from pad_vllm.processor import PADLogitsProcessor
 

@@ -59,7 +59,7 @@ class Drafted:
     """of the engine, for each of its steps"""
 
 
-def measure(setup: DraftSetup, prompts: Sequence[list[int]], preferences: Sequence[str | None]) -> list[Drafted]:
+def measure_drafts(setup: DraftSetup, prompts: Sequence[list[int]], preferences: Sequence[str | None]) -> list[Drafted]:
     """Run one engine, in this process, with ``PROMPTS`` requests of every kind at once."""
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -229,7 +229,7 @@ def compare(
         if (label, setup.num_drafts) in measured_before:
             continue
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(measure, setup, prompts, preferences).result()
+            measured = pool.submit(measure_drafts, setup, prompts, preferences).result()
         for row in rows(label, setup, measured):
             found.append(row)
             print(

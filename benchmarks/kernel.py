@@ -268,7 +268,7 @@ def bandwidth(timer: Timer, repeats: int) -> float:
     return 2 * source.nbytes / statistics.median(timer.elapsed(replay) for _ in range(repeats + 1)) * 1e6
 
 
-def measure(of: Problem, steps: dict[str, Callable[..., None]], timer: Timer, repeats: int) -> dict[str, float]:
+def time_steps(of: Problem, steps: dict[str, Callable[..., None]], timer: Timer, repeats: int) -> dict[str, float]:
     """Microseconds of each step: by medians of replays, in turns."""
     work = [torch.empty_like(source) for source in of.sources]
     flush = torch.empty(timer.flush_bytes, dtype=torch.uint8, device=timer.device)
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         steps = {"fused": fused.guide_} | ({"composite": composite_} if part == "guide" else {})
         if args.reference:
             steps["reference"] = reference.guide_
-        times = measure(of, steps, timer, args.repeats)
+        times = time_steps(of, steps, timer, args.repeats)
         limit = of.moved / bytes_per_second * 1e6
         row: dict[str, Any] = {"part": part, "rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size}
         row |= {"top_k": top_k, **times, "limit": limit, "fraction": limit / times["fused"], "error": error}

@@ -166,7 +166,7 @@ def is_tested(target: str, kernel_name: str) -> bool:
     return target == WHOLE or kernel_name in LARGEST
 
 
-def measure(all_of_all: bool = True) -> dict:
+def resources_of_all(all_of_all: bool = True) -> dict:
     rows = [
         {"target": name, "kernel": kernel_name, "K": K, "warps": warps}
         | resources(*compile_ahead(kernel, constants, warps, target), target)
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    record = measure()
+    record = resources_of_all()
     columns = ("target", "kernel", "K", "warps", "registers", "spilled", "shared")
     print(("{:>22}" * len(columns)).format(*columns))
     for row in record["results"]:

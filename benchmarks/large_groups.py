@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pad_vllm.kernels import Groups, OutputHead, Rows, SharedVocabulary
-from pad_vllm.kernels.large_groups import LARGE
+from pad_vllm.kernels.large_groups import LARGE_ON_DEVICE
 from pad_vllm.kernels.reference import guide_
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.token_tables import TokenTables, make_tables
@@ -57,13 +57,13 @@ def candidates(tables: TokenTables, rng: np.random.Generator) -> dict[str, np.nd
     """[TOP_K] base tokens with small groups, and with one of the largest group for the last."""
     sizes = np.diff(tables.member_starts)
     of_token = np.where(tables.key >= 0, sizes[np.maximum(tables.key, 0)], 0)
-    small = rng.choice(np.flatnonzero((of_token > 0) & (of_token <= LARGE)), TOP_K, replace=False)
+    small = rng.choice(np.flatnonzero((of_token > 0) & (of_token <= LARGE_ON_DEVICE)), TOP_K, replace=False)
     large = small.copy()
     large[-1] = of_token.argmax()
     return {"small": small, "large": large}
 
 
-def measure(tables: TokenTables, num_reward: int, num_rows: int, hidden_size: int) -> dict[str, float]:
+def time_step(tables: TokenTables, num_reward: int, num_rows: int, hidden_size: int) -> dict[str, float]:
     """Median milliseconds of each."""
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     vocab_size = len(tables.key)
@@ -126,8 +126,8 @@ def main() -> None:
             "groups": int((sizes > 0).sum()),
             "largest": int(sizes.max()),
             "largest_of": repr(reward.bytes[int(sizes.argmax())]),
-            "over_512": int((sizes > LARGE).sum()),
-            "ms": {str(n): measure(tables, reward.size, n, args.hidden_size) for n in ROWS},
+            "over_512": int((sizes > LARGE_ON_DEVICE).sum()),
+            "ms": {str(n): time_step(tables, reward.size, n, args.hidden_size) for n in ROWS},
         }
         args.output.write_text(json.dumps(record, indent=2) + "\n")
         print(pair, json.dumps(entry), flush=True)

@@ -124,9 +124,9 @@ class Engine:
         return _guidance().engine.stats.num_tokens
 
     def breakdown(self, cell: Cell, seed: int) -> dict[str, float]:
-        from .breakdown import measure
+        from .breakdown import time_parts
 
-        return measure(_guidance(), lambda: self.run(cell, seed))
+        return time_parts(_guidance(), lambda: self.run(cell, seed))
 
 
 def _guidance() -> Any:

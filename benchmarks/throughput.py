@@ -306,7 +306,7 @@ NOT_SETTINGS = ("sections", "output", "resume")
 """Arguments on which no result depends."""
 
 
-def measure(setup: Setup, args: argparse.Namespace) -> None:
+def measure_throughput(setup: Setup, args: argparse.Namespace) -> None:
     """Run the sections, and keep each one's result as it ends."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     record = Record(args.output, settings, {name: section.__doc__ for name, section in SECTIONS.items()})
@@ -362,7 +362,7 @@ def main(args: argparse.Namespace) -> None:
             load_format=args.load_format,
             personas={f"p{i}": " ".join(f"w{1000 + 20 * i + j}" for j in range(16)) for i in range(NUM_PERSONAS)},
         )
-        measure(setup, args)
+        measure_throughput(setup, args)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def score_members(
             **variant,
             num_warps=fused_large_groups.WARPS,
         )
-    most = groups.most if large is None else min(groups.most, large_groups.LARGE)
+    most = groups.most if large is None else min(groups.most, large_groups.LARGE_ON_DEVICE)
     parts = min(triton.next_power_of_2(triton.cdiv(most, PART)), MAX_PARTS)
     scores = torch.full((parts, num_all, K), float("-inf"), device=device)
     score_groups_kernel[(num_all, rows.max_top_k, parts)](

@@ -22,7 +22,7 @@ from .types import NO_OPINION, Groups, Mixture, OutputHead, Rows
 
 CHUNK = 16384
 """Members whose rows of lm_head are gathered together."""
-LARGE = 256
+LARGE_GROUP = 256
 """Members of a group whose rows are gathered once for all contexts that have it, and multiplied with all of these."""
 FEW = 16
 """Contexts of which all groups are scored together."""
@@ -87,7 +87,7 @@ def score_groups(
     context, group = pairs.div(num_groups, rounding_mode="floor"), pairs % num_groups
     begin = groups.starts[group].long()
     counts = (groups.starts[group + 1].long() - begin).where(pairs >= 0, 0)
-    few = counts.where(counts <= LARGE, 0)
+    few = counts.where(counts <= LARGE_GROUP, 0)
     owner = torch.arange(len(pairs)).repeat_interleave(few)
     within = torch.arange(len(owner)) - (few.cumsum(0) - few)[owner]
     members = groups.members[begin[owner] + within]
@@ -96,7 +96,7 @@ def score_groups(
         for whose, part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)
     ]
     scores = logsumexp_by(torch.cat(r), owner, len(pairs))
-    is_large = counts > LARGE
+    is_large = counts > LARGE_GROUP
     for g in group[is_large].unique().tolist():
         its = (is_large & (group == g)).nonzero().flatten()
         hidden = hidden_states[context[its]].float()

@@ -9,13 +9,13 @@ import torch
 
 from .types import LargeGroups
 
-LARGE = 512
+LARGE_ON_DEVICE = 512
 """Members of a group that has programs of its own."""
 BLOCK_M = 64
 """Members of a program."""
 
 
-def find_large(starts: torch.Tensor, most: int = LARGE) -> LargeGroups | None:
+def find_large(starts: torch.Tensor, most: int = LARGE_ON_DEVICE) -> LargeGroups | None:
     """Of the ``starts`` of :class:`.types.Groups`, those of more than ``most`` members; reads them. None: there are
     none."""
     bounds = starts.tolist()

@@ -20,7 +20,7 @@ from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
 from pad_vllm.params import PAD, GuidanceParams
-from pad_vllm.worker.order import num_giving_way, processors, say
+from pad_vllm.worker.order import log_order, num_giving_way, processors
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,7 +84,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         try:
             self._start(config, device_or_req_states)
             if config is not None:
-                say(found)
+                log_order(found)
         except ImportError as error:
             if config is not None:
                 raise ValueError(f"pad cannot run on this vLLM: {one_line(error)}") from error

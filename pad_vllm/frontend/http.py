@@ -37,15 +37,15 @@ FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 """Bodies that vLLM reads as forms, where it reads any: of audio."""
 
 
-class Place(NamedTuple):
+class BodyField(NamedTuple):
     """A field of a body, and the one that it stands in."""
 
     key: str
-    outer: Place | None
+    outer: BodyField | None
 
     def keys(self) -> list[str]:
         keys: list[str] = []
-        place: Place | None = self
+        place: BodyField | None = self
         while place is not None:
             keys.append(place.key)
             place = place.outer
@@ -81,10 +81,10 @@ def unguided(path: str, vllm_config: VllmConfig | None = None) -> str | None:
     return None
 
 
-def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ()) -> Iterator[Place]:
+def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ()) -> Iterator[BodyField]:
     """Where a body says something that was meant for PAD. On top, and in the fields named ``loosely``, that is whatever
     looks like it; deeper, only what PAD knows."""
-    waiting: list[tuple[Place | None, Any]] = [(None, body)]
+    waiting: list[tuple[BodyField | None, Any]] = [(None, body)]
     num_like = 0
     while waiting:
         outer, value = waiting.pop()
@@ -97,12 +97,12 @@ def _asked(body: Mapping[str, Any], loosely: tuple[str, ...] = ()) -> Iterator[P
             if LIKE_OURS.match(key):
                 num_like += 1
                 if num_like > MAX_LIKE:
-                    yield Place(f"(over {MAX_LIKE} names like it)", Place(key, outer))
+                    yield BodyField(f"(over {MAX_LIKE} names like it)", BodyField(key, outer))
                     return
             if is_meant(key) or (key == "pad" and _is_guidance(inner)):
-                yield Place(key, outer)
+                yield BodyField(key, outer)
             elif isinstance(inner, (Mapping, list)) and key not in NOT_ARGUMENTS:
-                waiting.append((Place(key, outer), inner))
+                waiting.append((BodyField(key, outer), inner))
 
 
 def _is_guidance(value: Any) -> bool:

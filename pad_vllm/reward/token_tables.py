@@ -38,7 +38,7 @@ MAX_PIECES = 8
 """Reward tokens of a token of a large base vocabulary, at most: on Model Runner V2 each step has room for so many of
 every request. Base tokens of more, as long runs of spaces and words in scripts that the reward model spells in bytes,
 are no candidates; the base has shorter tokens for the same text."""
-LARGE = 32_000
+LARGE_VOCABULARY = 32_000
 """Tokens of such a vocabulary. In a smaller one the longest tokens are few, and so is what they take."""
 MAX_LOST = 0.01
 """Part of the base's tokens that the reward model may be unable to write: control characters, as a rule."""
@@ -193,7 +193,7 @@ def _make(
     is_lost = reward.inexact(list(contents.values()), starts, ids) & ~known | (lengths == 0)
     key = np.full(base.size, NO_KEY, np.int32)
     fits = ~is_lost
-    if base.size >= LARGE:
+    if base.size >= LARGE_VOCABULARY:
         fits &= lengths <= MAX_PIECES
     first = ids[starts[:-1].clip(max=len(ids) - 1)]
     key[tokens[fits]] = first[fits]
@@ -277,7 +277,7 @@ def load_tables(
     if cache_dir is None and base.size + reward.size < WORTH_KEEPING:
         return make()
     rules = (sorted((answers or {}).items()), first_space)
-    settings = repr((FORMAT, MAX_PIECES, LARGE, sorted(base_ends), reward_ends, rules))
+    settings = repr((FORMAT, MAX_PIECES, LARGE_VOCABULARY, sorted(base_ends), reward_ends, rules))
     parts = (settings, base.fingerprint, reward.fingerprint)
     name = f"token-tables-{hashlib.sha256(chr(0).join(parts).encode(errors='replace')).hexdigest()[:16]}"
     made: list[TokenTables] = []

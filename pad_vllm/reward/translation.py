@@ -28,7 +28,7 @@ SEPARATOR = "\n\n"
 """Between texts that become one message."""
 
 
-class Message(NamedTuple):
+class ReadMessage(NamedTuple):
     role: str
     content: str
 
@@ -36,7 +36,7 @@ class Message(NamedTuple):
 class Chat(NamedTuple):
     """Messages, and what the assistant has begun to answer; None: a finished conversation."""
 
-    messages: list[Message]
+    messages: list[ReadMessage]
     answer: str | None
 
 
@@ -155,16 +155,16 @@ class PromptTranslator:
                 content = content.strip()
             system.append(self.marked.decode(content))
         texts = [part for part in system if part.strip()]
-        messages = [Message("system", SEPARATOR.join(texts))] if system else []
+        messages = [ReadMessage("system", SEPARATOR.join(texts))] if system else []
         answer = None
         for message in found[len(leading) :]:
             content = text[message.start : message.end_or(text)]
             if message.role == "assistant" and message.end is None:
                 answer = self.marked.decode(content)
             elif message.role not in (UNKNOWN, INSERTED, WRITTEN):
-                messages.append(Message(message.role, self.marked.decode(content)))
+                messages.append(ReadMessage(message.role, self.marked.decode(content)))
             elif content := self.marked.decode(re.sub(ATOMS, "", content)).strip():
-                last = messages.pop() if messages else Message("system", "")
+                last = messages.pop() if messages else ReadMessage("system", "")
                 content = SEPARATOR.join(part for part in (last.content, content) if part.strip())
                 messages.append(last._replace(content=content))
         return Chat(messages, answer) if messages else None
@@ -192,20 +192,20 @@ class PromptTranslator:
         return self._encode(items)
 
     @staticmethod
-    def _as_others_know_them(messages: list[Message]) -> Iterator[list[Message]]:
+    def _as_others_know_them(messages: list[ReadMessage]) -> Iterator[list[ReadMessage]]:
         """A conversation in ways that templates may know: as it is, or without a role that few have, or, where there is
         no system turn, with its text before the next one's."""
         yield messages
         if any(message.role == "developer" for message in messages):
-            messages = [Message("system" if m.role == "developer" else m.role, m.content) for m in messages]
+            messages = [ReadMessage("system" if m.role == "developer" else m.role, m.content) for m in messages]
             yield messages
         if messages[0].role == "system" and len(messages) > 1:
             system, first, *rest = messages
             joined = SEPARATOR.join(part for part in (system.content, first.content) if part.strip())
-            yield [Message(first.role, joined), *rest]
+            yield [ReadMessage(first.role, joined), *rest]
 
     @staticmethod
-    def _shape(messages: Sequence[Message]) -> tuple[tuple[str, str, str], ...]:
+    def _shape(messages: Sequence[ReadMessage]) -> tuple[tuple[str, str, str], ...]:
         """Of each message its role, and the white space around its content, which some templates take away."""
         return tuple(
             (role, text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if text.strip() else "")

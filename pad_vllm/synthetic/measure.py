@@ -57,7 +57,7 @@ def generate(
     return [output.outputs[0].text for output in llm.chat(chats, params, use_tqdm=False)]
 
 
-def measure(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def measure_users(llm: LLM, beta: float, top_k: int, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Mean satisfaction without and with guidance, of every single value and two held-out combinations.
 
     Sampled at temperature 0.8, on questions in a phrasing that the reward model was never trained on.

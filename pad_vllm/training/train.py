@@ -113,7 +113,7 @@ def _learn(
         if not config.has_lora:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
         model = run.backbone(model, reference, pairs, eval_pairs)
-        metrics["backbone"] = measure(model, None if config.backbone.opposites else reference, eval_pairs)
+        metrics["backbone"] = measure_ranking(model, None if config.backbone.opposites else reference, eval_pairs)
     heads = None
     if "heads" in stages:
         headed = run.heads(HeadedModel(model, names), reference, pairs, eval_pairs)
@@ -136,7 +136,7 @@ def another_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> Pre
     return None if same_ordinary_tokens(theirs, tokenizer) else theirs
 
 
-def measure(model: nn.Module, reference: nn.Module | None, pairs: Sequence[PairExample]) -> dict[str, float]:
+def measure_ranking(model: nn.Module, reference: nn.Module | None, pairs: Sequence[PairExample]) -> dict[str, float]:
     """How often the chosen answer has the higher reward: over all comparisons, and where a dimension alone decides.
 
     Without a reference: how often two opposites are told apart, of which each has the sum of their margins.
@@ -187,7 +187,7 @@ class _Run:
             trained,
             reference,
             pairs,
-            lambda m: measure(m, None if config.backbone.opposites else reference, eval_pairs),
+            lambda m: measure_ranking(m, None if config.backbone.opposites else reference, eval_pairs),
         )
         if not config.has_lora:
             return trained.eval()

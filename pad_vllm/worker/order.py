@@ -68,7 +68,7 @@ def num_giving_way(found: list[Processor]) -> int:
     return sum(processor.is_ours for processor in found[: place(found)])
 
 
-def say(found: list[Processor]) -> None:
+def log_order(found: list[Processor]) -> None:
     """Log the order, where there is anything beside PAD; warn of what the operator could not put where it stands."""
     at = place(found)
     shown = ["PAD" if i == at else str(p) for i, p in enumerate(found) if i == at or not p.is_ours]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pad_vllm.benchmarks.drafts import DraftSetup, measure
+from pad_vllm.benchmarks.drafts import DraftSetup, measure_drafts
 from pad_vllm.worker.patches import reward_model_drafts
 from tests import oracle
 from tests.conftest import MAX_TOKENS
@@ -234,7 +234,7 @@ def test_the_benchmark_counts_tokens_for_a_pass(models, encode, near):
     worker = Worker("v2")
     setup = DraftSetup(str(models.base), str(near[0]), str(near[0]), 2, betas=(1.0,), temperatures=(0.0, 0.8))
     try:
-        measured = worker.run(measure, setup, [encode(text) for text in PROMPTS[:2]], [None, "concise"])
+        measured = worker.run(measure_drafts, setup, [encode(text) for text in PROMPTS[:2]], [None, "concise"])
     finally:
         worker.close()
     for kind in measured:

@@ -134,7 +134,7 @@ def test_shapes(run, vocab_size, reward_vocab, hidden_size, top_k):  # noqa: F81
 @pytest.mark.parametrize(("soft_cap", "dtype"), [(None, torch.bfloat16), (2.0, torch.float32)], ids=str)
 def test_large_groups_are_read_once_for_all_rows(soft_cap, dtype, run, monkeypatch):  # noqa: F811
     """More contexts than a program has, blocks that do not fill, members on two ranks; a context of no row is NaN."""
-    monkeypatch.setattr(in_torch, "LARGE", 30)
+    monkeypatch.setattr(in_torch, "LARGE_GROUP", 30)
     num_rows = 10
     logits, _, lm_head, groups, plain = grouped(num_rows, hidden_size=100, reward_vocab=700, dtype=dtype)
     large = find_large(groups.starts, 30)

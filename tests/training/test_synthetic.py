@@ -13,10 +13,10 @@ from tests.support.engine import Worker
 
 def measure_guided(cache: Path) -> dict[str, tuple[float, float]]:
     """Satisfaction (unguided, guided) of every single value and held-out combination."""
-    from pad_vllm.synthetic.measure import measure, start
+    from pad_vllm.synthetic.measure import measure_users, start
     from pad_vllm.synthetic.models import build
 
-    return measure(start(build(cache)), beta=1.0, top_k=10)
+    return measure_users(start(build(cache)), beta=1.0, top_k=10)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pad_vllm.training import trainer
 from pad_vllm.training.data import Comparison, DataError, Example, PairExample, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
-from pad_vllm.training.train import measure
+from pad_vllm.training.train import measure_ranking
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_opposites_are_measured_without_a_reference(small_model):
     margins = trainer.reward_margins(small_model, reference, pairs).view(-1, 2).sum(1)
     alone = trainer.reward_margins(small_model, None, pairs).view(-1, 2).sum(1)
     torch.testing.assert_close(margins, alone, atol=1e-4, rtol=0)
-    assert measure(small_model, None, pairs)["accuracy"] == (alone > 0).float().mean().item()
+    assert measure_ranking(small_model, None, pairs)["accuracy"] == (alone > 0).float().mean().item()
 
 
 def test_built_models_load_as_transformers_models(built, tmp_path_factory):

@@ -36,7 +36,7 @@ def test_an_entry_point_gives_way_to_the_listed_class():
 
 @pytest.mark.usefixtures("another_plugin")
 def test_an_unlisted_processor_behind_pad_is_warned_of(log):
-    order.say(found(None))
+    order.log_order(found(None))
     (info, warning) = log.records
     assert f"PAD, {BEHIND} (entry point)." in info.getMessage()
     assert f"{BEHIND}, registered as an entry point, runs behind PAD" in warning.getMessage()
@@ -44,11 +44,11 @@ def test_an_unlisted_processor_behind_pad_is_warned_of(log):
 
 @pytest.mark.usefixtures("another_plugin")
 def test_the_start_names_the_order(log):
-    order.say(found([*PLUGIN, BEHIND]))
+    order.log_order(found([*PLUGIN, BEHIND]))
     (info,) = log.records
     assert f"in this order: {BEHIND} (entry point), PAD, {BEHIND}." in info.getMessage()
 
 
 def test_pad_alone_says_nothing(log):
-    order.say(found(PLUGIN))
+    order.log_order(found(PLUGIN))
     assert not log.records

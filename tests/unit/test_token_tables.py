@@ -76,7 +76,7 @@ def test_tables_by_their_definition(base, reward, is_large, tokens, monkeypatch)
     """Each table, one token at a time; also with what is left out of a large vocabulary."""
     b, r = tokens[base], tokens[reward]
     if is_large:
-        monkeypatch.setattr(token_tables, "LARGE", 0)
+        monkeypatch.setattr(token_tables, "LARGE_VOCABULARY", 0)
         monkeypatch.setattr(token_tables, "MAX_PIECES", 4)
     tables = every_pair(tokens, base, reward)
     members = defaultdict(set)
