@@ -52,6 +52,8 @@ PAGE_OF_HTML = "<table>\n  <tr><td>東京 naïve</td></tr>\n</table> <b>Прив
 BIASED = ("    ", "        ", "\n\n", "\t\t", "</", "的", "при", "ال", "<think>", "</table>", "return", "�")
 """Tokens that a bias makes likely: what is rare among a random model's candidates, and common in texts."""
 MASK = 0xE000
+SEAM = chr(MASK - 1)
+"""In a content: what stands before it and what stands behind it are encoded by themselves."""
 """Private characters stand for the markers that a user spells."""
 
 
@@ -116,7 +118,7 @@ class FamilyPair:
         if first["role"] != "system":
             joined = f"{preference}\n\n{first['content']}"
         elif has_system_turn(reward):
-            joined = f"{SYSTEM}\n\n{preference}\n\n"
+            joined = f"{SYSTEM}{SEAM}\n\n{preference}\n\n"
         else:
             joined = f"{preference}\n\n{SYSTEM}"
         composed = written(reward, [{**first, "content": joined}, *rest])
@@ -251,7 +253,8 @@ def written(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
             continue
         for marker, mask in masks.items():
             part = part.replace(mask, marker)
-        ids += running.encode(part) if part else []
+        for piece in filter(None, part.split(SEAM)):
+            ids += running.encode(piece)
     return ids
 
 

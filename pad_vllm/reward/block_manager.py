@@ -178,6 +178,10 @@ class BlockManager:
             self._clock += 1
             return True
         self._step = step
+        return self._look(slots, num_tokens)
+
+    def _look(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
+        """As :meth:`ready`, by the contexts' lengths and blocks."""
         if slots is not self._ready or not self._in_last_blocks(num_tokens):
             self._note_used()
             if not self.holds(slots, num_tokens):

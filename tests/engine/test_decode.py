@@ -53,7 +53,7 @@ def pad(llm, graphs: bool) -> None:
 def count_looks(llm) -> None:
     """Of all steps from now on, those in which the reward engine looks at lengths and blocks."""
     blocks = running_guidance(llm).engine.blocks
-    blocks.ready = lambda *args, _ready=blocks.ready: LOOKS.append(1) or _ready(*args)
+    blocks._look = lambda *args, _look=blocks._look: LOOKS.append(1) or _look(*args)
 
 
 def looks(llm) -> int:
