@@ -31,7 +31,7 @@ PAIRS = """
 ## Pairs
 
 Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
-tokens, two, and so on. Tables: seconds that the start takes for tokenizers and tables the first time. Chats: whether
+tokens, two, and so on. How long their tables take is in [tokenizers.md](tokenizers.md#what-it-costs). Chats: whether
 the reward model reads conversations of the base's template (a system message or none, several turns, tools, another
 day, thinking switched off, markers of other families in a user's text) as its own template would have written them;
 *with header*: what the base's template says by itself before the system text, such as the day, is read as well.
@@ -147,8 +147,8 @@ def engine_table(
 
 
 def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield "| reward model | candidates | 1 piece | 2 | 3 or 4 | 5 to 8 | largest group | tables, s | chats |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"
+    yield "| reward model | candidates | 1 piece | 2 | 3 or 4 | 5 to 8 | largest group | chats |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |"
     for reward, title in titles.items():
         entry = results.get(f"pair {base} {reward}")
         if entry is None:
@@ -156,14 +156,14 @@ def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mappi
         if entry["kind"] != "tables":
             what = "the same ordinary tokens" if entry["kind"] == "same" else "refused"
             foreign = f", {entry['foreign']} others are no candidates" if entry.get("foreign") else ""
-            yield f"| {title} | {what}{foreign} | | | | | | | |"
+            yield f"| {title} | {what}{foreign} | | | | | | |"
             continue
         counts = {int(n): count for n, count in entry["pieces"].items()}
         parts = [sum(counts.get(n, 0) for n in some) for some in ((1,), (2,), (3, 4), range(5, 100))]
         yield (
             f"| {title} | {entry['candidates']:,} of {entry['tokens']:,} | "
             + " | ".join(f"{count:,}" for count in parts)
-            + f" | {entry['largest_group']:,} (`{entry['largest_of']}`) | {entry['seconds']} | {chats(entry)} |"
+            + f" | {entry['largest_group']:,} (`{entry['largest_of']}`) | {chats(entry)} |"
         )
 
 
