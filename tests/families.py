@@ -119,8 +119,10 @@ class FamilyPair:
             joined = f"{preference}\n\n{first['content']}"
         elif has_system_turn(reward):
             joined = f"{SYSTEM}{SEAM}\n\n{preference}\n\n"
-        else:
+        elif (text := render(reward, messages)).index(SYSTEM) < text.index(rest[0]["content"]):
             joined = f"{preference}\n\n{SYSTEM}"
+        else:  # the system text stands in a later turn
+            joined, rest[0] = SYSTEM, {**rest[0], "content": f"{preference}\n\n{rest[0]['content']}"}
         composed = written(reward, [{**first, "content": joined}, *rest])
         return Prompt(ids, written(reward, messages), {preference: composed})
 
