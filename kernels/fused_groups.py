@@ -260,7 +260,7 @@ def score_groups(
 ) -> GroupScores:
     """Select the candidates, find their groups, and score each of these by its members' rows of the output head.
 
-    Arguments are those of :func:`.fused.score_tokens`; whether there are ``controls`` is all one here.
+    Arguments are those of :func:`.fused.score_tokens`; ``controls`` changes nothing here.
     """
     (num_rows, K), device = candidates.shape, logits.device
     keys, sizes = select(logits, rows, K, groups.vocab_size)

@@ -20,7 +20,7 @@ WARPS = 8
 
 
 def precision(hidden_states: torch.Tensor, lm_head: torch.Tensor) -> str:
-    """With which products of the two are exact, and summed in float32."""
+    """The ``input_precision`` with which products of the two are exact, and summed in float32."""
     return "tf32" if hidden_states.itemsize == lm_head.itemsize == 2 else "ieee"
 
 

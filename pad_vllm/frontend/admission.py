@@ -44,7 +44,7 @@ LONG_TOKEN = 4
 """Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
 
 ROLE_TOKENS = 4
-"""What stands beside a marker of a chat, as a role's name and a newline, is no more of the reward model's tokens."""
+"""Upper bound on the reward model's tokens for what stands beside a chat's marker: a role's name, a newline."""
 Misreads = Callable[[Sequence[int]], bool]
 """Whether a prompt begins as a chat, and is none that the chat template writes."""
 
@@ -169,7 +169,7 @@ def _reads_preference(announcement: Announcement, asked: PAD) -> bool:
 
 
 def _of_persona(announcement: Announcement, asked: PAD, numbers: Sequence[int]) -> int:
-    """Of the personas' ``numbers`` that of the one which a request would have; 0 where it has none."""
+    """The entry of ``numbers``, one for each persona, of the request's persona; 0 where it has none."""
     name = announcement.default_persona if asked.persona is None else asked.persona
     return 0 if name is None else dict(zip(announcement.personas, numbers, strict=False)).get(name, 0)
 
@@ -201,8 +201,8 @@ def check_prompt_len(
 
 
 def _num_translated(base: str, reward: str, prompt_ids: Sequence[int]) -> int:
-    """At least so many of the reward model's tokens a prompt of the base's is; of a chat the markers, and what stands
-    with them for a role, are written by another template."""
+    """A lower bound on the reward model's tokens for a prompt of the base's. A chat's markers and roles are left out:
+    the reward model's template writes others."""
     marks = _added(base)
     text = _tokenizer(base).decode([i for i in prompt_ids if i not in marks])
     num_marks = sum(i in marks for i in prompt_ids)

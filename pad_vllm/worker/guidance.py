@@ -223,5 +223,5 @@ def make_contexts(
     """Of the tokens that the reward model has."""
     pair = loaded.fit.tokens.pair
     if pair is not None:
-        return OtherTokens(pair, engine, num_slots, max_rows_per_request)
+        return OtherTokens(pair, engine, num_slots, max_rows_per_request, drafts=num_drafts > 0)
     return SameTokens(loaded, engine, num_slots, num_drafts, verifies=max_rows_per_request > 1)

@@ -37,15 +37,18 @@ class OtherTokens:
         engine: runs the reward model.
         num_slots: the last one stands for no request.
         max_rows_per_request: with its drafts.
+        drafts: whether the reward model makes these.
     """
 
-    def __init__(self, pair: Pair, engine: RewardEngine, num_slots: int, max_rows_per_request: int) -> None:
+    def __init__(
+        self, pair: Pair, engine: RewardEngine, num_slots: int, max_rows_per_request: int, drafts: bool
+    ) -> None:
         device = engine.model.device
         self.engine, self.max_len = engine, engine.model.max_model_len
         self.translator = pair.translator
         self.table = PieceTable(pair.tables, device)
         self.counts = PieceCounts(self.table, num_slots, max_rows_per_request, device)
-        self.whole = WholeTokens(pair.tables, device)
+        self.whole = WholeTokens(pair.tables, device) if drafts else None
 
     def read(self, prompt_ids: list[int]) -> Prompt:
         ids, begins_answer, is_misread = self.translator.read(prompt_ids)
@@ -85,9 +88,11 @@ class OtherTokens:
         rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
         if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
             return None
-        return OtherTokensDraft(self, rows, last, params.contexts.layout_rows)
+        assert self.whole is not None  # there is a drafter
+        return OtherTokensDraft(self, self.whole, rows, last, params.contexts.layout_rows)
 
     def draftable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.whole is not None  # there is a drafter
         return logits[:, self.whole.columns], self.whole.base_ids
 
     def _history(self, batch: GuidedBatch) -> Callable[[ContextSlot], Sequence[int]]:
@@ -193,7 +198,7 @@ class WholeTokens:
         self.columns = to_device(columns, device, torch.int64)
         """[W] int64: the reward tokens that are one"""
         self.base_ids = to_device(whole[columns], device, torch.int64)
-        """[W] int64: of which"""
+        """[W] int64: the base's ids of these"""
         reward_ids: np.ndarray = np.zeros(len(tables.key), np.int64)
         reward_ids[whole[columns]] = columns
         self.reward_ids = to_device(reward_ids, device, torch.int64)
@@ -210,9 +215,14 @@ class OtherTokensDraft:
     """
 
     def __init__(
-        self, contexts: OtherTokens, rows: ContextRows, last: torch.Tensor | slice, layout_rows: torch.Tensor | None
+        self,
+        contexts: OtherTokens,
+        whole: WholeTokens,
+        rows: ContextRows,
+        last: torch.Tensor | slice,
+        layout_rows: torch.Tensor | None,
     ) -> None:
-        self.contexts, self.rows, self.layout_rows = contexts, rows, layout_rows
+        self.contexts, self.whole, self.rows, self.layout_rows = contexts, whole, rows, layout_rows
         self.last: torch.Tensor | slice | None = last
 
     def hidden_states(self) -> torch.Tensor:
@@ -222,7 +232,7 @@ class OtherTokensDraft:
         return hidden_states
 
     def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        token_ids = self.contexts.whole.reward_ids[token_ids]
+        token_ids = self.whole.reward_ids[token_ids]
         self.rows = replace(
             self.rows,
             positions=(self.rows.device_positions() + 1).clamp(max=self.contexts.max_len - 1),

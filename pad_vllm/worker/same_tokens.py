@@ -26,7 +26,7 @@ class SameTokens:
 
     Args:
         loaded: the reward model.
-        engine: it runs.
+        engine: runs it.
         num_drafts: most drafts of a request, if the reward model makes them.
         verifies: whether there are rows of drafts, whoever makes them.
     """
