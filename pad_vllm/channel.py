@@ -87,6 +87,7 @@ class Announcement:
     """As :attr:`~pad_vllm.config.PADConfig.insert_after`."""
     launch: str = ""
     """Of :data:`LAUNCH`."""
+    adapters: tuple[str, ...] = ()
 
     @property
     def guides_all(self) -> bool:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pad_vllm.checks import check_int, check_number, check_text, did_you_mean
 from pad_vllm.errors import one_line
 from pad_vllm.params import (
     MAX_BETA,
     PAD,
     PREFIX,
     GuidanceParams,
-    check_int,
-    check_number,
+    check_adapters,
     check_persona,
     check_reference,
-    check_text,
-    did_you_mean,
 )
 from pad_vllm.reading import read_json, read_yaml
 from pad_vllm.reward.folder import DEFAULTS_FILE, files_beside, locate_defaults, read_defaults
 from pad_vllm.reward.heads import locate_heads
+from pad_vllm.reward.source import SERVED, Source, beside, check_paths, source_of
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE, check_prompt_template
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 MAX_TOP_K = 1024
 """What ``max_top_k`` itself may be."""
@@ -37,6 +39,9 @@ class PADConfig:
 
     Args:
         reward_model: path or hub id of the personalized reward model; its presence is what activates the plugin.
+            ``base`` is the served model itself, whose weights are not loaded again; so is its own path or hub id,
+            unless ``dtype``, ``quantization`` or ``revision`` ask for others. A PEFT adapter is read over the model
+            that it was made for: over the served one, whose weights it shares, or merged while another is loaded.
         heads: path of a value-head file; found beside the model when absent.
         prompt_template: text around ``{prompt}``, with ``{preference}`` in it.
         insert_after: text at the head of the prompt behind which the preference is inserted.
@@ -56,6 +61,9 @@ class PADConfig:
         max_num_batched_tokens: most tokens in one forward of the reward model; at most 2048 when absent.
         dtype: of the reward model; the base model's when absent.
         quantization, revision, trust_remote_code: as vLLM's, for the reward model.
+        adapters: name -> path or hub id of a PEFT LoRA adapter of the reward model.
+        adapter_base: path or hub id of the model that ``reward_model``, an adapter, is for; as the adapter says, when
+            absent.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -78,11 +86,16 @@ class PADConfig:
     quantization: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    adapter_base: str | None = None
+    source: Source = field(init=False, compare=False)
+    """Whose weights it has"""
     why_reference: str = field(default="as configured", init=False, compare=False)
     """Of the start's summary."""
 
     def __post_init__(self) -> None:
-        for name in ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision"):
+        names = ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision")
+        for name in (*names, "adapter_base"):
             value = getattr(self, name)
             if value is not None or name == "reward_model":
                 check_text(f"pad.{name}", value)
@@ -102,23 +115,28 @@ class PADConfig:
                 check_int(f"pad.{name}", getattr(self, name), 1)
         if not isinstance(self.trust_remote_code, bool):
             raise ValueError(f"pad.trust_remote_code={self.trust_remote_code!r}: must be true or false")
+        object.__setattr__(self, "source", Source(self.reward_model, self.reward_model, self.revision))
+        object.__setattr__(self, "adapters", check_paths("pad.adapters", self.adapters))
         object.__setattr__(self, "personas", self._read_personas(self.personas))
         if self.default_persona is not None:
             check_persona(self.default_persona, self.personas, "pad.default_persona")
 
     @classmethod
-    def from_additional_config(cls, additional_config: Any) -> PADConfig | None:
+    def from_additional_config(cls, additional_config: Any, base: ModelConfig | None = None) -> PADConfig | None:
         """Read vLLM's ``additional_config``, the files it names, and the defaults that the reward model brings; None
         when it does not configure PAD. A key that is given, if only as null, overrides the reward model's default.
+
+        Args:
+            base: of the served model, if there is one; the reward model may be that.
 
         Raises:
             ValueError: ``pad`` is malformed; the message names the key, the value and what is allowed.
         """
         pad = read_pad(additional_config)
-        return None if pad is None else cls.from_pad(pad)
+        return None if pad is None else cls.from_pad(pad, base)
 
     @classmethod
-    def from_pad(cls, pad: Mapping[str, Any]) -> PADConfig:
+    def from_pad(cls, pad: Mapping[str, Any], base: ModelConfig | None = None) -> PADConfig:
         """As :meth:`from_additional_config`, of what ``pad`` says there."""
         known = {f.name for f in fields(cls) if f.init}
         for key in pad:
@@ -127,10 +145,13 @@ class PADConfig:
         if pad.get("reward_model") is None:
             raise ValueError("pad.reward_model is missing: give the path or hub id of the reward model")
         given = {key: value for key, value in pad.items() if value is not None}
-        path = cls._locate_defaults(given)
+        source = cls._source(given, base)
+        path = None if source is None else locate_defaults(source.reward_model, source.revision)
         defaults = {key: value for key, value in read_defaults(path).items() if key not in pad} if path else {}
         try:
             config = cls(**defaults, **given)
+            assert source is not None  # texts, or refused
+            config._set_source(source, base)
         except ValueError as error:
             if any(str(error).startswith(f"pad.{key}") for key in defaults):
                 raise ValueError(f"{path}: {error}") from None
@@ -144,8 +165,9 @@ class PADConfig:
     def _choose_reference(self, defaults_file: Path | None) -> None:
         """What nobody said: by what the reward model says of itself."""
         try:
-            heads = self.heads or locate_heads(None, self.reward_model, self.revision)
-            is_there = defaults_file or files_beside(self.reward_model, self.revision, ("config.json",))
+            source = self.source
+            heads = self.heads or locate_heads(None, source.reward_model, source.revision)
+            is_there = defaults_file or files_beside(source.model, source.model_revision, ("config.json",))
         except (OSError, ValueError):
             heads = is_there = None
         if not is_there:
@@ -163,10 +185,23 @@ class PADConfig:
         object.__setattr__(self, "why_reference", why)
 
     @staticmethod
-    def _locate_defaults(given: Mapping[str, Any]) -> Path | None:
-        reward_model, revision = given["reward_model"], given.get("revision")
-        texts = isinstance(reward_model, str) and isinstance(revision, str | None)
-        return locate_defaults(reward_model, revision) if texts else None  # else refused with its name
+    def _source(given: dict[str, Any], base: ModelConfig | None) -> Source | None:
+        texts = (given.get(key) for key in ("reward_model", "revision", "adapter_base"))
+        return source_of(given, base) if all(isinstance(text, str | None) for text in texts) else None  # else refused
+
+    def _set_source(self, source: Source, base: ModelConfig | None) -> None:
+        object.__setattr__(self, "source", source)
+        if source.is_served and base is not None:
+            object.__setattr__(self, "trust_remote_code", base.trust_remote_code)
+        if self.adapter_base is not None and not source.is_adapter:
+            raise ValueError(
+                f"pad.adapter_base={self.adapter_base!r}: pad.reward_model is no adapter, so it has no base"
+            )
+        if source.is_served and source.is_adapter and self.adapters:
+            raise ValueError(
+                f"pad.adapters: pad.reward_model={self.reward_model!r} is itself an adapter over the served model, and "
+                f"one is not read through another; set pad.reward_model to {SERVED!r} and name it in pad.adapters"
+            )
 
     def _read_personas(self, personas: Any) -> dict[str, PAD]:
         if isinstance(personas, str):
@@ -189,6 +224,7 @@ class PADConfig:
                 if persona.top_k is not None:
                     check_int("pad_top_k", persona.top_k, 1, self.max_top_k)
                 persona.over(PAD())  # weights without preferences
+                check_adapters(persona.adapters, self.adapters)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
             read[name] = persona
@@ -213,13 +249,14 @@ class PADConfig:
             return None
         persona = self.personas[check_persona(name, self.personas)] if name is not None else PAD()
         merged = asked.over(persona) if asked is not None else persona
+        check_adapters(merged.adapters, self.adapters)
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
         beta = self.beta if merged.beta is None else merged.beta
-        texts = merged.preferences
-        num_contexts = max(len(texts), 1)
-        weights = merged.preference_weights or (1 / num_contexts,) * num_contexts
+        num = max(merged.num_contexts, 1)
+        texts, adapters = (one * num if len(one) == 1 else one for one in (merged.preferences, merged.adapters))
+        weights = merged.preference_weights or (1 / num,) * num
         reference = merged.reference or self.reference
-        return GuidanceParams(texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt)
+        return GuidanceParams(texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt, adapters)
 
 
 def read_pad(additional_config: Any) -> Mapping[str, Any] | None:
@@ -236,9 +273,11 @@ def read_pad(additional_config: Any) -> Mapping[str, Any] | None:
     if isinstance(pad, str):
         folder = Path(pad).parent
         pad = read_file("additional_config: pad", pad)
-        for key in ("reward_model", "heads", "personas"):
-            if isinstance(pad, Mapping) and isinstance(pad.get(key), str) and (folder / pad[key]).exists():
-                pad = {**pad, key: str(folder / pad[key])}
+        if isinstance(pad, Mapping):
+            named = ("reward_model", "heads", "personas", "adapter_base")
+            pad = {key: beside(folder, value) if key in named else value for key, value in pad.items()}
+            if isinstance(adapters := pad.get("adapters"), dict):
+                pad["adapters"] = {name: beside(folder, path) for name, path in adapters.items()}
     if not isinstance(pad, Mapping):
         raise ValueError(f"additional_config: pad={pad!r} must be an object, not {type(pad).__name__}")
     return pad

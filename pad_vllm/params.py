@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import re
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pad_vllm.checks import check_int, check_number, check_numbers, check_text, did_you_mean, shown, shown_name
 
 if TYPE_CHECKING:
     import vllm
 
 PREFIX = "pad_"
-MAX_SHOWN = 100
-"""Characters of a value that an error message repeats."""
 MAX_BETA = 100.0
-MAX_WEIGHT = 1e4
 MAX_PREFERENCES = 8
-"""Of one request."""
+"""Of one request; and adapters."""
 MAX_CONTEXTS = MAX_PREFERENCES + 1
 """That the reward model reads for one request: one for each preference, and one without."""
-MAX_TEXT_CHARS = 32_768
-"""Of any text; a persona's preference may be so long, if an engine holds its tokens."""
 MAX_PREFERENCE_CHARS = 8192
 """Of a request's preferences together: a first bound, since all other requests wait while they are tokenized."""
-MAX_NUMBERS = 1024
-"""In a list of weights."""
 MAX_PREFERENCE_TOKENS = 1024
 """Of a request's preferences together, whatever the reward model could hold: they are texts, not documents."""
 REFERENCES = ("base", "neutral", "none")
@@ -36,85 +28,6 @@ MAX_CACHE_SALT_CHARS = 128
 """As vLLM's own bound of ``cache_salt``."""
 MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
-
-
-MAX_COMPARED = 50
-"""Names to which an unknown one is compared: those beside it in the alphabet, where there are more."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, and what there is."""
-    name, known = name[:MAX_SHOWN], sorted(known)
-    at = bisect.bisect(known, name)
-    near = known[max(at - MAX_COMPARED // 2, 0) : at + MAX_COMPARED // 2] if len(known) > MAX_COMPARED else known
-    close = difflib.get_close_matches(name, near, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    names = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"{hint}known: {names or 'none'}"
-
-
-def shown(value: Any) -> str:
-    """``repr(value)``, for an error message: no longer than a line."""
-    try:
-        text = _REPR.repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = MAX_SHOWN
-_REPR.maxlist = _REPR.maxtuple = 12
-_REPR.maxlevel = 2
-
-
-def shown_name(name: Any) -> str:
-    """A name as it stands, for an error message: no longer than a line."""
-    return shown(str(name)[: MAX_SHOWN + 1])[1:-1]
-
-
-def check_text(key: str, value: Any, max_chars: int = MAX_TEXT_CHARS) -> str:
-    """``value`` if it is a non-empty text that can be encoded; else ValueError naming ``key``."""
-    if not isinstance(value, str):
-        raise ValueError(f"{key}={shown(value)}: must be a string, not {type(value).__name__}")
-    if len(value) > max_chars:
-        raise ValueError(f"{key}: {len(value)} characters, at most {max_chars} are allowed")
-    if not value.strip():
-        raise ValueError(f"{key}={shown(value)}: must not be empty; leave it out instead")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{key}={shown(value)}: contains a lone surrogate, which is not text") from None
-    return value
-
-
-def check_number(key: str, value: Any, low: float, high: float) -> float:
-    """``value`` as a float if it is a number in [low, high]; else ValueError naming ``key``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}={shown(value)}: must be a number, not {type(value).__name__}")
-    if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{key}={shown(value)}: must be between {low:g} and {high:g}")
-    return float(value)
-
-
-def check_int(key: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` if it is an integer in [low, high]; else ValueError naming ``key``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key}={shown(value)}: must be an integer, not {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(
-            f"{key}={shown(value)}: must be " + (f"at least {low}" if high is None else f"between {low} and {high}")
-        )
-    return value
-
-
-def check_numbers(key: str, value: Any, each: str) -> tuple[float, ...]:
-    """``value`` as floats if it is a list of numbers, one for ``each`` of something; else ValueError naming ``key``."""
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{key}={shown(value)}: must be a list of numbers, one for each {each}")
-    if len(value) > MAX_NUMBERS:
-        raise ValueError(f"{key}: a list of {len(value)} numbers; at most {MAX_NUMBERS} are allowed")
-    return tuple(check_number(f"{key}[{i}]", x, -MAX_WEIGHT, MAX_WEIGHT) for i, x in enumerate(value))
 
 
 def check_preference(key: str, value: Any) -> str | tuple[str, ...]:
@@ -128,6 +41,38 @@ def check_preference(key: str, value: Any) -> str | tuple[str, ...]:
     return tuple(check_text(f"{key}[{i}]", text) for i, text in enumerate(value))
 
 
+def check_adapter(key: str, value: Any) -> str | tuple[str, ...]:
+    """``value`` if it is a name or a list of names, these as a tuple; else ValueError naming ``key``."""
+    if not isinstance(value, (list, tuple)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key}={shown(value)}: must be a name or a list of names, not {type(value).__name__}")
+        return check_text(key, value)
+    if not 0 < len(value) <= MAX_PREFERENCES:
+        raise ValueError(f"{key}: a list of {len(value)} names; from 1 to {MAX_PREFERENCES} are allowed")
+    return tuple(check_text(f"{key}[{i}]", name) for i, name in enumerate(value))
+
+
+def check_adapters(names: Iterable[str], known: Collection[str], key: str = "pad_adapter") -> None:
+    """Raise ValueError for a name that is none of ``known``, with the closest one."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key}={shown(name)}: no such adapter; {did_you_mean(name, known)}")
+
+
+def num_contexts(preference: Any, adapter: Any) -> int:
+    """How many contexts are asked for: as many as the longer of the two is a list of; 0 where neither is given.
+
+    Raises:
+        ValueError: two lists of different length.
+    """
+    lengths = [len(value) for value in (preference, adapter) if isinstance(value, tuple)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"pad_adapter: {lengths[1]} adapters for {lengths[0]} preferences; give one for each, or one for all"
+        )
+    return lengths[0] if lengths else int(preference is not None or adapter is not None)
+
+
 def check_num_chars(preferences: Sequence[str]) -> None:
     """Raise ValueError for more text than a request may bring along."""
     if (num_chars := sum(map(len, preferences))) > MAX_PREFERENCE_CHARS:
@@ -137,13 +82,13 @@ def check_num_chars(preferences: Sequence[str]) -> None:
         )
 
 
-def check_preference_weights(weights: tuple[float, ...], num_preferences: int) -> None:
-    """Raise ValueError unless there is one weight for each preference."""
+def check_preference_weights(weights: tuple[float, ...], num_preferences: int, what: str = "preferences") -> None:
+    """Raise ValueError unless there is one weight for each preference, or adapter."""
     if num_preferences == 0:
         raise ValueError("pad_preference_weights: there is no preference to weigh; give pad_preference too")
     if len(weights) != num_preferences:
         raise ValueError(
-            f"pad_preference_weights: {len(weights)} weights for {num_preferences} preferences; give one for each"
+            f"pad_preference_weights: {len(weights)} weights for {num_preferences} {what}; give one for each"
         )
 
 
@@ -208,11 +153,13 @@ class PAD:
         weights: one weight for each of the reward model's value heads.
         beta: guidance strength; 0 is the base model on its top-k, 1 the reward model's choice among them.
         top_k: how many of the base model's next tokens are candidates.
-        preference_weights: one for each preference; below 0, less of it. 1/m each when absent.
+        preference_weights: one for each preference, or each adapter; below 0, less of it. 1/m each when absent.
         reference: what the reward is held against: ``base``, the base model; ``neutral``, the reward model without the
             preference; or ``none``.
         cache_salt: requests with another one share no block of the reward model's KV cache with this one. By itself it
             asks for no guidance.
+        adapter: name of one of the server's adapters of the reward model, or up to eight of them. Context i reads
+            preference i (or the only one, or none) through adapter i (or the only one).
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -230,6 +177,7 @@ class PAD:
     preference_weights: tuple[float, ...] | None = None
     reference: str | None = None
     cache_salt: str | None = None
+    adapter: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
@@ -247,13 +195,17 @@ class PAD:
             normalize("weights", check_numbers("pad_weights", self.weights, "value head"))
         if self.preference_weights is not None:
             weights = check_numbers("pad_preference_weights", self.preference_weights, "preference")
-            if self.preference is not None:
-                check_preference_weights(weights, len(self.preferences))
             normalize("preference_weights", weights)
         if self.reference is not None:
             check_reference("pad_reference", self.reference)
         if self.cache_salt is not None:
             check_text("pad_cache_salt", self.cache_salt, MAX_CACHE_SALT_CHARS)
+        if self.adapter is not None:
+            normalize("adapter", check_adapter("pad_adapter", self.adapter))
+        if self.num_contexts and self.preference_weights is not None:
+            has_list = isinstance(self.preference, tuple) or isinstance(self.adapter, tuple)
+            if has_list or self.persona is None:  # else the persona may have the other one
+                self.check_preference_weights()
 
     @property
     def asks_for_guidance(self) -> bool:
@@ -266,6 +218,24 @@ class PAD:
         if self.preference is None:
             return ()
         return (self.preference,) if isinstance(self.preference, str) else self.preference
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """However many there are."""
+        if self.adapter is None:
+            return ()
+        return (self.adapter,) if isinstance(self.adapter, str) else self.adapter
+
+    @property
+    def num_contexts(self) -> int:
+        """That preferences and adapters ask for. Raises ValueError for lists of different length."""
+        return num_contexts(self.preference, self.adapter)
+
+    def check_preference_weights(self) -> None:
+        """Raise ValueError unless there is one weight, if any, for each context."""
+        if self.preference_weights is not None:
+            what = "preferences" if self.adapter is None else "contexts"
+            check_preference_weights(self.preference_weights, self.num_contexts, what)
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> PAD | None:
@@ -289,21 +259,32 @@ class PAD:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v is not None}
 
     def over(self, persona: PAD) -> PAD:
-        """This request's fields, and where it is silent the persona's; whose weights are of its own preferences.
+        """This request's fields, and where it is silent the persona's; whose weights are of its own preferences, or of
+        its own adapters.
 
         Raises:
-            ValueError: weights for another number of preferences.
+            ValueError: weights for another number of preferences or adapters, or lists of different length.
         """
-        if self.preference is not None:
-            persona = replace(persona, preference=None, preference_weights=None)
-        elif self.preference_weights is not None:
-            check_preference_weights(self.preference_weights, len(persona.preferences))
-        return replace(
-            persona, **{f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        )
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if "adapter" in given or ("preference" in given and not isinstance(persona.adapter, tuple)):
+            persona = replace(persona, preference_weights=None)
+        merged = replace(persona, **given)
+        merged.check_preference_weights()
+        return merged
 
 
 _KNOWN = frozenset("pad" + field.name.replace("_", "") for field in fields(PAD))
+
+
+class Reading(NamedTuple):
+    """What one context of a request is read with."""
+
+    preference: str | None = None
+    adapter: str | None = None
+
+
+NEUTRAL = Reading()
+"""Without a preference, and through no adapter."""
 
 
 @dataclass(frozen=True)
@@ -311,31 +292,38 @@ class GuidanceParams:
     """A request's guidance, resolved: persona looked up, defaults filled in."""
 
     preferences: tuple[str, ...]
+    """One for each context; or none"""
     preference_weights: tuple[float, ...]
-    """As many; (1.0,) where there is no preference: of the base model's own prompt."""
+    """One for each context; (1.0,) where there is neither preference nor adapter: of the base model's own prompt"""
     weights: tuple[float, ...] | None
     beta: float
     top_k: int
     """0: rows are left alone, and a context is there to be drafted from."""
     reference: str
     cache_salt: str | None = None
+    adapters: tuple[str, ...] = ()
+    """One for each context; or none"""
 
     @property
     def guides(self) -> bool:
         return self.top_k > 0
 
-    def contexts(self) -> dict[str | None, float]:
-        """What the reward model reads, and how much of it counts: preference -> weight; None: without a preference.
+    def contexts(self) -> dict[Reading, float]:
+        """What the reward model reads, and how much of it counts.
 
         The reward is their weighted sum, less :attr:`base_weight` of the base model's log probability.
         """
-        contexts: dict[str | None, float] = {}
-        for text, weight in zip(self.preferences or (None,), self.preference_weights, strict=True):
-            contexts[text] = contexts.get(text, 0.0) + weight
+        contexts: dict[Reading, float] = {}
+        num = len(self.preference_weights)
+        for *read, weight in zip(
+            self.preferences or (None,) * num, self.adapters or (None,) * num, self.preference_weights, strict=True
+        ):
+            reading = Reading(*read)
+            contexts[reading] = contexts.get(reading, 0.0) + weight
         if self.reference == "neutral":
-            contexts[None] = contexts.get(None, 0.0) - sum(self.preference_weights)
-        read = {text: weight for text, weight in contexts.items() if weight}
-        return read or {None: 0.0}
+            contexts[NEUTRAL] = contexts.get(NEUTRAL, 0.0) - sum(self.preference_weights)
+        read_at_all = {reading: weight for reading, weight in contexts.items() if weight}
+        return read_at_all or {NEUTRAL: 0.0}
 
     @property
     def base_weight(self) -> float:
@@ -346,7 +334,7 @@ class GuidanceParams:
         full like any other."""
         if any(self.contexts().values()):
             return self
-        return replace(self, preferences=(), preference_weights=(1.0,), beta=0.0, reference="none")
+        return replace(self, preferences=(), adapters=(), preference_weights=(1.0,), beta=0.0, reference="none")
 
 
 def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, **kwargs: Any) -> vllm.SamplingParams:

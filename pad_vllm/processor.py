@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -20,14 +19,16 @@ from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import admission, patches
 from pad_vllm.params import PAD, GuidanceParams
-from pad_vllm.worker.order import log_order, num_giving_way, processors
+from pad_vllm.worker.order import is_first, log_order, num_giving_way, processors
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
+    from pad_vllm.worker.adapters import Resolve
     from pad_vllm.worker.adapters.v1 import V1Adapter
     from pad_vllm.worker.adapters.v2 import V2Adapter
+    from pad_vllm.worker.guidance import Guidance
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -70,19 +71,20 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self.adapter: V1Adapter | V2Adapter | None = None
         self._v1: V1Adapter | None = None
         self._v2: V2Adapter | None = None
+        self._is_pending = False
         found = processors(vllm_config.model_config.logits_processors, PADLogitsProcessor)
         num_before = sum(processor.vllm_config is vllm_config for processor in self._built)
         self._built.add(self)
         if num_before != num_giving_way(found):
             return  # loaded by entry point and by name: the listed one does the work, where it stands
 
-        config = PADConfig.from_additional_config(vllm_config.additional_config)
+        config = PADConfig.from_additional_config(vllm_config.additional_config, vllm_config.model_config)
         if config is not None:
             internals.check_version()
             if ANNOUNCE_DIR not in os.environ:
                 raise ValueError(why_no_folder())
         try:
-            self._start(config, device_or_req_states)
+            self._start(config, device_or_req_states, sees_base_logits=is_first(found))
             if config is not None:
                 log_order(found)
         except ImportError as error:
@@ -90,54 +92,67 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 raise ValueError(f"pad cannot run on this vLLM: {one_line(error)}") from error
             announce(Announcement(configured=False), self)  # and change nothing
 
-    def _start(self, config: PADConfig | None, device_or_req_states: Any) -> None:
+    def _start(self, config: PADConfig | None, device_or_req_states: Any, sees_base_logits: bool) -> None:
         # Here, so that what moved in a newer vLLM cannot stop an engine that has not asked for guidance.
-        from pad_vllm.reward.derive import is_first_rank
+        from pad_vllm.reward import served
         from pad_vllm.worker.adapters.speculator import RewardSpeculator
         from pad_vllm.worker.adapters.v1 import V1Adapter
         from pad_vllm.worker.adapters.v2 import V2Adapter
-        from pad_vllm.worker.board import Board
+        from pad_vllm.worker.compatibility import fit
         from pad_vllm.worker.engine_checks import check_engine
         from pad_vllm.worker.guidance import Guidance
         from pad_vllm.worker.patches import reward_model_drafts
         from pad_vllm.worker.sleep import make_kept
-        from pad_vllm.worker.start import announcement
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
-        guidance, speculator = None, None
-        resolve: Callable[[PAD | None], GuidanceParams | None] = refuse_unless_silent
-        if config is not None:
-            check_engine(self.vllm_config, on_v2)
-            device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
-            speculator = RewardSpeculator.of(self.vllm_config)
-            if speculator is None and reward_model_drafts(self.vllm_config):
-                logger.warning(
-                    "PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost"
-                )
-            num_drafts = 0 if speculator is None else speculator.num_speculative_steps
+
+        def take(guidance: Guidance | None, resolve: Resolve) -> None:
+            if on_v2:
+                self.adapter = self._v2 = V2Adapter(guidance, resolve, device_or_req_states)
+            else:
+                self.adapter = self._v1 = V1Adapter(guidance, resolve)
+
+        if config is None:
+            take(None, refuse_unless_silent)
+            announce(Announcement(configured=False), self)
+            return
+        check_engine(self.vllm_config, on_v2)
+        device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
+        speculator = RewardSpeculator.of(self.vllm_config)
+        if speculator is None and reward_model_drafts(self.vllm_config):
+            logger.warning("PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost")
+        num_drafts = 0 if speculator is None else speculator.num_speculative_steps
+        fits = fit(config, self.vllm_config, sees_base_logits)
+        is_served = config.source.is_served
+
+        def begin() -> None:
             guidance = make_kept(
-                lambda: Guidance(config, self.vllm_config, device, num_drafts), self.vllm_config, on_v2
+                lambda: Guidance(fits, self.vllm_config, device, num_drafts), self.vllm_config, on_v2 or is_served
             )
-            resolve = guidance.loaded.fit.resolve
-        adapter: V1Adapter | V2Adapter
-        if on_v2:
-            adapter = V2Adapter(guidance, resolve, device_or_req_states)
-            self._v2 = adapter
+            take(guidance, fits.resolve)
             if speculator is not None:
-                speculator.adapter = adapter
+                speculator.adapter = self._v2
+            self._announce(guidance)
+
+        if is_served:  # the V1 runner builds logits processors before it loads the model
+            self._is_pending = not served.is_loaded(self.vllm_config)
+            served.when_loaded(self.vllm_config, begin)
         else:
-            adapter = V1Adapter(guidance, resolve)
-            self._v1 = adapter
-        self.adapter = adapter
-        accepted = Announcement(configured=False)
-        if guidance is not None:
-            accepted = announcement(guidance.loaded, self.vllm_config)
+            begin()
+
+    def _announce(self, guidance: Guidance) -> None:
+        from pad_vllm.reward.derive import is_first_rank
+        from pad_vllm.worker.board import Board
+        from pad_vllm.worker.start import announcement
+
+        accepted = announcement(guidance.loaded, self.vllm_config)
         path = announce(accepted, self)
-        if guidance is not None and path is not None and is_first_rank():
-            adapter.board = Board(path, accepted.labels)
+        if path is not None and is_first_rank():
+            assert self.adapter is not None
+            self.adapter.board = Board(path, accepted.labels)
 
     def is_argmax_invariant(self) -> bool:
-        return self.adapter is None
+        return self.adapter is None and not self._is_pending
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """V1: requests joined, left or moved."""

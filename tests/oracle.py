@@ -22,6 +22,8 @@ A reward model with another tokenizer (:class:`Groups`): C has no token without 
 and its contexts grow by the pieces of each generated token. The first one may have keys, members and pieces of its own
 (``Groups.first``).
 
+Adapters: r_j are the logits of the reward model with adapter j merged into it, r_0 those without any.
+
 Candidates N that the reward model has no opinion of, as ``</think>`` where it does not reason: z' of the others is by
 the rule over these alone, and N keeps the probability among the candidates that the base gave it:
 
@@ -157,6 +159,7 @@ def generate(
     behind: Callable[[torch.Tensor], torch.Tensor] | None = None,
     no_opinion: Mapping[int, int] | None = None,
     force: Callable[[list[int]], int | None] | None = None,
+    adapted: Sequence | None = None,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
     are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
@@ -165,7 +168,8 @@ def generate(
     ``mask``: (y [vocab], generated tokens) -> y with some at -inf; or what another logits processor before PAD makes of
     it, which nothing can tell from the base model's own. ``behind``: z' [vocab] -> what one behind PAD makes of it.
     ``penalties``: presence, frequency, repetition. ``no_opinion``: tokens that the reward model has none of -> what it
-    reads for each. ``force``: generated tokens -> the next one, whatever the logits are, or None.
+    reads for each. ``force``: generated tokens -> the next one, whatever the logits are, or None. ``adapted``: for each
+    context, the reward model with its adapter merged; None: ``reward`` itself, which the neutral context always is.
     """
     contexts = reward_prompt_ids or prompt_ids
     contexts = contexts if isinstance(contexts[0], list) else [contexts]
@@ -177,7 +181,8 @@ def generate(
         z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)
         if reward is not None:
             seen = reads(output, groups, no_opinion or {})
-            r = [reward_logits(reward, context + seen, head) for context in contexts]
+            read_by = adapted or [reward] * len(contexts)
+            r = [reward_logits(model, ids + seen, head) for model, ids in zip(read_by, contexts, strict=True)]
             neutral = neutral_prompt_ids or prompt_ids
             r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
             of_first = groups is not None and groups.first is not None and not output

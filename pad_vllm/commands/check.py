@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pad_vllm import internals, releases
+from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
-from pad_vllm.params import shown
 from pad_vllm.reading import read_json
 
 if TYPE_CHECKING:

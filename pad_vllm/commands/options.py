@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pad_vllm.params import shown
+from pad_vllm.checks import shown
 from pad_vllm.reading import read_json
 
 

@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
+from pad_vllm.checks import check_int, shown
 from pad_vllm.config import read_pad
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import engines
 from pad_vllm.params import (
     MAX_LOGIT_BIAS,
     PAD,
-    check_int,
+    check_adapters,
     check_logit_bias,
     check_num_chars,
     check_persona,
     check_preference_weights,
     check_weights,
-    shown,
 )
 from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.template import PromptTemplate
@@ -134,7 +134,9 @@ def check(
         if announcement.tokenizer is None:
             raise ValueError("pad_preference: this server has no tokenizer (skip_tokenizer_init)")
         _template_of(announcement.tokenizer, announcement, vllm_config).check_preferences(asked.preferences)
-    elif asked.preference_weights is not None:
+    if asked.adapter is not None:
+        check_adapters(asked.adapters, announcement.adapters)
+    if asked.preference is None and asked.adapter is None and asked.preference_weights is not None:
         num_own = _of_persona(announcement, asked, announcement.num_preferences)
         check_preference_weights(asked.preference_weights, num_own)
     if prompt_ids is not None:

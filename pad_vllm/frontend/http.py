@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pad_vllm.checks import shown_name
 from pad_vllm.frontend import admission, engines
-from pad_vllm.params import LIKE_OURS, is_known, is_ours, shown_name
+from pad_vllm.params import LIKE_OURS, is_known, is_ours
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

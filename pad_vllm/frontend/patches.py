@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pad_vllm.checks import shown, shown_name
 from pad_vllm.frontend import admission, engines
 from pad_vllm.frontend.http import RefuseMisplaced, misplaced, unguided
-from pad_vllm.params import PREFIX, is_ours, shown, shown_name
+from pad_vllm.params import PREFIX, is_ours
 
 SALT = f"{PREFIX}cache_salt"
 

@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.offloader.base import get_offloader
 from vllm.utils.torch_utils import current_stream
 
+from pad_vllm.reward.adapters import NO_ADAPTER, ContextAdapters
 from pad_vllm.reward.block_manager import BlockManager
 from pad_vllm.reward.pace import ALONE
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
@@ -94,11 +95,12 @@ class Decoder:
     Args:
         model: the reward model.
         blocks: who holds which of its blocks.
+        adapters: which of them each context is read through.
         max_num_rows: most rows of a step.
     """
 
-    def __init__(self, model: PagedModel, blocks: BlockManager, max_num_rows: int) -> None:
-        self.model, self.blocks, self.max_num_rows = model, blocks, max_num_rows
+    def __init__(self, model: PagedModel, blocks: BlockManager, adapters: ContextAdapters, max_num_rows: int) -> None:
+        self.model, self.blocks, self.adapters, self.max_num_rows = model, blocks, adapters, max_num_rows
         self.sizes: Sequence[int] = [size for size in model.graph_sizes if size <= max_num_rows]
         """Ascending: how many rows a forward has, padding included. Beyond the last one nothing is padded."""
         self._all = DecodeRows.padding(max_num_rows, blocks.table.shape[1], model.device)
@@ -108,6 +110,7 @@ class Decoder:
         self._last: tuple[torch.Tensor | None, int] = None, 0  # row_slots of the last step, and its blocks' version
         self._step = ALONE  # that step
         self._max_seq_len = 0  # of rows in these blocks
+        self._numbers: torch.Tensor | None = None  # the adapter of each
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.sizes:
@@ -131,10 +134,11 @@ class Decoder:
         self._num_rows = num_rows
         self._write(self._first(num_rows), rows)
         batch.max_seq_len, batch.seq_lens_known = self._max_seq_len, rows.lengths is not None
+        batch.adapters = self._numbers
         if not self.sizes:
             return self.model.forward(batch)
         if size in self._graphs:
-            self.model.attn_metadata(batch)  # back ends plan the step, in buffers of theirs that the graph reads
+            self.model.prepare(batch)  # back ends plan the step, in buffers of theirs that the graph reads
             get_offloader().sync_prev_onload()
             self._graphs[size].replay()
         else:
@@ -154,6 +158,7 @@ class Decoder:
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
             self._last = rows.row_slots, version
+            self._numbers = self._adapters_of(rows)
             num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
             self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
         if not same or rows.lengths is None:
@@ -168,6 +173,16 @@ class Decoder:
             first.bounds.fill_(int(rows.num_tokens.max()))
         else:
             first.bounds.copy_(torch.from_numpy(rows.lengths))
+
+    def _adapters_of(self, rows: ContextRows) -> torch.Tensor | None:
+        """[R, padding included] int64. A graph has adapters in it, whether rows have some or not."""
+        numbers = self.adapters.of(rows.slots, rows.row_slots)
+        num_rows = rows.row_slots.shape[0]
+        if not (self.sizes and self.adapters.is_there):
+            return numbers
+        padded = self.adapters.numbers.new_full((self._size(num_rows),), NO_ADAPTER)
+        padded[:num_rows] = NO_ADAPTER if numbers is None else numbers
+        return padded
 
     def _size(self, num_rows: int) -> int:
         at = bisect_left(self.sizes, num_rows)
@@ -210,8 +225,9 @@ class Decoder:
         with set_current_vllm_config(config), graph_capture(device=self.model.device):
             for size in reversed(self.sizes):
                 batch = self._batch(size)  # as long as can be, so that the graph serves every length
-                self._keep(self.model.run(batch, self.model.attn_metadata(batch, for_capture=True)))  # warms up
-                attn_metadata = self.model.attn_metadata(batch, for_capture=True)
+                batch.adapters = torch.zeros_like(batch.positions) if self.adapters.is_there else None
+                self._keep(self.model.run(batch, self.model.prepare(batch, for_capture=True)))  # warms up
+                attn_metadata = self.model.prepare(batch, for_capture=True)
                 graph = torch.cuda.CUDAGraph()
                 get_offloader().sync_prev_onload()
                 with capture_pool(pool, config) as of, torch.cuda.graph(graph, of, stream=current_stream()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from vllm.config import CompilationConfig, LoadConfig, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, LoadConfig, LoRAConfig, ModelConfig, VllmConfig
 from vllm.config import replace as replace_config
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_tp_group
@@ -43,6 +43,15 @@ def reward_model_config(base: ModelConfig, **overrides: Any) -> ModelConfig:
     return model_config
 
 
+def served_model_config(base: ModelConfig) -> ModelConfig:
+    """The served model's ModelConfig as a reward model's: as many positions as the model has, not as it is served
+    with."""
+    model_config = copy.copy(base)
+    model_config.disable_cascade_attn = True
+    model_config.max_model_len = max(base.max_model_len, base.get_and_verify_max_len(-1))
+    return model_config
+
+
 def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     """The window that all layers share, by the rule of vLLM's EngineArgs; None where layers have their own."""
     layer_types = getattr(model_config.hf_text_config, "layer_types", None)
@@ -52,15 +61,23 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
 
 
 def derive_vllm_config(
-    base: VllmConfig, model_config: ModelConfig, max_num_batched_tokens: int, rows_per_token: int = 1
+    base: VllmConfig,
+    model_config: ModelConfig,
+    max_num_batched_tokens: int,
+    rows_per_token: int = 1,
+    is_served: bool = False,
+    lora_config: LoRAConfig | None = None,
 ) -> VllmConfig:
     """A VllmConfig for the reward model: the engine's, with everything that belongs to the base model taken out.
 
-    ``rows_per_token``: into how many of the reward model's tokens one of the base's may go.
+    Args:
+        rows_per_token: into how many of the reward model's tokens one of the base's may go.
+        is_served: the reward model is the served one, with its attention and its quantization.
+        lora_config: of the reward model's adapters.
     """
     cache_config = replace_config(
         base.cache_config,
-        cache_dtype="auto",
+        cache_dtype=base.cache_config.cache_dtype if is_served else "auto",
         # CPU attention shares no finer than 32 tokens; 16 is what every GPU back end has.
         block_size=32 if current_platform.is_cpu() else 16,
         sliding_window=uniform_sliding_window(model_config),
@@ -96,7 +113,8 @@ def derive_vllm_config(
     load_format = "dummy" if base.load_config.load_format == "dummy" else "auto"
     # VllmConfig writes into what it is given (jit warmup, MoE), and these are the engine's own: copies.
     attention_config = copy.copy(base.attention_config)
-    attention_config.backend = None
+    if not is_served:
+        attention_config.backend = None
     return replace_config(
         base,
         model_config=model_config,
@@ -107,8 +125,8 @@ def derive_vllm_config(
         attention_config=attention_config,
         parallel_config=copy.copy(base.parallel_config),
         kernel_config=copy.copy(base.kernel_config),
-        quant_config=None,
-        lora_config=None,
+        quant_config=base.quant_config if is_served else None,
+        lora_config=lora_config,
         speculative_config=None,
         kv_transfer_config=None,
         kv_events_config=None,

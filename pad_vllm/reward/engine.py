@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pad_vllm.reward.adapters import NO_ADAPTER, ContextAdapters
 from pad_vllm.reward.block_manager import BlockManager, Context
 from pad_vllm.reward.decode import Decoder
 from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
@@ -59,9 +60,22 @@ class RewardEngine:
         self.blocks = BlockManager(
             model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
         )
-        self.decoder = Decoder(model, self.blocks, min(max_num_rows, max_num_batched_tokens))
+        self.adapters = ContextAdapters(model.adapters, max_num_contexts, model.device)
+        self.decoder = Decoder(model, self.blocks, self.adapters, min(max_num_rows, max_num_batched_tokens))
         self.no_slot = max_num_contexts
         self.stats = EngineStats()
+
+    def add(
+        self,
+        slot: ContextSlot,
+        prompt_ids: list[int],
+        shared: Sequence[int] = (),
+        cache_salt: str | None = None,
+        adapter: int = NO_ADAPTER,
+    ) -> Context:
+        """Begin a context at ``slot``, which must be free; ``adapter``: its number. The rest is
+        :meth:`~pad_vllm.reward.block_manager.BlockManager.add`'s."""
+        return self.blocks.add(slot, prompt_ids, shared, self.adapters.begin(slot, adapter, cache_salt))
 
     def step(self, rows: ContextRows) -> torch.Tensor:
         """Compute rows, and whatever of their contexts is missing before them.
@@ -186,6 +200,7 @@ class RewardEngine:
         bounds = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
         bounds = np.concatenate([bounds, [piece.start + len(piece.token_ids) for piece in pieces]]).astype(np.int32)
         last = starts[1:].long() - 1  # token of each sequence
+        slots = np.concatenate([rows.slots, [piece.slot for piece in pieces]]).astype(np.int64)
         hidden_states = self.model.forward(
             ForwardBatch(
                 input_ids=token_ids,
@@ -199,6 +214,7 @@ class RewardEngine:
                 seq_lens_known=rows.lengths is not None,
                 max_seq_len=int(bounds.max()),
                 block_table=table[row_slots[last]],
+                adapters=self.adapters.of(slots, row_slots),
             )
         )
         return hidden_states[:num_rows]

@@ -55,7 +55,7 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
     if config is None and adapter is None:
         return None
     names = tensor_names(reward_model, revision)
-    if adapter is not None and (config is None or (names is not None and all("lora_" in name for name in names))):
+    if adapter is not None and _is_adapter(config, names):
         base = adapter.get("base_model_name_or_path") or "the model it was trained on"
         return (
             f"an adapter ({ADAPTER_CONFIG}), which holds what training added to {base} and not that model itself; "
@@ -88,6 +88,18 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
     return None
 
 
+def is_adapter(model: str, revision: str | None = None) -> bool:
+    """Whether a folder or repository is a PEFT adapter, and no model."""
+    if not isinstance(model, str) or _read(model, revision, ADAPTER_CONFIG) is None:
+        return False
+    config = _read(model, revision, "config.json")
+    return _is_adapter(config, None if config is None else tensor_names(model, revision))
+
+
+def _is_adapter(config: dict[str, Any] | None, names: frozenset[str] | None) -> bool:
+    return config is None or (names is not None and all("lora_" in name for name in names))
+
+
 _REMEDY = (
     "Name a causal language model, as AutoModelForCausalLM saves it: one tuned by DPO or by `pad-vllm train`, or any "
     "that reads preferences"
@@ -102,7 +114,7 @@ def tensor_names(model: str, revision: str | None) -> frozenset[str] | None:
         ValueError: a file is damaged.
     """
     if index := next(iter(files_beside(model, revision, _INDICES)), None):
-        return frozenset(_read_object(index).get("weight_map", {}))
+        return frozenset(read_object(index).get("weight_map", {}))
     folder = Path(model)
     if folder.is_dir():
         files = [path for kind in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{kind}"))]
@@ -148,11 +160,11 @@ def _read(model: str, revision: str | None, name: str) -> dict[str, Any] | None:
         path = next(iter(files_beside(model, revision, (name,))), None)
     except (OSError, ValueError):  # no such model: loading it says so better
         return None
-    return None if path is None else _read_object(path)
+    return None if path is None else read_object(path)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that holds no JSON object."""
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file says. Raises ValueError for a file that holds no JSON object."""
     try:
         read = read_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ model in a worker.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,10 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 
 from pad_vllm.kernels.types import OutputHead
 from pad_vllm.releases import plan_kv_cache
+from pad_vllm.reward.adapters import AdapterFolder, Adapters
 from pad_vllm.reward.derive import base_memory, least_of_ranks
 from pad_vllm.reward.memory import derive_kv_cache_bytes
+from pad_vllm.reward.merging import Merge
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,18 +51,25 @@ class _BackboneLoader(DefaultModelLoader):
     """vLLM's loader, past the value heads that lie among the checkpoint's tensors."""
 
     not_backbone: frozenset[str]
+    adapter: Merge | None
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module):
         weights = super().get_all_weights(model_config, model)
-        return ((name, tensor) for name, tensor in weights if name not in self.not_backbone)
+        backbone = ((name, tensor) for name, tensor in weights if name not in self.not_backbone)
+        return backbone if self.adapter is None else self.adapter.apply(backbone)
 
 
-def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str]) -> nn.Module:
-    """The reward model's weights, by vLLM's loader; tensors named in ``not_backbone`` are left alone."""
+def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str], adapter: AdapterFolder | None) -> nn.Module:
+    """The reward model's weights, by vLLM's loader.
+
+    Args:
+        not_backbone: names of tensors that are left alone.
+        adapter: what is merged into the others.
+    """
     loader = get_model_loader(vllm_config.load_config)
     if type(loader) is DefaultModelLoader:
         loader = _BackboneLoader(vllm_config.load_config)
-        loader.not_backbone = not_backbone
+        loader.not_backbone, loader.adapter = not_backbone, None if adapter is None else Merge(adapter)
     with set_model_tag("pad_reward_model"):  # a compilation cache of its own
         return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
 
@@ -95,6 +105,8 @@ class ForwardBatch:
     """[num_seqs, max_num_blocks] int32"""
     context: ForwardContext | None = None
     """vLLM's, of a batch that is run again and again"""
+    adapters: torch.Tensor | None = None
+    """[num_tokens] int64: :meth:`~pad_vllm.reward.adapters.Adapters.select`"""
 
 
 class PagedModel:
@@ -105,7 +117,9 @@ class PagedModel:
             ``max_num_batched_tokens`` the most tokens in one forward.
         base: the engine's.
         kv_cache_memory_bytes: size of the KV cache; derived when None (:mod:`pad_vllm.reward.memory`).
-        not_backbone: checkpoint tensors that are not the backbone's.
+        make: makes the model, of its configuration: :func:`load_model` or
+            :func:`~pad_vllm.reward.served.instance_of`.
+        adapters: that contexts may be read through.
 
     Raises:
         ValueError: the KV cache cannot hold one context, or the architecture needs more than one KV cache group.
@@ -117,17 +131,18 @@ class PagedModel:
         base: VllmConfig,
         device: torch.device,
         kv_cache_memory_bytes: int | None,
-        not_backbone: frozenset[str],
+        make: Callable[[VllmConfig], nn.Module],
+        adapters: tuple[AdapterFolder, ...] = (),
     ) -> None:
         self.device = device
         self.vllm_config = vllm_config
         with set_current_vllm_config(self.vllm_config):
-            self.model = load_model(self.vllm_config, not_backbone)
+            self.model = make(self.vllm_config)
+            self.adapters = Adapters(self.model, adapters, vllm_config, device) if adapters else None
             self._init_kv_cache(kv_cache_memory_bytes, base)
         # Its kernel multiplies what is behind a sequence's end in its last block by 0, and NaN stays NaN. Those of GPUs
         # do not load it.
         self.attends_behind_end = current_platform.is_cpu()
-        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         self.max_model_len = vllm_config.model_config.max_model_len
         max_num_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
@@ -286,6 +301,7 @@ class PagedModel:
             seq_lens_known=True,
             max_seq_len=num_tokens,
             block_table=num_blocks[None],
+            adapters=None if self.adapters is None else torch.zeros_like(positions),
         )
         try:
             # Compilation reads the current configuration. It is done here once, for all sizes, as by vLLM itself.
@@ -302,10 +318,15 @@ class PagedModel:
         Returns:
             [num_tokens, hidden_size] final hidden states, in the model's dtype.
         """
-        return self.run(batch, self.attn_metadata(batch))
+        return self.run(batch, self.prepare(batch))
 
-    def attn_metadata(self, batch: ForwardBatch, for_capture: bool = False) -> dict[str, Any]:
-        """What attention needs to know of a batch, by layer; ``for_capture``: in a CUDA graph."""
+    def prepare(self, batch: ForwardBatch, for_capture: bool = False) -> dict[str, Any]:
+        """Tell adapters which tokens a batch has; returns what attention needs to know of it, by layer.
+
+        ``for_capture``: in a CUDA graph.
+        """
+        if self.adapters is not None:
+            self.adapters.select(batch.adapters)
         # FlashInfer plans by the bound as by the lengths themselves; without it, it reads those back.
         give_bound = batch.seq_lens_known or not self.plans_by_bound
         common = CommonAttentionMetadata(

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from pad_vllm.checks import check_int, check_number
 from pad_vllm.errors import one_line
-from pad_vllm.params import check_int, check_number
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 from pad_vllm.training.trainer import training_arguments
 

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pad_vllm.checks import check_text, shown
 from pad_vllm.config import read_file
-from pad_vllm.params import MAX_PREFERENCES, check_text, shown
+from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, PairExample, read_comparisons

@@ -7,15 +7,16 @@ stops the start, in one paragraph that says what to change.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
-from pad_vllm.params import MAX_PREFERENCE_TOKENS, PAD, GuidanceParams, check_weights
-from pad_vllm.reward.derive import derive_vllm_config, reward_model_config
+from pad_vllm.params import MAX_PREFERENCE_TOKENS, PAD, GuidanceParams, check_adapters, check_weights
+from pad_vllm.reward.adapters import NO_ADAPTER, AdapterFolder, lora_config, read_folder
+from pad_vllm.reward.derive import derive_vllm_config, reward_model_config, served_model_config
 from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
 from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.kind import check_causal_lm
@@ -50,6 +51,13 @@ class Fit:
     not_backbone: frozenset[str]
     """Tensors in the reward model's folder that are not its backbone's."""
     warning: str | None
+    adapters: tuple[AdapterFolder, ...] = ()
+    """That contexts are read through; the reward model's own, where it is one over the served model, has no name."""
+    merged: AdapterFolder | None = None
+    """The adapter that the reward model is, merged into the model that it was made for."""
+    neutral_is_base: bool = False
+    """Whether the reward model without a preference says just what the base model does: it is that, and reads what
+    that reads. The neutral reference is then the base model's logits, and takes no context of its own."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -58,6 +66,13 @@ class Fit:
     @property
     def head_names(self) -> tuple[str, ...]:
         return self.heads.names if self.heads else ()
+
+    def adapter_number(self, name: str | None) -> int:
+        """Which adapter a context is read through. Raises ValueError for a name that there is not."""
+        if name is None:
+            return 0 if self.config.source.is_adapter and self.adapters else NO_ADAPTER
+        check_adapters((name,), self.config.adapters)
+        return list(self.config.adapters).index(name)
 
     def example(self) -> str | None:
         """What the reward model reads of a question under a preference, as text; with its translation, where it has
@@ -81,23 +96,31 @@ class Fit:
         if params.preferences:
             if self.template is None:
                 raise ValueError("pad_preference: the engine has no tokenizer (skip_tokenizer_init)")
-            self.template.check_preferences(params.preferences)
+            self.template.check_preferences(tuple(dict.fromkeys(params.preferences)))
+        if self.neutral_is_base and params.reference == "neutral":
+            params = replace(params, reference="base")
         return params.as_read()
 
 
-def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
+def fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool = False) -> Fit:
     """Hold a configured reward model against an engine; reads its files, and no weights but the value heads.
+
+    Args:
+        sees_base_logits: nothing but the request's own controls has changed the logits that PAD sees.
 
     Raises:
         ValueError: what does not fit, and what to change.
     """
-    base = vllm_config.model_config
+    base, source = vllm_config.model_config, config.source
     model_config = load_model_config(config, base)
+    tokenizer, revision = (base.tokenizer, base.tokenizer_revision) if source.is_served else source.tokenizer
     tokenizer_args = {
-        "pretrained_model_name_or_path": config.reward_model,
-        "revision": config.revision,
+        "pretrained_model_name_or_path": tokenizer,
+        "revision": revision,
         "trust_remote_code": config.trust_remote_code,
     }
+    adapters, merged = read_adapters(config)
+    lora = lora_config(adapters, model_config)
     num_rows = model_config.get_vocab_size()
     reasoning = reasoning_ids(vllm_config)
     tokens = load_tokenizer(config, tokenizer_args, base, model_config, num_rows, reasoning)
@@ -112,10 +135,10 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
     if template is not None:
         template.max_preference_tokens = max_preference_tokens
     heads = read_heads(config, model_config)
-    is_trained = heads is not None or locate_defaults(config.reward_model, config.revision) is not None
+    is_trained = heads is not None or locate_defaults(source.reward_model, source.revision) is not None
     fits = Fit(
         config,
-        derive(config, vllm_config, model_config, tokens),
+        derive(config, vllm_config, model_config, tokens, lora),
         tokens,
         tokenizer_args,
         vocab_size,
@@ -123,8 +146,11 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         max_preference_tokens,
         shortage,
         heads,
-        tensor_names_beside(config.reward_model, config.revision),
+        tensor_names_beside(source.model, source.model_revision),
         beta_warning(config, model_config, base, is_trained),
+        adapters,
+        merged,
+        source.is_served and not source.is_adapter and sees_base_logits and vllm_config.lora_config is None,
     )
     check_kv_cache(fits)
     for name in config.personas:
@@ -133,6 +159,16 @@ def fit(config: PADConfig, vllm_config: VllmConfig) -> Fit:
         except ValueError as error:
             raise ValueError(f"pad.personas[{name!r}]: {error}") from None
     return fits
+
+
+def read_adapters(config: PADConfig) -> tuple[tuple[AdapterFolder, ...], AdapterFolder | None]:
+    """The adapters that stay apart, and the one that is merged. Raises ValueError for one that vLLM refuses."""
+    source = config.source
+    named = tuple(read_folder(name, f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
+    if not source.is_adapter:
+        return named, None
+    own = read_folder("", "pad.reward_model", source.reward_model, allow_full_modules=not source.is_served)
+    return ((own,), None) if source.is_served else (named, own)
 
 
 def check_chat(config: PADConfig, template: PromptTemplate, tokens: SharedTokens) -> None:
@@ -167,12 +203,17 @@ def load_model_config(config: PADConfig, base: ModelConfig) -> ModelConfig:
         ValueError: it cannot be found or read, is no causal language model, or its architecture cannot be a reward
             model.
     """
-    check_causal_lm(config.reward_model, config.revision)
+    source = config.source
+    if source.is_served:
+        model_config = served_model_config(base)
+        check_architecture(config.reward_model, model_config)
+        return model_config
+    check_causal_lm(source.model, source.model_revision)
     try:
         model_config = reward_model_config(
             base,
-            model=config.reward_model,
-            revision=config.revision,
+            model=source.model,
+            revision=source.model_revision,
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             **({"dtype": config.dtype} if config.dtype else {}),
@@ -204,19 +245,26 @@ def check_architecture(reward_model: str, model_config: ModelConfig) -> None:
             )
 
 
-def derive(config: PADConfig, vllm_config: VllmConfig, model_config: ModelConfig, tokens: SharedTokens) -> VllmConfig:
+def derive(
+    config: PADConfig,
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    tokens: SharedTokens,
+    lora: LoRAConfig | None = None,
+) -> VllmConfig:
     """The reward model's VllmConfig. Raises ValueError for what vLLM refuses."""
     most = min(DEFAULT_MAX_NUM_BATCHED_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
         num_tokens = config.max_num_batched_tokens or most
-        return derive_vllm_config(vllm_config, model_config, num_tokens, tokens.max_pieces)
+        is_served = config.source.is_served
+        return derive_vllm_config(vllm_config, model_config, num_tokens, tokens.max_pieces, is_served, lora)
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from error
 
 
 def read_heads(config: PADConfig, model_config: ModelConfig) -> ValueHeads | None:
     """The value heads, where there are any. Raises ValueError for a file that cannot be read or does not fit."""
-    path = locate_heads(config.heads, config.reward_model, config.revision)
+    path = locate_heads(config.heads, config.source.reward_model, config.source.revision)
     if path is None:
         return None
     try:

@@ -11,7 +11,6 @@ import time
 import torch
 from vllm.config import VllmConfig
 
-from pad_vllm.config import PADConfig
 from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.engine import RewardEngine
@@ -22,6 +21,7 @@ from pad_vllm.stats import Stats
 from pad_vllm.worker import start
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot, context_slots
 from pad_vllm.worker.board import Board
+from pad_vllm.worker.compatibility import Fit
 from pad_vllm.worker.contexts import Contexts
 from pad_vllm.worker.drafter import Drafter
 from pad_vllm.worker.loading import Loaded, load
@@ -35,7 +35,7 @@ class Guidance:
     """The reward model and the rule, for one engine: what a request's life and a step do to their parts.
 
     Args:
-        config: the engine's PAD configuration.
+        fits: the configured reward model, held against the engine.
         vllm_config: the engine's configuration.
         device: where the base model's logits are.
         num_drafts: most tokens that the reward model is to draft at a time; 0: it does not.
@@ -44,8 +44,8 @@ class Guidance:
         ValueError: guidance could not work; one paragraph that says what to change.
     """
 
-    def __init__(self, config: PADConfig, vllm_config: VllmConfig, device: torch.device, num_drafts: int = 0) -> None:
-        self.loaded = loaded = load(config, vllm_config, device)
+    def __init__(self, fits: Fit, vllm_config: VllmConfig, device: torch.device, num_drafts: int = 0) -> None:
+        self.loaded = loaded = load(fits, vllm_config, device)
         max_num_seqs, max_model_len = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
         self.max_rows_per_request = 1 + vllm_config.num_speculative_tokens
         max_num_rows = max_num_seqs * self.max_rows_per_request
@@ -92,7 +92,7 @@ class Guidance:
             ValueError: the prompt has a token that the reward model has no row for, or too many tokens are biased.
         """
         contexts, prompt = params.contexts(), self.contexts.read(prompt_ids)
-        composed = [self._compose(prompt.ids, preference) for preference in contexts]
+        composed = [self._compose(prompt.ids, reading.preference) for reading in contexts]
         if params.guides and (prompt.is_misread or any(one.is_misread for one in composed)):
             self.stats.plain_prompts += 1
             if self.loaded.fit.config.chat == "strict":
@@ -106,9 +106,10 @@ class Guidance:
         if params.guides:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
+        adapters = [self.loaded.fit.adapter_number(reading.adapter) for reading in contexts]
         return [
-            self.engine.blocks.add(ContextSlot(place), one.ids, one.shared, params.cache_salt)
-            for place, one in zip(context_slots(slot), composed, strict=False)
+            self.engine.add(ContextSlot(place), one.ids, one.shared, params.cache_salt, adapter)
+            for place, one, adapter in zip(context_slots(slot), composed, adapters, strict=False)
         ]
 
     def _compose(self, prompt_ids: list[int], preference: str | None) -> Composed:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from pad_vllm.config import PADConfig
 from pad_vllm.kernels import OutputHead, cap_and_scale, score_candidates
 from pad_vllm.reward.heads import ValueHeads
-from pad_vllm.reward.paged_model import PagedModel
-from pad_vllm.worker.compatibility import Fit, fit
+from pad_vllm.reward.paged_model import PagedModel, load_model
+from pad_vllm.reward.served import instance_of
+from pad_vllm.worker.compatibility import Fit
 from pad_vllm.worker.tokens import listed
 
 logger = init_logger(f"vllm.{__name__}")
@@ -38,13 +40,18 @@ class Loaded:
         return self.model.device
 
     @property
+    def own_weight_bytes(self) -> int:
+        """Of weights that are not the served model's."""
+        return 0 if self.fit.config.source.is_served else sum(p.nbytes for p in self.model.model.parameters())
+
+    @property
     def vocab_size(self) -> int:
         """Of the reward model."""
         return self.fit.model_config.get_vocab_size()
 
 
-def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Loaded:
-    """Load the configured reward model.
+def load(fits: Fit, vllm_config: VllmConfig, device: torch.device) -> Loaded:
+    """Load a reward model that fits.
 
     Args:
         vllm_config: the engine's.
@@ -53,15 +60,23 @@ def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Lo
     Raises:
         ValueError: guidance could not work; one paragraph that says what to change.
     """
-    fits = fit(config, vllm_config)
+    config = fits.config
     for warning in warnings(fits):
         logger.warning(warning)
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
-    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, fits.not_backbone)
+    make = maker(fits, vllm_config)
+    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, make, fits.adapters)
     hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
     head = model.output_head(hidden_states)
     check_logits(config.reward_model, model, head, hidden_states)
     return Loaded(fits, model, head, heads, vllm_config.model_config.get_vocab_size(), hidden_states)
+
+
+def maker(fits: Fit, vllm_config: VllmConfig) -> Callable[[VllmConfig], nn.Module]:
+    """What makes the reward model: of the served one's weights, or of its own."""
+    if fits.config.source.is_served:
+        return partial(instance_of, vllm_config)
+    return partial(load_model, not_backbone=fits.not_backbone, adapter=fits.merged)
 
 
 def warnings(fits: Fit) -> Iterator[str]:

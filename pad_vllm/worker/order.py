@@ -68,6 +68,11 @@ def num_giving_way(found: list[Processor]) -> int:
     return sum(processor.is_ours for processor in found[: place(found)])
 
 
+def is_first(found: list[Processor]) -> bool:
+    """Whether no other stands before the one that guides."""
+    return all(processor.is_ours for processor in found[: place(found)])
+
+
 def log_order(found: list[Processor]) -> None:
     """Log the order, where there is anything beside PAD; warn of what the operator could not put where it stands."""
     at = place(found)

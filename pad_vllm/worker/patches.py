@@ -1,18 +1,28 @@
-"""What is changed in vLLM where the draft model of ``speculative_config`` is the reward model.
+"""What is changed in vLLM's engine.
 
-Model Runner V2 makes its drafter of the reward engine (:mod:`.adapters.speculator`), and does not refuse a draft model
-with another tokenizer, whose drafts vLLM's own speculator could not read. Nothing else is touched, and with any other
-draft model vLLM does what it always does.
+Its loaders show the model that they have loaded, since a logits processor is given none
+(:mod:`pad_vllm.reward.served`).
+
+Where the draft model of ``speculative_config`` is the reward model, Model Runner V2 makes its drafter of the reward
+engine (:mod:`.adapters.speculator`), and does not refuse a draft model with another tokenizer, whose drafts vLLM's own
+speculator could not read. Nothing else is touched, and with any other draft model vLLM does what it always does.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import importlib.abc
+import importlib.util
 import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pad_vllm.reward.source import SERVED, is_same
+
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     import torch
     from vllm.config import VllmConfig
 
@@ -20,6 +30,7 @@ MODULES = ("vllm.v1.worker.gpu.spec_decode", "vllm.v1.worker.gpu.model_runner")
 """Where ``init_speculator`` stands, and where the runner has it by its own name once it is imported."""
 
 
+LOADERS = "vllm.model_executor.model_loader"
 NO_TRANSLATION = "heterogeneous-vocabulary draft models"
 """What vLLM says of ``use_heterogeneous_vocab`` on Model Runner V2."""
 
@@ -28,6 +39,63 @@ def install() -> None:
     """Put our choices before vLLM's; as often as one likes."""
     _choose_speculator()
     _allow_another_tokenizer()
+    after_import(LOADERS, _show_models)
+
+
+def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
+    """Call with a module as soon as it is there. It is not imported for this: it takes seconds, and not every process
+    of vLLM's needs it."""
+    if name in sys.modules:
+        call(sys.modules[name])
+    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, call))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:
+        self.name, self.call = name, call
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run, call = spec.loader.exec_module, self.call
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                call(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _show_models(loaders: ModuleType) -> None:
+    for loader in (loaders.BaseModelLoader, *_subclasses(loaders.BaseModelLoader)):
+        original = vars(loader).get("load_model")
+        if original is not None and not hasattr(original, "__wrapped_by_pad__"):
+            loader.load_model = _showing(original)
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]
+
+
+def _showing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: VllmConfig, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if model_config is vllm_config.model_config:  # not a draft model's
+            from pad_vllm.reward import served
+
+            served.loaded(vllm_config, model)
+        return model
+
+    load_model.__wrapped_by_pad__ = True  # type: ignore[attr-defined]
+    return load_model
 
 
 def _allow_another_tokenizer() -> None:
@@ -74,4 +142,6 @@ def reward_model_drafts(vllm_config: VllmConfig) -> bool:
     drafts, guides = speculative.model, pad.get("reward_model") if isinstance(pad, dict) else None
     if not isinstance(drafts, str) or not isinstance(guides, str):
         return False  # what is wrong with the configuration is said at the start
-    return drafts == guides or (os.path.isdir(guides) and os.path.realpath(drafts) == os.path.realpath(guides))
+    if guides == SERVED:
+        guides = vllm_config.model_config.model
+    return is_same(guides, drafts)

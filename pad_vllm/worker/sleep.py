@@ -5,7 +5,8 @@ level 2 discards them, and whoever wakes the engine loads the base model's anew.
 and Model Runner V2 builds logits processors where it loads weights. So the reward model, its KV cache and the state of
 requests are in a pool of the tag that vLLM gives its own state, which it keeps on the host at every level.
 
-The V1 runner builds them outside its pools: there the reward model stays on the GPU, asleep or not.
+The V1 runner builds them outside its pools: there the reward model stays on the GPU, asleep or not. A reward model
+that is the served one has no weights of its own: it sleeps and wakes with that.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ KEPT_TAG = "runtime"
 """Of memory that ``CuMemBackend.suspend`` offloads at every level, and that every waking brings back."""
 
 
-def make_kept(make: Callable[[], Guidance], vllm_config: VllmConfig, on_v2: bool) -> Guidance:
-    """What ``make`` makes, where a sleeping engine keeps it.
+def make_kept(make: Callable[[], Guidance], vllm_config: VllmConfig, in_pools: bool) -> Guidance:
+    """What ``make`` makes, where a sleeping engine keeps it. ``in_pools``: vLLM has opened those of its weights.
 
     Raises:
         ValueError: it is not there after all.
     """
-    if not (on_v2 and current_platform.is_cuda_alike() and vllm_config.model_config.enable_cumem_allocator):
+    if not (in_pools and current_platform.is_cuda_alike() and vllm_config.model_config.enable_cumem_allocator):
         return make()
     allocator = get_mem_allocator_instance()
     with allocator.use_memory_pool(tag=KEPT_TAG):
         guidance = make()
     segments = {pointer: (data.handle[1], data.tag) for pointer, data in allocator.pointer_to_data.items()}
-    for tensor in (*guidance.model.model.parameters(), *guidance.model.kv_caches.values()):
+    is_served = guidance.loaded.fit.config.source.is_served  # whoever loads the base model's weights loads these
+    weights = () if is_served else guidance.model.model.parameters()
+    for tensor in (*weights, *guidance.model.kv_caches.values()):
         if not is_kept(tensor, segments):
             raise ValueError(
                 "pad cannot guide this engine: enable_sleep_mode: with this vLLM and this PyTorch a sleep of level 2 "

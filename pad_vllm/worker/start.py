@@ -86,14 +86,29 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         base_tokenizer=base_tokenizer if fits.tokens.pair else None,
         max_context_len=loaded.model.max_model_len,
         prompt_template=config.prompt_template,
-        num_preferences=tuple(len(persona.preferences) for persona in personas.values()),
+        num_preferences=tuple(persona.num_contexts for persona in personas.values()),
         num_preference_tokens=tuple(max(map(added, p.preferences), default=0) for p in personas.values()),
         default_persona=config.default_persona,
         instance_id=vllm_config.instance_id,
         labels=(str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index)),
         chat=config.chat,
         insert_after=config.insert_after,
+        adapters=tuple(config.adapters),
     )
+
+
+def describe_weights(loaded: Loaded) -> str:
+    """Whose they are and what they take."""
+    source, config, adapters = loaded.fit.config.source, loaded.fit.config, loaded.model.adapters
+    words = f"{loaded.own_weight_bytes / 2**30:.2f} GiB of weights"
+    if source.is_served:
+        words = "the served model's own weights"
+    elif source.is_adapter:
+        words += f", the adapter merged into {source.model}"
+    if adapters is not None:
+        names = ", ".join(config.adapters) or config.reward_model
+        words += f", {adapters.num_bytes / 2**20:.0f} MiB of adapters ({names})"
+    return words
 
 
 def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
@@ -102,7 +117,7 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
     logger.info(
         "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
-        "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
+        "Reward model: %s, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
         config.reward_model,
         config.reference,
         config.why_reference,
@@ -112,7 +127,7 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
         len(config.personas),
         ", ".join(fits.head_names) or "none",
         kernels,
-        model.weight_bytes / 2**30,
+        describe_weights(loaded),
         f"{num_tokens:,}",
         num_tokens * model.bytes_per_token / 2**30,
         num_tokens / model.max_model_len,

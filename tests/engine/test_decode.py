@@ -73,7 +73,7 @@ def capture(decoder) -> None:
 
         def replay(self) -> None:
             batch = decoder._batches[self.size]
-            decoder._keep(decoder.model.run(batch, decoder.model.attn_metadata(batch)))
+            decoder._keep(decoder.model.run(batch, decoder.model.prepare(batch)))
 
     with (
         patch.object(decode, "graph_capture", lambda device: contextlib.nullcontext()),

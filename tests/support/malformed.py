@@ -6,7 +6,8 @@ import random
 import string
 from typing import Any
 
-from pad_vllm.params import MAX_BETA, MAX_PREFERENCE_CHARS, MAX_WEIGHT
+from pad_vllm.checks import MAX_WEIGHT
+from pad_vllm.params import MAX_BETA, MAX_PREFERENCE_CHARS
 
 GOOD = {"pad_preference": "concise", "pad_beta": 1.0, "pad_top_k": 5}
 """A good set on any server; one of its members is spoiled."""

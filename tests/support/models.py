@@ -74,6 +74,21 @@ def make_model(path: Path, seed: int, *, vocab_size: int = 512, max_position_emb
     return path
 
 
+def make_adapter(path: Path, base: Path, seed: int, rank: int, targets: list[str], **config) -> AutoModelForCausalLM:
+    """A random PEFT LoRA folder for a model; returns the model with it merged, in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25 / rank**0.5)
+    model.save_pretrained(path)
+    return model.merge_and_unload().eval()
+
+
 def make_heads(path: Path, names: list[str], hidden_size: int = 64, seed: int = 0) -> Path:
     """A value-head file: each head the identity plus noise, as trained heads are."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,8 +6,9 @@ import pytest
 import vllm
 
 from pad_vllm import PAD, SamplingParams
+from pad_vllm.checks import did_you_mean
 from pad_vllm.config import PADConfig
-from pad_vllm.params import GuidanceParams, check_num_chars, did_you_mean
+from pad_vllm.params import GuidanceParams, check_num_chars
 
 
 def config(**pad) -> PADConfig:

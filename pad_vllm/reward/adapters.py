@@ -1,0 +1,279 @@
+"""LoRA adapters of the reward model: all resident, each context read through one of them or through none.
+
+Formats, layers and kernels are vLLM's. Its own bookkeeping is by request and on the host; here each token's adapter is
+known on the device alone where drafts are verified, so that is where :meth:`Adapters.select` writes what kernels read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import LoRAConfig, ModelConfig, VllmConfig
+from vllm.config.lora import MaxLoRARanks
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager, create_lora_manager
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.platforms import current_platform
+
+from pad_vllm.errors import one_line
+from pad_vllm.reward.kind import ADAPTER_CONFIG, read_object, tensor_names
+from pad_vllm.reward.rows import ContextSlot
+
+RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
+"""What vLLM may be told that the largest rank is; ascending."""
+NOT_LINEAR = ("lm_head", "embed_tokens")
+"""Modules through which no context is read: the output head is applied to candidates, after contexts are mixed."""
+NO_ADAPTER = -1
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A PEFT LoRA folder that vLLM can load."""
+
+    name: str
+    key: str
+    """Of the configuration"""
+    path: str
+    peft: PEFTHelper
+
+    @property
+    def rank(self) -> int:
+        return max(self.peft.r, *self.peft.rank_pattern.values(), 1)
+
+
+def read_folder(name: str, key: str, path: str, allow_full_modules: bool = False) -> AdapterFolder:
+    """Read what a PEFT folder says of itself; its weights are left alone.
+
+    Args:
+        key: of the configuration, for an error message.
+        allow_full_modules: of ``modules_to_save``.
+
+    Raises:
+        ValueError: it cannot be found, or is of a kind that vLLM refuses, with vLLM's word.
+    """
+    try:
+        folder = get_adapter_absolute_path(path)
+        config = _read_config(folder)
+        if allow_full_modules:
+            config["modules_to_save"] = None
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"a PEFT adapter of the type {config['peft_type']}; LORA is read")
+        peft = PEFTHelper.from_dict(config)
+        peft.validate_legal(LoRAConfig(max_lora_rank=RANKS[-1]))
+    except Exception as error:
+        raise ValueError(f"{key}={path!r} cannot be an adapter: {one_line(error)}") from None
+    return AdapterFolder(name, key, folder, peft)
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    file = Path(folder) / ADAPTER_CONFIG
+    if not file.is_file():
+        raise ValueError(f"no {ADAPTER_CONFIG} in it" if os.path.isdir(folder) else "no such folder")
+    return read_object(file)
+
+
+def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -> LoRAConfig | None:
+    """vLLM's configuration for adapters that are all resident; None for none."""
+    if not folders:
+        return None
+    most = max(folder.rank for folder in folders)
+    # On a CPU vLLM reads the last slot for a token without an adapter: one stays empty.
+    num = len(folders) + current_platform.is_cpu()
+    targets = sorted({name for folder in folders for name in _targets(folder)})
+    return LoRAConfig(
+        max_lora_rank=min(rank for rank in RANKS if rank >= most),
+        max_loras=num,
+        max_cpu_loras=num,
+        lora_dtype=model_config.dtype,
+        target_modules=targets or None,
+    )
+
+
+def _targets(folder: AdapterFolder) -> set[str]:
+    """Last parts of the names of the modules that an adapter has weights for."""
+    return {module_of(name).rpartition(".")[2] for name in tensor_names(folder.path, None) or ()}
+
+
+def module_of(tensor_name: str) -> str:
+    """``model.layers.0.mlp.up_proj`` of ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
+    name = tensor_name.removeprefix("base_model.model.")
+    for part in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".weight", ".bias"):
+        name = name.partition(part)[0]
+    return name
+
+
+class Adapters:
+    """The adapters of a reward model, in its layers.
+
+    Args:
+        model: the reward model's own instance; vLLM's LoRA layers take the place of some of its modules.
+        folders: the adapters; one's index is its number.
+        vllm_config: the reward model's, vLLM's current one.
+
+    Raises:
+        ValueError: one does not fit; in vLLM's words where it has some.
+    """
+
+    def __init__(
+        self, model: nn.Module, folders: tuple[AdapterFolder, ...], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        self.device = device
+        self.num = len(folders)
+        self.max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+        assert vllm_config.lora_config is not None
+        try:
+            self.manager: LoRAModelManager = create_lora_manager(
+                model,
+                max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+                max_num_batched_tokens=self.max_num_tokens,
+                vocab_size=self.vocab_size,
+                lora_config=vllm_config.lora_config,
+                vllm_config=vllm_config,
+                device=device,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"pad.adapters: {type(model).__name__} takes no LoRA adapters: {one_line(error)}"
+            ) from error
+        for number, folder in enumerate(folders, 1):
+            try:
+                lora = self._load(folder, number, vllm_config.lora_config)
+                self._check(lora)
+                self.manager.add_adapter(lora)
+                self.manager.activate_adapter(number)
+            except Exception as error:
+                raise ValueError(
+                    f"{folder.key}={folder.path!r} is no adapter of this reward model: {one_line(error)}"
+                ) from error
+        wrappers = list(self.manager.punica_wrapper_mapping.values())
+        self.punica: PunicaWrapperBase = wrappers[0]
+        self.numbers = torch.arange(-1, vllm_config.lora_config.max_loras, device=device)
+        layers = self.manager.modules.values()
+        stacks = [stack for layer in layers for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+        self.num_bytes = sum(stack.nbytes for stack in stacks)
+        self._selected: torch.Tensor | None = None
+
+    def _load(self, folder: AdapterFolder, number: int, config: LoRAConfig) -> LoRAModel:
+        """By vLLM's loader, as its worker's manager calls it."""
+        manager, model = self.manager, self.manager.model
+        packed = manager.packed_modules_mapping
+        expected = {name for module in manager.supported_lora_modules for name in packed.get(module, [module])}
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        return LoRAModel.from_local_checkpoint(
+            folder.path,
+            expected,
+            peft_helper=folder.peft,
+            lora_model_id=number,
+            device="cpu",
+            dtype=config.lora_dtype,
+            model_vocab_size=self.vocab_size,
+            weights_mapper=mapper and mapper.get_rename_mapper(),
+            skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        )
+
+    def _check(self, lora: LoRAModel) -> None:
+        """Raise ValueError for a matrix that has no place in the model, or another shape there: vLLM copies a smaller
+        one into a part of its own."""
+        places = dict(self._places())
+        for name, weights in lora.loras.items():
+            if name not in places:
+                raise ValueError(f"it has weights for {name}, which is none of the reward model's linear layers")
+            a, b = weights.lora_a, weights.lora_b
+            if a is None or b is None:
+                raise ValueError(f"of {name} it has one of the two matrices")
+            found, wanted = (b.shape[0], a.shape[1]), places[name]
+            if found != wanted:
+                raise ValueError(f"it changes {name} as a matrix of {list(found)}, and here it is {list(wanted)}")
+
+    def _places(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name of a layer as adapters call it -> its [out, in]."""
+        for name, module in self.manager.modules.items():
+            parent, _, last = name.rpartition(".")
+            base = module.base_layer
+            names = self.manager.packed_modules_mapping.get(last, [last])
+            sizes = getattr(base, "output_sizes", None) or [base.output_size]
+            if len(names) != len(sizes):
+                names, sizes = [last], [sum(sizes)]
+            for one, size in zip(names, sizes, strict=True):
+                yield f"{parent}.{one}" if parent else one, (size, base.input_size)
+
+    def select(self, numbers: torch.Tensor | None) -> None:
+        """Which adapter the next forward's tokens are read through.
+
+        Args:
+            numbers: [num_tokens] int64, on the device, each from NO_ADAPTER on; the same tensor holds the same numbers.
+                None: no token is read through any.
+        """
+        if numbers is self._selected and numbers is not None:
+            return
+        self._selected = numbers
+        write = _write_cpu if current_platform.is_cpu() else _write_gpu
+        write(self.punica, numbers, self.numbers)
+
+
+class ContextAdapters:
+    """Which adapter each context is read through.
+
+    Args:
+        adapters: the reward model's; None: it has none.
+        max_num_contexts: at one time.
+    """
+
+    def __init__(self, adapters: Adapters | None, max_num_contexts: int, device: torch.device) -> None:
+        self.is_there = adapters is not None
+        self.numbers = torch.full((max_num_contexts + 1,), NO_ADAPTER, dtype=torch.int64, device=device)
+        """[max_num_contexts + 1] by slot; the last stands for no context"""
+        self._is_read: np.ndarray = np.zeros(max_num_contexts + 1, bool)
+
+    def begin(self, slot: ContextSlot, number: int, cache_salt: str | None) -> str | None:
+        """A context begins; returns the salt that keeps its blocks from contexts through other adapters."""
+        if not self.is_there:
+            return cache_salt
+        self.numbers[slot] = number
+        self._is_read[slot] = number != NO_ADAPTER
+        return f"{number}:{cache_salt or ''}"
+
+    def of(self, slots: np.ndarray, token_slots: torch.Tensor) -> torch.Tensor | None:
+        """[num_tokens] int64, the adapter of each token; None where no context in ``slots`` has one.
+
+        Args:
+            slots: [C] of all contexts that the tokens are of.
+            token_slots: [num_tokens] int64, each token's.
+        """
+        return self.numbers[token_slots] if self.is_there and self._is_read[slots].any() else None
+
+
+def _write_cpu(punica: Any, numbers: torch.Tensor | None, every: torch.Tensor) -> None:
+    """PunicaWrapperCPU: by token, as if decoding."""
+    punica.is_prefill = punica.no_lora = numbers is None  # only its prefill asks for no_lora
+    if numbers is not None:
+        punica._token_lora_indices[: len(numbers)] = numbers
+        punica.indices_len[0] = len(numbers)
+
+
+def _write_gpu(punica: Any, numbers: torch.Tensor | None, every: torch.Tensor) -> None:
+    """PunicaWrapperGPU: what ``LoRAKernelMeta.prepare_tensors`` makes, without reading anything back: every adapter
+    counts as active, with however many tokens it has."""
+    meta = punica.token_mapping_meta
+    meta.no_lora_flag_cpu[0] = numbers is None
+    if numbers is None:
+        return
+    num_tokens = len(numbers)
+    counts = (numbers.unsqueeze(0) == every.unsqueeze(1)).sum(1)
+    meta.token_lora_mapping[:num_tokens] = numbers
+    meta.token_indices_sorted_by_lora_ids[:num_tokens] = numbers.argsort(stable=True)
+    meta.active_lora_ids[:] = every
+    meta.num_tokens_per_lora[:] = counts
+    meta.lora_token_start_loc[0] = 0
+    meta.lora_token_start_loc[1:] = counts.cumsum(0)
+    meta.num_active_loras_cpu[0] = len(every)
