@@ -13,7 +13,7 @@ from pad_vllm.config import PADConfig
 from pad_vllm.kernels import OutputHead, cap_and_scale, score_candidates
 from pad_vllm.reward.heads import ValueHeads
 from pad_vllm.reward.paged_model import PagedModel
-from pad_vllm.worker.compatibility import Fit, fit
+from pad_vllm.worker.compatibility import Fit, check_fit
 from pad_vllm.worker.tokens import listed
 
 logger = init_logger(f"vllm.{__name__}")
@@ -53,7 +53,7 @@ def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Lo
     Raises:
         ValueError: guidance could not work; one paragraph that says what to change.
     """
-    fits = fit(config, vllm_config)
+    fits = check_fit(config, vllm_config)
     for warning in warnings(fits):
         logger.warning(warning)
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
