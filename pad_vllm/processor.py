@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakSet
 
 import torch
@@ -68,8 +68,6 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device_or_req_states: Any, is_pin_memory: bool = False) -> None:
         self.vllm_config = vllm_config
         self.adapter: V1Adapter | V2Adapter | None = None
-        self._v1: V1Adapter | None = None
-        self._v2: V2Adapter | None = None
         found = processors(vllm_config.model_config.logits_processors, PADLogitsProcessor)
         num_before = sum(processor.vllm_config is vllm_config for processor in self._built)
         self._built.add(self)
@@ -122,12 +120,10 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         adapter: V1Adapter | V2Adapter
         if on_v2:
             adapter = V2Adapter(guidance, resolve, device_or_req_states)
-            self._v2 = adapter
             if speculator is not None:
                 speculator.adapter = adapter
         else:
             adapter = V1Adapter(guidance, resolve)
-            self._v1 = adapter
         self.adapter = adapter
         accepted = Announcement(configured=False)
         if guidance is not None:
@@ -141,17 +137,17 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """V1: requests joined, left or moved."""
-        if self._v1 is not None and batch_update is not None:
-            self._v1.update_state(batch_update)
+        if self.adapter is not None and batch_update is not None:
+            cast("V1Adapter", self.adapter).update_state(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes slot ``req_idx``. Returns whether it is guided."""
-        return self._v2 is not None and self._v2.add_request(req_idx, sampling_params)
+        return self.adapter is not None and cast("V2Adapter", self.adapter).add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
         """V2: before the base model's forward."""
-        if self._v2 is not None:
-            self._v2.apply_staged_writes()
+        if self.adapter is not None:
+            cast("V2Adapter", self.adapter).apply_staged_writes()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Guide the rows of guided requests in place; [num_rows, vocab_size] float32. ``ctx`` comes from V2 only."""
