@@ -17,6 +17,7 @@ import string
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,7 +54,7 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     return made
 
 
-def texts(rng: random.Random) -> Iterator[tuple[str, str]]:
+def preferences_to_check(rng: random.Random) -> Iterator[tuple[str, str]]:
     n = MAX_PREFERENCE_CHARS
     many = "".join(f"<unused{rng.randrange(5000)}>" for _ in range(n))
     yield "a preference", "Answer briefly and formally, with an example."
@@ -85,7 +86,7 @@ def bodies(rng: random.Random) -> Iterator[tuple[str, str]]:
     yield "names given twice", '{"pad": 1, ' + ", ".join(['"a": 1'] * 10_000) + "}"
 
 
-def prompts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, list[int]]]:
+def prompts_to_read(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, list[int]]]:
     """Of as many tokens as are read as a whole, and of many more."""
     critic, user, system = (tokenizer.encode(f"<|open|>{role}\n") for role in ("critic", "user", "system"))
     spaces = tokenizer.encode(" " * 64)
@@ -112,12 +113,14 @@ def milliseconds(run: Callable[[], object], repeats: int = 7) -> tuple[float, st
 
 def admit(template: PromptTemplate, text: str) -> None:
     asked = PAD.from_extra_args({"pad_preference": text})
+    assert asked is not None
     check_num_chars(asked.preferences)
     template._encode_preference(text)
 
 
 def first_reading(template: PromptTemplate, ids: list[int]) -> float:
     """Milliseconds of CPU, the least of some, with every token unknown."""
+    assert template.chat is not None
     best, marked = float("inf"), template.chat.marked
     for _ in range(7):
         marked._pieces = dict(marked.atoms)
@@ -127,13 +130,14 @@ def first_reading(template: PromptTemplate, ids: list[int]) -> float:
     return 1000 * best
 
 
-def compose(template: PromptTemplate, text: str) -> None:
+def compose(template: PromptTemplate, text: str) -> float:
+    """Milliseconds, with a preference that is new."""
     template.encode_preference.clear()
     template._join.clear()
     prompt = template.tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], return_dict=False)
     start = time.thread_time()
     template.compose_shared(prompt, text)
-    compose.seconds = time.thread_time() - start
+    return 1000 * (time.thread_time() - start)
 
 
 def main() -> int:
@@ -145,31 +149,28 @@ def main() -> int:
     rows, worst = [], 0.0
     template = PromptTemplate(tokenizer)
     template.max_preference_tokens = MAX_PREFERENCE_TOKENS
-    for name, text in texts(rng):
-        took, said = milliseconds(lambda text=text: admit(template, text))
+    for name, text in preferences_to_check(rng):
+        took, said = milliseconds(partial(admit, template, text))
         worker = None
         if said == "accepted":
             other = PromptTemplate(tokenizer)
             other.max_preference_tokens = MAX_PREFERENCE_TOKENS
-            worker = 1e9
-            for _ in range(5):
-                compose(other, text)
-                worker = min(worker, 1000 * compose.seconds)
+            worker = min(compose(other, text) for _ in range(5))
         worst = max(worst, took)
         rows.append({"preference": name, "characters": len(text), "ms": took, "worker_ms": worker, "said": said[:100]})
         print(
             f"{name:24s} {len(text):6d} characters {took:7.2f} ms  {said[:70]}",
             f"worker {worker:.2f} ms" if worker else "",
         )
-    for name, ids in prompts(rng, tokenizer):
+    for name, ids in prompts_to_read(rng, tokenizer):
         took = first_reading(template, ids)
         worst = max(worst, took)
         rows.append({"prompt": name, "tokens": len(ids), "ms": took})
         print(f"prompt: {name:16s} {len(ids):8d} tokens {took:7.2f} ms")
     for name, text in bodies(rng):
         body = text.encode()
-        ours, _ = milliseconds(lambda body=body: _read(body, "/v1/chat/completions"))
-        theirs, _ = milliseconds(lambda body=body: json.loads(body))
+        ours, _ = milliseconds(partial(_read, body, "/v1/chat/completions"))
+        theirs, _ = milliseconds(partial(json.loads, body))
         rows.append({"body": name, "bytes": len(body), "ms": ours, "json_ms": theirs})
         print(f"body: {name:18s} {len(body):8d} bytes {ours:7.2f} ms, json.loads {theirs:.2f} ms")
     if args.output:

@@ -31,7 +31,8 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 from pad_vllm.cache import cached
 from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.evaluation import harness, methods
-from pad_vllm.evaluation.evaluate import BASE, EvaluationConfig, evaluate, guided, prompting
+from pad_vllm.evaluation.evaluate import EvaluationConfig, evaluate, guided, prompting
+from pad_vllm.evaluation.methods import BASE
 from pad_vllm.evaluation.metrics import Estimate
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.reward.heads import load_heads
@@ -128,7 +129,7 @@ def measure_fit(reward: Path, some_users: Mapping[str, Mapping[str, Any]], seed:
     return {name: found._asdict() for name, found in fits.items()}
 
 
-def run(
+def run_alignment(
     output: Path,
     *,
     recipe: Recipe,
@@ -151,7 +152,7 @@ def run(
     def measure_fits(to: Path) -> None:
         keep(to, {"fit": measure_fit(reward.reward, people, seed)})
 
-    fits = read(cached(cache_dir, f"alignment-fit-{digest}", measure_fits))["fit"]
+    fits = read_result(cached(cache_dir, f"alignment-fit-{digest}", measure_fits))["fit"]
     for name, user in people.items():
         user["weights"]["fit"] = fits[name]["weights"]
     found = {}
@@ -161,7 +162,7 @@ def run(
         def measure(to: Path, base: str = base, dpo_pairs: int = dpo_pairs) -> None:
             keep(to, measure_base(base, people, reward.reward, recipe, dpo_pairs, best_of, cache_dir, seed))
 
-        found[base] = read(cached(cache_dir, f"alignment-{base}-{digest}", measure))
+        found[base] = read_result(cached(cache_dir, f"alignment-{base}-{digest}", measure))
         print(f"\n## {base}\n\n{table(found[base]['rows'])}", flush=True)
     results = {
         "hardware": hardware(),
@@ -224,7 +225,7 @@ def keep(folder: Path, result: Mapping[str, Any]) -> None:
     (folder / RESULT).write_text(json.dumps(result) + "\n")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / RESULT).read_text())
     for row in result.get("rows", ()):
         row |= {name: Estimate(*value) for name, value in row.items() if isinstance(value, list)}
@@ -294,7 +295,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    run(args.output, **(SMALL if args.small else FULL), cache_dir=args.cache_dir, seed=args.seed)
+    run_alignment(args.output, **(SMALL if args.small else FULL), cache_dir=args.cache_dir, seed=args.seed)
 
 
 if __name__ == "__main__":

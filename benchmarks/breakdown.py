@@ -22,7 +22,7 @@ HOST = (
     ("attention metadata and forward context", "model", "forward"),
 )
 """Part, owner, function: what only the host does."""
-PARTS = (
+STEP_PARTS = (
     *HOST,
     ("reward forward", "module", "forward"),
     ("candidate selection, scoring and writing", "rule", "guide_"),
@@ -42,10 +42,10 @@ def time_parts(guidance: Any, run: Callable[[], Any]) -> dict[str, float]:
         "model": guidance.model,
         "module": guidance.model.model,
     }
-    with _timers([(part, owners[owner], name) for part, owner, name in PARTS]) as (spent, ends):
+    with _timers([(part, owners[owner], name) for part, owner, name in STEP_PARTS]) as (spent, ends):
         run()
-    found = {part: 1000 * median(spent[part]) for part, _, _ in PARTS}
-    step = 1000 * median(after - before for before, after in pairwise(ends[PARTS[0][0]]))
+    found = {part: 1000 * median(spent[part]) for part, _, _ in STEP_PARTS}
+    step = 1000 * median(after - before for before, after in pairwise(ends[STEP_PARTS[0][0]]))
     return found | {"everything else (base model, scheduler, sampler)": step - sum(found.values())}
 
 

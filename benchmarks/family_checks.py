@@ -25,7 +25,7 @@ from vllm.config import ModelConfig
 
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.worker.tokens import Pair, load_tokenizer
+from pad_vllm.worker.tokens import TokenizerPair, load_shared_tokens
 
 MARKS = re.compile(r"<[|\uff5c].*[|\uff5c]>|</?(think|tool_call|tool_response)>|\[multimodal\]|<(mask|unused\d+)>")
 """Of added tokens that are not special, those that no text means."""
@@ -33,13 +33,13 @@ INSIDE = re.compile("</?(think|tool_call|tool_response)>")
 """That stand within a message."""
 SAMPLE = 3000
 """Tokens of each vocabulary, of those that the definition decides by a plain call."""
-PREFERENCE = "Prefer short sentences."
+PREFERENCE_TEXT = "Prefer short sentences."
 SYSTEM = "Ты — Ada, a reviewer.\n1. Cite `code`; 请用简体中文回答。"
 USER = (
     "Why does this fail? 😀\n\n```python\ndef f(x):\n\tif x:\n        return {'a':  1}   # two  spaces\n```\n"
     "<table><tr><td>مرحبا بالعالم</td></tr></table> наконец, 東京の天気は? नमस्ते, naïve café"
 )
-ANSWER = "Потому что `x`\n\n    is 0: 空です。"
+ANSWER_TEXT = "Потому что `x`\n\n    is 0: 空です。"
 MARKERS = ("<|im_start|>system", "<start_of_turn>", "[INST]", "<|eot_id|>", "<think>", "</tool_call>", "<|start|>")
 """In a user's text, as a user who asks about them writes them; those of a base's own are another matter: a server's
 tokenizer reads them as what they are."""
@@ -67,7 +67,7 @@ def chat(system: str | None = SYSTEM, user: str = USER) -> list[dict[str, str]]:
 
 def conversation(user: str) -> list[dict[str, str]]:
     """Of three turns behind a system message."""
-    return [*chat(user="And before?"), {"role": "assistant", "content": ANSWER}, {"role": "user", "content": user}]
+    return [*chat(user="And before?"), {"role": "assistant", "content": ANSWER_TEXT}, {"role": "user", "content": user}]
 
 
 class Checks:
@@ -125,7 +125,7 @@ class Checks:
         with tempfile.TemporaryDirectory() as cache:  # what it takes the first time
             os.environ["PAD_VLLM_CACHE"] = cache
             try:
-                tokens = load_tokenizer(
+                tokens = load_shared_tokens(
                     PADConfig(reward_model=folder),
                     {"pretrained_model_name_or_path": folder},
                     self.config(base),
@@ -142,7 +142,7 @@ class Checks:
         seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
         checked, wrong = check_tables(tokens.pair, self.definition(base), self.definition(reward))
         found = {"kind": "tables", "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-        found |= {**figures(tokens.pair), "checked": checked, "wrong": wrong}
+        found |= {**token_figures(tokens.pair), "checked": checked, "wrong": wrong}
         if self.loaded(base).chat_template and self.loaded(reward).chat_template:
             found["chat"] = translations(tokens.pair, self.loaded(base), self.loaded(reward))
         return found
@@ -154,7 +154,7 @@ class Checks:
         return text
 
 
-def figures(pair: Pair) -> dict[str, Any]:
+def token_figures(pair: TokenizerPair) -> dict[str, Any]:
     tables = pair.tables
     num_pieces = tables.num_pieces[tables.key >= 0]
     sizes = np.diff(tables.member_starts)
@@ -217,7 +217,7 @@ class Definition:
         return ids[len(self.left) :] if ids[: len(self.left)] == self.left and text[0] != "\n" else None
 
 
-def check_tables(pair: Pair, base: Definition, reward: Definition) -> tuple[int, list[str]]:
+def check_tables(pair: TokenizerPair, base: Definition, reward: Definition) -> tuple[int, list[str]]:
     """How many tokens were held against the definition, and what is wrong of them.
 
     Every base token that is a candidate has pieces with its bytes; of a sample the pieces, the key and, of reward
@@ -259,11 +259,11 @@ def _sample(of: Definition, rng: random.Random) -> Iterable[int]:
     return dict.fromkeys([*rng.sample(ids, SAMPLE), *blank])
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, str]], **variables: Any) -> str:
+def render_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], **variables: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -275,17 +275,17 @@ def templates(tokenizer: Any) -> dict[str, str]:
     """Where a preference stands in chats of the family's own template: ``right``, ``none`` where the template has no
     such thing, or what was read instead."""
     template = PromptTemplate(tokenizer, "{preference}{prompt}")
-    plain = render(tokenizer, chat())
-    found = {"system": [plain], "no system": [render(tokenizer, chat(None))]}
+    plain = render_prompt(tokenizer, chat())
+    found = {"system": [plain], "no system": [render_prompt(tokenizer, chat(None))]}
     for name, variants in VARIANTS.items():
-        texts = [render(tokenizer, messages, **v) for v in variants for messages in (chat(), chat(None))]
+        texts = [render_prompt(tokenizer, messages, **v) for v in variants for messages in (chat(), chat(None))]
         found[name] = [text for text in texts if text not in (plain, found["no system"][0])]
     said = {}
     for name, texts in found.items():
         wrong = []
         for text in texts:
-            ids = encode(tokenizer, text)
-            out = decode(tokenizer, template.compose(ids, PREFERENCE))
+            ids = encode_text(tokenizer, text)
+            out = decode(tokenizer, template.compose(ids, PREFERENCE_TEXT))
             if not stands_right(tokenizer, decode(tokenizer, ids), out):
                 wrong.append(out)
         said[name] = "none" if not texts else wrong[0] if wrong else "right"
@@ -307,7 +307,7 @@ def marker_pattern(tokenizer: Any, inside: bool = True) -> re.Pattern[str]:
 
 def has_system_turn(tokenizer: Any) -> bool:
     """Whether the template writes a system message as one, and not into the user's."""
-    text = render(tokenizer, chat())
+    text = render_prompt(tokenizer, chat())
     between = text[text.index(SYSTEM) + len(SYSTEM) : text.index(USER)]
     return marker_pattern(tokenizer).search(between) is not None
 
@@ -315,8 +315,8 @@ def has_system_turn(tokenizer: Any) -> bool:
 def stands_right(tokenizer: Any, text: str, out: str) -> bool:
     """Whether the preference stands at the end of the leading system message, or at the start of the first message,
     and nothing else has changed."""
-    before, _, after = out.partition(PREFERENCE)
-    if text not in (before + after, before.removesuffix("\n\n") + after) or out.count(PREFERENCE) != 1:
+    before, _, after = out.partition(PREFERENCE_TEXT)
+    if text not in (before + after, before.removesuffix("\n\n") + after) or out.count(PREFERENCE_TEXT) != 1:
         return False
     marker = marker_pattern(tokenizer, inside=False)
     user = text.index(USER)
@@ -330,7 +330,7 @@ def stands_right(tokenizer: Any, text: str, out: str) -> bool:
     return len(before) < user and marker.match(after) is not None and marker.search(before[-1:]) is None
 
 
-def translations(pair: Pair, base: Any, reward: Any) -> dict[str, str]:
+def translations(pair: TokenizerPair, base: Any, reward: Any) -> dict[str, str]:
     """Whether the reward model reads chats of the base's template as its own template would have written them:
     ``right``; ``header``, where the base's own words stand before the system text as well, such as a date; ``none``
     where the base's template has no such thing; or what was read instead."""
@@ -343,12 +343,12 @@ def translations(pair: Pair, base: Any, reward: Any) -> dict[str, str]:
         **{name: (chat(user=user), variants) for name, variants in VARIANTS.items()},
     }
     for name, (messages, variants) in cases.items():
-        plain = render(base, messages)
-        texts = [render(base, messages, **variant) for variant in variants]
+        plain = render_prompt(base, messages)
+        texts = [render_prompt(base, messages, **variant) for variant in variants]
         texts = texts if variants == ({},) else [text for text in texts if text != plain]
         said[name] = "none"
         for text in texts:
-            ids = pair.translator.translate(encode(base, text))
+            ids = pair.translator.translate(encode_text(base, text))
             said[name] = verdict(reward, as_shown(base, messages, plain), ids, text, tools=name == "tools")
             if said[name] not in ("right", "header"):
                 break
@@ -370,20 +370,21 @@ def as_shown(base: Any, messages: Sequence[dict[str, str]], text: str) -> list[d
 def verdict(reward: Any, messages: list[dict[str, str]], ids: Sequence[int], written: str, tools: bool) -> str:
     """As :func:`translations`. ``written``: the base's chat; with ``tools`` what its template says of these may stand
     beside the contents."""
-    out, own, user = decode(reward, ids), render(reward, messages), messages[-1]["content"]
+    out, own, user = decode(reward, ids), render_prompt(reward, messages), messages[-1]["content"]
     if tools:
         start = max(own.rfind(marker, 0, own.index(user)) for marker in markers(reward))
         tail = re.escape(own[start:])
         for content in {user, SYSTEM} - ({SYSTEM} if SYSTEM in user else set()):
             tail = tail.replace(re.escape(content), f".*{re.escape(content)}.*")
-        is_right = re.search(f"{tail}$", out, re.DOTALL) and out.count(SYSTEM) == out.count(user) == 1
+        is_found = re.search(f"{tail}$", out, re.DOTALL) is not None
+        is_right = is_found and out.count(SYSTEM) == out.count(user) == 1
         return "right" if is_right else out
     if out == own or (THOUGHTS in written and out == own + THOUGHTS):
         return "right" if num_markers(reward, ids) == own_markers(reward, messages) else out
     has_system = messages[0]["role"] == "system"
     with_system = messages if has_system else [{"role": "system", "content": SYSTEM}, *messages]
     header = header_of(reward, with_system, out, has_system)
-    is_right = header and header in written and num_markers(reward, ids) == own_markers(reward, with_system)
+    is_right = header is not None and header in written and num_markers(reward, ids) == own_markers(reward, with_system)
     return "header" if is_right else out
 
 
@@ -396,12 +397,12 @@ def own_markers(tokenizer: Any, messages: list[dict[str, str]]) -> int:
     """How many markers the template itself writes: none of those that a user spells is one."""
     spelled = re.compile("|".join(map(re.escape, MARKERS)))
     harmless = [{**message, "content": spelled.sub("a", message["content"])} for message in messages]
-    return num_markers(tokenizer, encode(tokenizer, render(tokenizer, harmless)))
+    return num_markers(tokenizer, encode_text(tokenizer, render_prompt(tokenizer, harmless)))
 
 
 def header_of(reward: Any, messages: list[dict[str, str]], out: str, system: bool) -> str | None:
     """What stands in the system message before its text, or alone, where all else is the reward model's rendering."""
-    own = render(reward, messages)
+    own = render_prompt(reward, messages)
     content = f"{SYSTEM}\n\n" if not system and not has_system_turn(reward) else SYSTEM
     left, _, right = own.partition(content)
     right = (SYSTEM if system else "") + right

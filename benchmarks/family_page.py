@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-HEAD = """\
+INTRODUCTION = """\
 # Families
 
 What models of these families are to each other, as base and as reward model. `make families` writes this page: it takes
@@ -14,20 +14,20 @@ whether engines give the oracle's tokens. How well a reward model guides is anot
 ([language.md](../benchmarks/results/language.md)). The figures are in
 [families.json](../benchmarks/results/families.json). What groups and pieces are: [tokenizers.md](tokenizers.md).
 """
-TEMPLATES = """
+TEMPLATES_INTRODUCTION = """
 ## Chat templates
 
 A preference belongs at the end of the leading system message, or at the start of the first message where the template
 writes none. *right*: it stands there, and nothing else changed. *none*: the template has no such thing. The text has
 code, tags, emoji and five scripts. *not read*: transformers does not give back a text that it encoded.
 """
-ENGINES = """
+ENGINES_INTRODUCTION = """
 ## Engine and oracle
 
 Tokens that the real engine generated, greedy, in float32, against those of the oracle (`tests/oracle.py`), which reads
 the chat as the reward model's own template writes it.
 """
-PAIRS = """
+PAIRS_INTRODUCTION = """
 ## Pairs
 
 Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
@@ -43,7 +43,7 @@ CASES = {
     "day": "another day",
     "thinking": "thinking",
 }
-CHATS = {**CASES, "turns": "turns"}
+CHAT_CASES = {**CASES, "turns": "turns"}
 MISSING = """
 ## Not run
 
@@ -56,7 +56,7 @@ The packages of gpt-oss and Llama 2 have no chat template: their prompts are pla
 REFUSED = "refused"
 
 
-def render(
+def render_page(
     titles: Mapping[str, str], engines: Sequence[tuple[str, str, str]], results: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """The page.
@@ -66,10 +66,10 @@ def render(
         engines: base, reward model and runner of those to be held against the oracle.
         results: of families.json.
     """
-    parts = [HEAD, "\n".join(provenance(results)), "\n".join(overview(titles, results))]
-    parts += [TEMPLATES, "\n".join(template_table(titles, results))]
-    parts += [ENGINES, "\n".join(engine_table(titles, engines, results))]
-    parts.append(PAIRS)
+    parts = [INTRODUCTION, "\n".join(provenance(results)), "\n".join(overview(titles, results))]
+    parts += [TEMPLATES_INTRODUCTION, "\n".join(template_table(titles, results))]
+    parts += [ENGINES_INTRODUCTION, "\n".join(engine_table(titles, engines, results))]
+    parts.append(PAIRS_INTRODUCTION)
     for base, title in titles.items():
         parts.append(f"\n### {title} as the base\n\n" + "\n".join(pair_table(base, titles, results)))
     return "\n".join([*parts, MISSING])
@@ -170,7 +170,7 @@ def pair_table(base: str, titles: Mapping[str, str], results: Mapping[str, Mappi
 def chats(entry: Mapping[str, Any]) -> str:
     if "chat" not in entry:
         return "plain text"
-    wrong = [CHATS[case] for case, said in entry["chat"].items() if said not in ("right", "header", "none")]
+    wrong = [CHAT_CASES[case] for case, said in entry["chat"].items() if said not in ("right", "header", "none")]
     if wrong:
         return f"**wrong**: {', '.join(wrong)}"
     return "right, with header" if "header" in entry["chat"].values() else "right"

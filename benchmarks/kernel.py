@@ -45,17 +45,17 @@ import triton
 from pad_vllm.kernels import find_large, fused, reference
 from pad_vllm.kernels.types import Controls, Groups, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
-from .kernel_plot import plot
+from .kernel_plot import plot_kernel
 
-PARTS = ("guide", "controls", "mixture", "groups")
+RULE_PARTS = ("guide", "controls", "mixture", "groups")
 ROWS, TOP_K = (1, 8, 64, 256), (10, 40, 64)
 VOCABULARY, HIDDEN = (32_000, 128_256, 256_000), (2048, 4096)
 QUICK = ((128_256,), (2048,))
 """Of the other parts, and of all with ``--quick``."""
-LOGITS_BYTES, MOST_STEPS = 300_000_000, {"reference": 1, "composite": 4}
+GRAPH_BYTES, MOST_STEPS = 300_000_000, {"reference": 1, "composite": 4}
 """Of the buffers of a graph together, about; and of steps in it that take long."""
-WEIGHTS = (0.7, 0.5, -0.2)  # of a mixture's contexts
-NUM_BIAS, NUM_OUTPUT, PENALTIES = 16, 512, (0.5, 0.3, 1.2)
+MIXTURE_WEIGHTS = (0.7, 0.5, -0.2)  # of a mixture's contexts
+NUM_BIAS, NUM_OUTPUT, ROW_PENALTIES = 16, 512, (0.5, 0.3, 1.2)
 """Of a row's controls: biased tokens, generated tokens; presence, frequency, repetition."""
 LARGE_GROUPS, LARGE, EVERY = 64, 2000, 8
 """Large groups, their members, and of how many rows one needs such a group."""
@@ -149,7 +149,7 @@ def control(y: torch.Tensor) -> tuple[torch.Tensor, Controls]:
     output[:, :4] = biased[:, :4]
     prompted = torch.rand(y.shape, device=device) < 0.01
     counts = torch.zeros_like(y).scatter_add_(1, output, torch.ones(output.shape, device=device))
-    presence, frequency, repetition = PENALTIES
+    presence, frequency, repetition = ROW_PENALTIES
     z = y.scatter_add(1, biased, bias)
     z = torch.where(prompted | (counts > 0), torch.where(z > 0, z / repetition, z * repetition), z)
     z = z - frequency * counts - presence * (counts > 0)
@@ -159,7 +159,7 @@ def control(y: torch.Tensor) -> tuple[torch.Tensor, Controls]:
     no_drafts = torch.full((num_rows, 1), -1, dtype=torch.int32, device=device)
     seen = OutputTokens(output.int(), index, torch.zeros_like(index), torch.full_like(index, NUM_OUTPUT), no_drafts)
     num_bias = torch.full_like(index, biased.shape[1]).int()
-    penalties = torch.tensor(PENALTIES, device=device).repeat(num_rows, 1)
+    penalties = torch.tensor(ROW_PENALTIES, device=device).repeat(num_rows, 1)
     return z, Controls(index, num_bias, biased.int(), bias, penalties, mask, seen)
 
 
@@ -189,9 +189,9 @@ def problem(
 ) -> Problem:
     """Random logits of which the reward model's are as large, and a step's other arguments."""
     lm_head = output_head(vocab_size, hidden_size, device)
-    num_buffers = min(most_buffers, max(4, LOGITS_BYTES // (4 * num_rows * vocab_size)))
+    num_buffers = min(most_buffers, max(4, GRAPH_BYTES // (4 * num_rows * vocab_size)))
     sources = [3 * torch.randn(num_rows, vocab_size, device=device) for _ in range(num_buffers)]
-    num_contexts = len(WEIGHTS) if part == "mixture" else 1
+    num_contexts = len(MIXTURE_WEIGHTS) if part == "mixture" else 1
     hidden = torch.randn(num_rows * num_contexts, hidden_size, dtype=torch.bfloat16, device=device)
     index = torch.arange(num_rows, device=device)
     beta = torch.full((num_rows,), 0.8, device=device)
@@ -204,7 +204,7 @@ def problem(
         moved += num_rows * (8 * NUM_BIAS + 4 * NUM_OUTPUT)
     elif part == "mixture":
         contexts = torch.arange(num_rows * num_contexts, device=device).view(num_rows, num_contexts)
-        mixture = Mixture(contexts, torch.tensor(WEIGHTS, device=device).repeat(num_rows, 1))
+        mixture = Mixture(contexts, torch.tensor(MIXTURE_WEIGHTS, device=device).repeat(num_rows, 1))
         of_base = mixture.weights.sum(1)
     elif part == "groups":
         vocabulary = tables(sources)
@@ -239,7 +239,7 @@ def expected(of: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, z.double() + rows.beta.double().unsqueeze(1) * reward
 
 
-def check(of: Problem) -> float:
+def largest_error(of: Problem) -> float:
     """Largest difference from float64, over the candidates; which must be the same ones."""
     ours = of.sources[0].clone()
     of.run(fused.guide_, ours)
@@ -312,7 +312,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help="parts, as guide,groups")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=RULE_PARTS, help="parts, as guide,groups")
     parser.add_argument("--rows", type=numbers, default=ROWS)
     parser.add_argument("--k", type=numbers, default=TOP_K)
     parser.add_argument("--vocabulary", type=numbers, help="of all parts")
@@ -324,8 +324,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     args = parser.parse_args(argv)
-    if unknown := set(args.only) - set(PARTS):
-        parser.error(f"--only {','.join(sorted(unknown))}: must be of {','.join(PARTS)}")
+    if unknown := set(args.only) - set(RULE_PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: must be of {','.join(RULE_PARTS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.kernel times kernels on a GPU, and there is none here")
     return args
@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     print(("{:>9}" * 5 + "{:>12}" * 6).format("part", "rows", "V", "d", "k", *names), flush=True)
     for part, vocab_size, hidden_size, num_rows, top_k in shapes:
         of = problem(part, num_rows, vocab_size, hidden_size, top_k, timer.device, timer.most_buffers)
-        error = check(of)
+        error = largest_error(of)
         if part not in {row["part"] for row in record["results"]}:
             check_graph(of, timer)
         steps = {"fused": fused.guide_} | ({"composite": composite_} if part == "guide" else {})
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             args.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{time.monotonic() - begun:.0f} s")
     if args.plot:
-        plot(record, args.plot)
+        plot_kernel(record, args.plot)
 
 
 if __name__ == "__main__":

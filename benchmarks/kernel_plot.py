@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
+def plot_kernel(record: dict[str, Any], path: Path) -> None:
     """Fraction of the byte limit over rows, a line for each shape."""
     from matplotlib.figure import Figure
 
@@ -22,7 +22,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points.items(), strict=True), marker="o", label="V {:,} d {} k {}".format(*line))
         axis.set(title=part, xlabel="guided rows", xscale="log", ylim=(0, 1.05))
         axis.legend(fontsize=6)
-    axes[0][0].set_ylabel("fraction of the byte limit")
+    axes.flat[0].set_ylabel("fraction of the byte limit")
     figure.suptitle(f"The guidance step on {record['hardware']}, {record['date']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

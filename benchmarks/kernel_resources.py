@@ -29,7 +29,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TOP_K = (16, 64)
+TOP_KS = (16, 64)
 """What the launcher rounds k of 10, and the default max_top_k, up to; the larger one takes more, and is compiled for
 all targets."""
 WHOLE = "sm_90"
@@ -157,12 +157,12 @@ def resources(compiled: Any, said: str, target: GPUTarget) -> dict[str, int]:
         figures = dict(re.findall(r"\.(\w+): +(\d+)", compiled.asm["amdgcn"]))
         registers, spilled = int(figures["vgpr_count"]), int(figures["private_segment_fixed_size"])
     else:
-        registers = int(re.search(r"Used (\d+) registers", said)[1])
-        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()))
+        registers = int(re.findall(r"Used (\d+) registers", said)[0])
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)[0]))
     return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
 
 
-def is_tested(target: str, kernel_name: str) -> bool:
+def is_held_by_tests(target: str, kernel_name: str) -> bool:
     return target == WHOLE or kernel_name in LARGEST
 
 
@@ -171,9 +171,9 @@ def resources_of_all(all_of_all: bool = True) -> dict:
         {"target": name, "kernel": kernel_name, "K": K, "warps": warps}
         | resources(*compile_ahead(kernel, constants, warps, target), target)
         for name, target in TARGETS.items()
-        for K in (TOP_K if name == WHOLE else TOP_K[-1:])
+        for K in (TOP_KS if name == WHOLE else TOP_KS[-1:])
         for kernel_name, kernel, constants, warps in configurations(K)
-        if all_of_all or is_tested(name, kernel_name)
+        if all_of_all or is_held_by_tests(name, kernel_name)
     ]
     return {"triton": triton.__version__, "unit": "registers a thread, bytes", "results": rows}
 

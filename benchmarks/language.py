@@ -32,7 +32,7 @@ from .language_methods import after_work, all_of, at_once
 from .language_report import write
 
 
-def answers_of(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[dict[str, Any]]]:
+def bench_answers(bench: Bench, methods: Sequence[str] = ("",)) -> dict[str, list[dict[str, Any]]]:
     """What the table calls a method -> records of its answers, of those that gave any.
 
     Args:
@@ -64,7 +64,7 @@ def main() -> None:
         sizes, name, stop = replace(sizes, **GEMMA), "language-gemma", (NEXT_QUESTION,)
     work = args.work or models.reward.parent / f"{name}-{models.reward.name}{'-small' if args.small else ''}"
     bench = Bench(models, untrained, work, sizes, stop)
-    write(args.output, name, bench, answers_of(bench, args.methods))
+    write(args.output, name, bench, bench_answers(bench, args.methods))
 
 
 if __name__ == "__main__":

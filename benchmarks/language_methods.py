@@ -14,7 +14,7 @@ from typing import Any
 from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
 from pad_vllm.evaluation.harness import Asked, Models, Prompt
-from pad_vllm.evaluation.methods import Base, BestOf, Examples, Guided, Prompting, Tuned, Weighted
+from pad_vllm.evaluation.methods import BASE, BestOf, Examples, Guided, Prompting, Tuned, Weighted
 from pad_vllm.training.records import write_records
 
 from .language_bench import Bench, Cell
@@ -24,7 +24,6 @@ NUM_CHOICES = 30
 """Comparisons of a user to whom sliders are fitted."""
 BEST_OF_SEED = 10**6
 """Of samples: far from those of the answers that ``base`` gives."""
-BASE = Base("base")
 
 
 def all_of(bench: Bench) -> list[Asked]:

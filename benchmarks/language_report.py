@@ -11,14 +11,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.recipe import ENGINE
 from pad_vllm.evaluation.harness import Asked, Method
-from pad_vllm.evaluation.methods import Examples, Guided, Prompting
+from pad_vllm.evaluation.methods import BASE, Examples, Guided, Prompting
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
 from .language_bench import Bench
-from .language_methods import BASE, all_of
+from .language_methods import all_of
 from .record import hardware
 
 NUM_SCORED = 96
@@ -36,7 +36,7 @@ class Unguided:
     def __init__(self, bench: Bench, records: Sequence[Mapping[str, Any]]) -> None:
         by_prompt = defaultdict(list)
         for record in records:
-            by_prompt[bench.cells[record["cell"]].prompt].append(measure(record["text"]))
+            by_prompt[bench.cells[record["cell"]].prompt].append(measures_of(record["text"]))
         self.mean, self.median = (
             {p: {d: f(m[d] for m in own) for d in DIMENSIONS} for p, own in by_prompt.items()}
             for f in (statistics.mean, statistics.median)
@@ -77,7 +77,7 @@ def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguide
     satisfied: Moves = []
     for record in records:
         cell = bench.cells[record["cell"]]
-        measures = measure(record["text"])
+        measures = measures_of(record["text"])
         for name, sign in (DIRECTIONS[value] for value in cell.values):
             moved[name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
             together[" and ".join(cell.values)][name].append(moved[name][-1])
@@ -151,7 +151,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> li
     return lines
 
 
-def table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
+def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     own = [row for row in rows if row["group"] == group]
     names = list(DIMENSIONS)
     lines = [
@@ -169,7 +169,7 @@ def table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
-def combinations(rows: Sequence[Mapping[str, Any]]) -> str:
+def combination_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of each two values that were asked for together, how far their measures moved, by method."""
     own = [row for row in rows if row["group"] == "two"]
     lines = [f"| | {' | '.join(row['method'] for row in own)} |", "| --- |" + " --- |" * len(own)]
@@ -187,7 +187,7 @@ def _say(estimate: Sequence[float]) -> str:
 
 
 MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions"}
-COMMANDS = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
+MADE_BY = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
 """What wrote a table, by its name."""
 TITLES = {"one": "One wish", "two": "Two wishes"}
 
@@ -206,7 +206,7 @@ def write(
     text = [
         "# Language",
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
-        f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {COMMANDS[name]}. `PAD`: by the demo's "
+        f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {MADE_BY[name]}. `PAD`: by the demo's "
         "reward model, trained on SmolLM2's answers, held against what it says without the preference; `against the "
         "base`: held against the base model; `untrained`: by SmolLM2 itself; `from the opposite`: more of the wish, "
         "less of its opposite. Prompts, wordings and the combinations of two wishes are held out from training.",
@@ -218,13 +218,13 @@ def write(
     ]
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
-            text += [f"## {title}", table(rows, group)]
-    text += ["Each two wishes by themselves:", combinations(rows)]
+            text += [f"## {title}", group_table(rows, group)]
+    text += ["Each two wishes by themselves:", combination_table(rows)]
     text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
     if parts := [one.method.name for one in asked if one.method.is_personal and is_a_part(bench, one)]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    plot(rows, methods, output / f"{name}.png")
+    plot_language(rows, methods, output / f"{name}.png")
     return rows
 
 
@@ -243,7 +243,7 @@ def color_of(method: Method) -> str:
     return "tab:gray"
 
 
-def plot(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], path: Path) -> None:
+def plot_language(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], path: Path) -> None:
     """Satisfaction against fluency, a point for each method."""
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""The ways to generate that the throughput benchmark compares, each in a process of its own.
+"""The back ends that the throughput benchmark compares, each in a process of its own.
 
 Only one of them works at a time; the others wait and cost nothing but memory.
 """
@@ -13,16 +13,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .interpreter import complete, use_v2
+
+if TYPE_CHECKING:
+    from pad_vllm.worker.guidance import Guidance
 
 PROMPT_TOKENS = range(100, 30_000)
 """Token ids of random prompts: nothing special among them."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     """What a batch of requests is like."""
 
     batch: int = 16
@@ -53,13 +56,13 @@ class Setup:
     """Name -> preference."""
 
 
-def prompts(cell: Cell, seed: int) -> list[list[int]]:
+def random_prompts(cell: Workload, seed: int) -> list[list[int]]:
     """Random and new to every cache."""
     rng = random.Random(seed)
     return [rng.choices(PROMPT_TOKENS, k=cell.prompt_len) for _ in range(cell.batch)]
 
 
-def guidance(cell: Cell, i: int) -> dict[str, Any] | None:
+def guidance(cell: Workload, i: int) -> dict[str, Any] | None:
     """The arguments of request ``i``; the guided ones are spread evenly."""
     guided = int((i + 1) * cell.share) > int(i * cell.share)
     if not guided:
@@ -68,7 +71,7 @@ def guidance(cell: Cell, i: int) -> dict[str, Any] | None:
     return asked | ({"pad_persona": f"p{i % cell.personas}"} if cell.personas else {})
 
 
-class Engine:
+class VllmBackend:
     """vLLM, in this process. ``plugin``: ``pad``, ``naive`` or none; ``model``: ``base`` or ``reward``."""
 
     def __init__(self, setup: Setup, plugin: str | None = None, model: str = "base") -> None:
@@ -95,7 +98,7 @@ class Engine:
             **extra,
         )
 
-    def run(self, cell: Cell, seed: int) -> float:
+    def run(self, cell: Workload, seed: int) -> float:
         from vllm import SamplingParams
 
         params = [
@@ -108,12 +111,12 @@ class Engine:
             )
             for i in range(cell.batch)
         ]
-        inputs = [{"prompt_token_ids": ids} for ids in prompts(cell, seed)]
+        inputs = [{"prompt_token_ids": ids} for ids in random_prompts(cell, seed)]
         start = time.perf_counter()
         self.llm.generate(inputs, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    def _arguments(self, cell: Cell, i: int) -> dict[str, Any] | None:
+    def _arguments(self, cell: Workload, i: int) -> dict[str, Any] | None:
         asked = guidance(cell, i) if self.plugin else None
         if asked and self.plugin == "naive":  # pad's own would be refused by an engine without a reward model
             return {"naive_top_k": cell.top_k}
@@ -121,18 +124,20 @@ class Engine:
 
     def reward_tokens(self) -> int:
         """How many tokens the reward model has computed."""
-        return _guidance().engine.stats.num_tokens
+        return running_guidance().engine.stats.num_tokens
 
-    def breakdown(self, cell: Cell, seed: int) -> dict[str, float]:
+    def breakdown(self, cell: Workload, seed: int) -> dict[str, float]:
         from .breakdown import time_parts
 
-        return time_parts(_guidance(), lambda: self.run(cell, seed))
+        return time_parts(running_guidance(), lambda: self.run(cell, seed))
 
 
-def _guidance() -> Any:
+def running_guidance() -> Guidance:
+    """Of the engine in this process."""
     from pad_vllm.processor import PADLogitsProcessor
 
     (processor,) = PADLogitsProcessor.running()
+    assert processor.adapter is not None
     return processor.adapter.guidance
 
 
@@ -151,12 +156,12 @@ class Loop:
         )
         self.cached = cached
 
-    def run(self, cell: Cell, seed: int) -> float:
+    def run(self, cell: Workload, seed: int) -> float:
         import torch
 
         from .loops import cached_loop, published_loop
 
-        ids = torch.tensor(prompts(cell, seed), device=self.device)
+        ids = torch.tensor(random_prompts(cell, seed), device=self.device)
         start = time.perf_counter()
         if self.cached:
             cached_loop(self.base, self.reward, ids, cell.output_len, cell.top_k)
@@ -168,11 +173,11 @@ class Loop:
         return time.perf_counter() - start
 
 
-METHODS: dict[str, Any] = {
-    "unguided": lambda setup: Engine(setup),
-    "guided": lambda setup: Engine(setup, "pad"),
-    "reward model alone": lambda setup: Engine(setup, None, "reward"),
-    "naive plugin": lambda setup: Engine(setup, "naive"),
+BACKENDS: dict[str, Any] = {
+    "unguided": lambda setup: VllmBackend(setup),
+    "guided": lambda setup: VllmBackend(setup, "pad"),
+    "reward model alone": lambda setup: VllmBackend(setup, None, "reward"),
+    "naive plugin": lambda setup: VllmBackend(setup, "naive"),
     "transformers loop, cached": lambda setup: Loop(setup, cached=True),
     "as published": lambda setup: Loop(setup, cached=False),
 }
@@ -189,16 +194,16 @@ ENVIRONMENT = {
 }
 
 
-def host_on_v2(setup: Setup, cell: Cell) -> dict[str, float]:
-    """What the host does in a guided step on Model Runner V2, of :meth:`Engine.breakdown`; in a process that has not
-    imported vLLM yet. Without a GPU the kernels run in Triton's interpreter, and no other time says anything."""
+def host_on_v2(setup: Setup, cell: Workload) -> dict[str, float]:
+    """What the host does in a guided step on Model Runner V2, of :meth:`VllmBackend.breakdown`; in a process that has
+    not imported vLLM yet. Without a GPU the kernels run in Triton's interpreter, and no other time says anything."""
     from .breakdown import HOST
 
     os.environ.update(ENVIRONMENT)
     use_v2()
     if os.environ.get("TRITON_INTERPRET") == "1":
         os.environ.setdefault("PAD_VLLM_KERNELS", "reference")
-    engine = Engine(replace(setup, enforce_eager=True), "pad")
+    engine = VllmBackend(replace(setup, enforce_eager=True), "pad")
     complete()
     engine.run(cell, 0)
     parts = engine.breakdown(cell, 1)
@@ -206,8 +211,8 @@ def host_on_v2(setup: Setup, cell: Cell) -> dict[str, float]:
     return {part: parts[part] for part, _, _ in HOST}
 
 
-class Method:
-    """One of :data:`METHODS` in a process of its own; calls its object's methods."""
+class BackendProcess:
+    """One of :data:`BACKENDS` in a process of its own; calls its object's methods."""
 
     def __init__(self, name: str, setup: Setup) -> None:
         os.environ.update(ENVIRONMENT)
@@ -243,7 +248,7 @@ class Method:
 
 
 def _serve(name: str, setup: Setup, pipe: Any) -> None:
-    method = METHODS[name](setup)
+    method = BACKENDS[name](setup)
     pipe.send(None)
     while True:
         try:

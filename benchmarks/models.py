@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-BASE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-REWARD = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+BASE_SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+REWARD_SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SHARED = 7 / 8
 """Of the base's tokens, those that a reward model with another tokenizer has as well; the others are two of its own."""
 NUM_WORDS = 65_536
@@ -25,8 +25,10 @@ def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     words = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return (
-        _make_model(folder / "base", BASE | args.base_config, args.vocab_size, words, args.load_format, seed=0),
-        _make_model(folder / "reward", REWARD | args.reward_config, args.vocab_size, words, args.load_format, seed=1),
+        _make_model(folder / "base", BASE_SIZES | args.base_config, args.vocab_size, words, args.load_format, seed=0),
+        _make_model(
+            folder / "reward", REWARD_SIZES | args.reward_config, args.vocab_size, words, args.load_format, seed=1
+        ),
     )
 
 
@@ -35,8 +37,8 @@ def make_models_of_two_tokenizers(folder: Path, args: argparse.Namespace) -> tup
     sizes = args.vocab_size, int(args.vocab_size * SHARED)
     base, reward = (_byte_level(size) for size in sizes)
     return (
-        _make_model(folder / "base", BASE | args.base_config, sizes[0], base, args.load_format, seed=0),
-        _make_model(folder / "reward", REWARD | args.reward_config, sizes[1], reward, args.load_format, seed=1),
+        _make_model(folder / "base", BASE_SIZES | args.base_config, sizes[0], base, args.load_format, seed=0),
+        _make_model(folder / "reward", REWARD_SIZES | args.reward_config, sizes[1], reward, args.load_format, seed=1),
     )
 
 

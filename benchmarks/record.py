@@ -47,7 +47,7 @@ class Record:
         part.rename(self.folder / "throughput.json")  # whole, or as it was
         (self.folder / "throughput.md").write_text("\n".join(self._report()) + "\n")
         with contextlib.suppress(ImportError):
-            plot(self.folder / "throughput.png", self.results)
+            plot_throughput(self.folder / "throughput.png", self.results)
 
     def _report(self) -> Iterator[str]:
         settings = self.of["settings"]
@@ -65,7 +65,7 @@ class Record:
             yield from REPORTS.get(name, comparison)(section["rows"])
 
 
-def breakdown(rows: list[Any]) -> Iterator[str]:
+def breakdown_table(rows: list[Any]) -> Iterator[str]:
     yield "| ms per step | " + " | ".join(row["label"] for row in rows) + " |"
     yield "| --- |" + " ---: |" * len(rows)
     for part in rows[0]["milliseconds"]:
@@ -102,7 +102,7 @@ def comparison(rows: list[Any]) -> Iterator[str]:
             yield f"\n{figures} ({row['label']})"
 
 
-REPORTS = {"breakdown": breakdown, "breakdown-v2": breakdown, "drafts": drafts, "drafters": drafts}
+REPORTS = {"breakdown": breakdown_table, "breakdown-v2": breakdown_table, "drafts": drafts, "drafters": drafts}
 
 
 def hardware() -> str:
@@ -118,7 +118,7 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
-def plot(path: Path, results: Mapping[str, Any]) -> None:
+def plot_throughput(path: Path, results: Mapping[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("agg")

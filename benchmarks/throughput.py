@@ -27,7 +27,7 @@ import numpy as np
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
-from .methods import Cell, Method, Setup, host_on_v2
+from .methods import BackendProcess, Setup, Workload, host_on_v2
 from .models import make_models, make_models_of_two_tokenizers
 from .record import Record
 
@@ -37,33 +37,33 @@ PRELUDE = 16
 LONG_PERSONA = 500
 """Words, and so tokens, of the one that many users share."""
 
-Entry = tuple[str, str, Cell]
+Entry = tuple[str, str, Workload]
 """Label, method, cell."""
 
 
-class Bench:
+class ThroughputBench:
     """Starts methods as they are needed, and compares them."""
 
     def __init__(self, setup: Setup, repeats: int) -> None:
         self.setup, self.repeats = setup, repeats
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, BackendProcess] = {}
         self.seed = 0
         self.kept: list[Any] = []
         """Rows that an unfinished section has already"""
         self.keep: Callable[[list[Any]], None] = lambda rows: None
         """Keep an unfinished section's rows"""
 
-    def method(self, name: str) -> Method:
+    def method(self, name: str) -> BackendProcess:
         if name not in self.methods:
-            self.methods[name] = Method(name, self.setup)
+            self.methods[name] = BackendProcess(name, self.setup)
         return self.methods[name]
 
-    def run(self, method: str, cell: Cell) -> float:
+    def run(self, method: str, cell: Workload) -> float:
         """Seconds of a batch, on prompts of its own."""
         self.seed += 1
         return self.method(method)("run", cell, self.seed)
 
-    def run_warm(self, method: str, cell: Cell) -> float:
+    def run_warm(self, method: str, cell: Workload) -> float:
         """The same, after a short one: what a process does first after it has waited for others is not measured."""
         self.run(method, replace(cell, output_len=min(PRELUDE, cell.output_len)))
         return self.run(method, cell)
@@ -89,7 +89,7 @@ class Bench:
                     "cell": asdict(cell),
                     "tokens_per_s": round(statistics.median(repeat[i] for repeat in speeds), 1),
                     "ratio": round(statistics.median(ratios), 3),
-                    "middle_half": [round(float(ratio), 3) for ratio in np.percentile(ratios, (25, 75))],
+                    "middle_half": [round(float(np.percentile(ratios, q)), 3) for q in (25, 75)],
                     "repeats": len(ratios),
                 }
             )
@@ -99,7 +99,7 @@ class Bench:
             )
         return rows
 
-    def each(self, cells: Sequence[Cell], rows_of: Callable[[Cell], list[Any]]) -> list[Any]:
+    def each(self, cells: Sequence[Workload], rows_of: Callable[[Workload], list[Any]]) -> list[Any]:
         """The rows of all cells, the first of which is unguided. They are kept as each cell is done; what an
         interrupted run has kept is not measured again."""
         found = list(self.kept)
@@ -114,21 +114,21 @@ class Bench:
             method.close()
 
 
-def versus(cell: Cell, *shares: float) -> list[Entry]:
+def versus(cell: Workload, *shares: float) -> list[Entry]:
     """Unguided vLLM, and guided with some shares of guided requests."""
     words = {0.0: "plugin, no request guided", 1.0: "guided"}
     shared = [(words.get(s, f"guided, {s:.0%} of requests"), "guided", replace(cell, share=s)) for s in shares]
     return [("unguided", "unguided", cell), *shared]
 
 
-def of_batches(args: argparse.Namespace, **kind: Any) -> list[Cell]:
-    return [Cell(batch, args.prompt_len, args.output_len, args.top_k, **kind) for batch in args.batch]
+def of_batches(args: argparse.Namespace, **kind: Any) -> list[Workload]:
+    return [Workload(batch, args.prompt_len, args.output_len, args.top_k, **kind) for batch in args.batch]
 
 
-def batches(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def batches(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """What guidance costs, by batch size; what it costs others; and the reward model by itself."""
 
-    def rows_of(cell: Cell) -> list[Any]:
+    def rows_of(cell: Workload) -> list[Any]:
         shares = (1.0, 0.5, 0.0) if cell.batch > 1 else (1.0, 0.0)
         entries = [*versus(cell, *shares), ("reward model alone", "reward model alone", cell)]
         return bench.compare(entries, repeats=3 * bench.repeats)
@@ -136,9 +136,9 @@ def batches(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return bench.each(of_batches(args, personas=0), rows_of)
 
 
-def shapes(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def shapes(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Long prompts, long answers, many candidates, many personas."""
-    cell = Cell(top_k=args.top_k, personas=0)
+    cell = Workload(top_k=args.top_k, personas=0)
     others = [
         replace(cell, prompt_len=512),
         replace(cell, batch=4, output_len=1024),
@@ -149,17 +149,17 @@ def shapes(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return bench.each(others, lambda other: bench.compare(versus(other, 1.0), repeats=min(bench.repeats, 3)))
 
 
-def baselines(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def baselines(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """The other ways to be guided."""
-    cell = Cell(batch=16, output_len=args.output_len, top_k=args.top_k, personas=0)
+    cell = Workload(batch=16, output_len=args.output_len, top_k=args.top_k, personas=0)
     others = ("naive plugin", "transformers loop, cached")
     found = bench.compare([*versus(cell, 1.0), *((name, name, cell) for name in others)])
     return found
 
 
-def published(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def published(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """The authors' algorithm at 512 generated tokens, once: it reads every context again at every token."""
-    cell = Cell(batch=1, output_len=512, top_k=args.top_k, personas=0)
+    cell = Workload(batch=1, output_len=512, top_k=args.top_k, personas=0)
     speeds = {name: cell.output_len / bench.run_warm(name, cell) for name in ("guided", "as published")}
     rows = []
     for name, speed in speeds.items():
@@ -177,9 +177,9 @@ def published(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return rows
 
 
-def flatness(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def flatness(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Time per token at 1,000 generated tokens over that at 100, guided over unguided."""
-    short, long = (Cell(batch=4, output_len=n, top_k=args.top_k) for n in (100, 1000))
+    short, long = (Workload(batch=4, output_len=n, top_k=args.top_k) for n in (100, 1000))
     entries = [
         (f"{name}, {cell.output_len} tokens", name, cell) for name in ("unguided", "guided") for cell in (short, long)
     ]
@@ -190,19 +190,19 @@ def flatness(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return [*rows, {"label": "quotient", "value": round(quotient, 3)}]
 
 
-def rows_and_personas(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def rows_and_personas(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Cost of a step by guided rows, and by how many personas these have."""
-    cell = Cell(batch=16, output_len=args.output_len, top_k=args.top_k)
+    cell = Workload(batch=16, output_len=args.output_len, top_k=args.top_k)
     shares = [("unguided", "unguided", cell)]
     shares += [(f"{int(16 * s)} of 16 rows guided", "guided", replace(cell, share=s)) for s in (0.25, 0.5, 0.75, 1.0)]
     shares += [(f"16 rows guided, {n} personas", "guided", replace(cell, personas=n)) for n in (4, NUM_PERSONAS)]
     return bench.compare(shares)
 
 
-def contexts(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def contexts(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Two contexts a request, a preference's and the neutral reference's, over one: what each takes beyond unguided."""
 
-    def rows_of(cell: Cell) -> list[Any]:
+    def rows_of(cell: Workload) -> list[Any]:
         entries = [*versus(cell, 1.0), ("guided, two contexts", "guided", replace(cell, reference="neutral"))]
         rows = bench.compare(entries)
         unguided, one, two = (1 / row["ratio"] for row in rows)
@@ -213,16 +213,16 @@ def contexts(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return bench.each(of_batches(args), rows_of)
 
 
-def tokenizers(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def tokenizers(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """A reward model with another tokenizer beside one with the base's, on random models."""
     if args.base:
         return []
     name = "guided, another tokenizer"
     with tempfile.TemporaryDirectory() as folder:
         base, reward = make_models_of_two_tokenizers(Path(folder), args)
-        bench.methods[name] = Method("guided", replace(bench.setup, base=base, reward=reward, personas=None))
+        bench.methods[name] = BackendProcess("guided", replace(bench.setup, base=base, reward=reward, personas=None))
 
-        def rows_of(cell: Cell) -> list[Any]:
+        def rows_of(cell: Workload) -> list[Any]:
             rows = bench.compare([*versus(cell, 1.0), (name, name, cell)])
             quotient = rows[1]["ratio"] / rows[2]["ratio"]
             print(f"batch {cell.batch}: time with another tokenizer over that with one: {quotient:.3f}", flush=True)
@@ -231,10 +231,10 @@ def tokenizers(bench: Bench, args: argparse.Namespace) -> list[Any]:
         return bench.each(of_batches(args, personas=0), rows_of)
 
 
-def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def sharing(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Tokens that the reward model computes for 16 users of one persona with a long prompt, who come at once."""
-    cell = Cell(batch=16, prompt_len=args.prompt_len, output_len=2, top_k=args.top_k)
-    long = Method(
+    cell = Workload(batch=16, prompt_len=args.prompt_len, output_len=2, top_k=args.top_k)
+    long = BackendProcess(
         "guided", replace(bench.setup, personas={"p0": " ".join(f"w{i}" for i in range(1000, 1000 + LONG_PERSONA))})
     )
     try:
@@ -251,7 +251,7 @@ def sharing(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return [{"label": "reward tokens", "computed": computed, "least": least, "ratio": round(computed / least, 3)}]
 
 
-def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def breakdown(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Milliseconds of a guided step, by part."""
     found = []
     for cell in of_batches(args, personas=0):
@@ -261,7 +261,7 @@ def breakdown(bench: Bench, args: argparse.Namespace) -> list[Any]:
     return found
 
 
-def breakdown_v2(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def breakdown_v2(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Milliseconds of a guided step on Model Runner V2: what the host does."""
     found = []
     for cell in of_batches(args, personas=0):
@@ -275,12 +275,12 @@ def _parts_of(label: str, parts: Mapping[str, float]) -> dict[str, Any]:
     return {"label": label, "milliseconds": {part: round(ms, 3) for part, ms in parts.items()}}
 
 
-def reward_model_drafts(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def draft_lengths(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Tokens for a pass of the base model where the reward model drafts."""
     return drafts.by_number(args.base, args.reward, bench.kept, bench.keep)
 
 
-def drafters(bench: Bench, args: argparse.Namespace) -> list[Any]:
+def drafters(bench: ThroughputBench, args: argparse.Namespace) -> list[Any]:
     """Tokens for a pass of the base model, by who drafts."""
     return drafts.by_drafter(args.base, args.reward, bench.kept, bench.keep)
 
@@ -297,7 +297,7 @@ SECTIONS = {
     "published": published,
     "breakdown": breakdown,
     "breakdown-v2": breakdown_v2,
-    "drafts": reward_model_drafts,
+    "drafts": draft_lengths,
     "drafters": drafters,
 }
 
@@ -309,8 +309,8 @@ NOT_SETTINGS = ("sections", "output", "resume")
 def measure_throughput(setup: Setup, args: argparse.Namespace) -> None:
     """Run the sections, and keep each one's result as it ends."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    record = Record(args.output, settings, {name: section.__doc__ for name, section in SECTIONS.items()})
-    bench = Bench(setup, args.repeats)
+    record = Record(args.output, settings, {name: section.__doc__ or "" for name, section in SECTIONS.items()})
+    bench = ThroughputBench(setup, args.repeats)
     try:
         for name in args.sections:
             kept = record.results.get(name, {}) if args.resume else {}
@@ -352,9 +352,10 @@ def main(args: argparse.Namespace) -> None:
     if bool(args.base) != bool(args.reward):
         raise ValueError("--base and --reward: give both, or none")
     with tempfile.TemporaryDirectory() as folder:
-        models = (args.base, args.reward) if args.base else make_models(Path(folder), args)
+        base, reward = (args.base, args.reward) if args.base else make_models(Path(folder), args)
         setup = Setup(
-            *models,
+            base,
+            reward,
             dtype=args.dtype,
             enforce_eager=args.enforce_eager,
             max_num_seqs=max(16, *args.batch),

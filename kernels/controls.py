@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .keys import NO_KEY, Candidates, from_key
+from .keys import LOWEST_KEY, from_key
 from .selection import MAX_LOGIT
 from .types import Controls
 
@@ -48,7 +48,7 @@ def undo_controls_kernel(
         place, block = tl.arange(0, K), tl.arange(0, BLOCK)
         candidates = tl.load(keys_ptr + row_idx * NUM_KEYS + place)
         y, ids = from_key(candidates)
-        ids = tl.where(candidates > NO_KEY, ids, 0).to(tl.int32)
+        ids = tl.where(candidates > LOWEST_KEY, ids, 0).to(tl.int32)
         slot = tl.load(slots_ptr + row_idx)
         if HAS_PENALTIES:
             presence = tl.load(penalties_ptr + slot * 3)
@@ -76,9 +76,16 @@ def undo_controls_kernel(
         tl.store(y_ptr + row_idx * K + place, tl.minimum(tl.maximum(y, -LARGEST_LOGIT), LARGEST_LOGIT))
 
 
-def undo_controls(candidates: Candidates, controls: Controls) -> torch.Tensor:
-    """:func:`.reference.undo_controls`; behind a row's candidates y may be anything."""
-    keys, top_k = candidates
+def undo_controls(keys: torch.Tensor, top_k: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """What :func:`.reference.undo_controls` does.
+
+    Args:
+        keys: [R, K] int64, each row's candidates in order, LOWEST_KEY behind them.
+        top_k: [R] int64; in rows of 0 the keys may be anything.
+
+    Returns:
+        [R, K] float32; behind a row's candidates it may be anything.
+    """
     num_rows, K = keys.shape
     y = torch.empty(num_rows, K, device=keys.device)
     output = controls.output

@@ -21,7 +21,7 @@ from .controls import undo_controls
 from .fused_groups import reweight_groups_, score_groups
 from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args, sum_weights
 from .fused_selection import IS_INTERPRETED, IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
-from .keys import NO_KEY, Candidates, from_key
+from .keys import LOWEST_KEY, from_key
 from .mixture import mix_contexts
 from .scoring import map_heads
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary
@@ -54,11 +54,11 @@ def score_part(
     begin, end = row_idx * num_contexts, (row_idx + 1) * num_contexts
     for first in range(part * FEW, top_k, num_parts * FEW):
         place = first + tl.arange(0, FEW)
-        mine = tl.where((rank[:, None] == place[None, :]) & (place < top_k)[None, :], kept[:, None], NO_KEY)
+        mine = tl.where((rank[:, None] == place[None, :]) & (place < top_k)[None, :], kept[:, None], LOWEST_KEY)
         candidates = tl.max(mine, 0)
         _, ids = from_key(candidates)
         local = ids - vocab_start
-        is_mine = (candidates > NO_KEY) & (local >= 0) & (local < shard_size)
+        is_mine = (candidates > LOWEST_KEY) & (local >= 0) & (local < shard_size)
         local = tl.where(is_mine, local, 0)
         if HAS_MIXTURE and HAS_SOFT_CAP:
             scores = tl.zeros([FEW], tl.float32)
@@ -160,7 +160,7 @@ def score_kernel(
                 place = tl.arange(0, K)
                 candidates = tl.load(row_candidates_ptr + place, cache_modifier=".cg")
                 scores = tl.load(scores_ptr + row_idx * K + place, cache_modifier=".cg")
-                is_candidate = candidates > NO_KEY
+                is_candidate = candidates > LOWEST_KEY
                 z, ids = from_key(candidates)
                 write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
 
@@ -195,7 +195,7 @@ def reweight_kernel(
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
         candidates = tl.load(candidates_ptr + row_idx * K + place)
-        is_candidate = candidates > NO_KEY
+        is_candidate = candidates > LOWEST_KEY
         z, ids = from_key(candidates)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
         if HAS_MIXTURE and HAS_SOFT_CAP:
@@ -256,11 +256,11 @@ def guide_(
     candidates = torch.empty(num_rows, pad_k(rows.max_top_k), dtype=torch.int64, device=logits.device)
     if isinstance(vocabulary, Groups):
         of_groups = score_groups(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
-        y = None if controls is None else undo_controls(Candidates(candidates, rows.top_k), controls)
+        y = None if controls is None else undo_controls(candidates, rows.top_k, controls)
         return reweight_groups_(logits, head, rows, vocabulary, candidates, mixture, of_groups, y)
     scores = score_tokens(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
     if scores is not None:
-        y = None if controls is None else undo_controls(Candidates(candidates, rows.top_k), controls)
+        y = None if controls is None else undo_controls(candidates, rows.top_k, controls)
         reweight_tokens_(logits, head, rows, vocabulary, candidates, mixture, scores, y)
 
 

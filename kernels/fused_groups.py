@@ -20,7 +20,7 @@ from .fused_large_groups import score_large_kernel
 from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args
 from .fused_selection import MERGE_WARPS, merge, select, store_candidates
 from .groups import gather_shards
-from .keys import NO_KEY, from_key
+from .keys import LOWEST_KEY, from_key
 from .types import Controls, Groups, Mixture, OutputHead, Rows
 from .writing import keep_shares, store_guided
 
@@ -67,7 +67,7 @@ def gather_groups_kernel(
         _, ids = from_key(candidates)
         if key_offsets_ptr is not None:
             ids += tl.load(key_offsets_ptr + row_idx)
-        group = tl.load(key_ptr + ids, mask=candidates > NO_KEY, other=-1)
+        group = tl.load(key_ptr + ids, mask=candidates > LOWEST_KEY, other=-1)
         tl.store(groups_ptr + row_idx * K + place, group)
         if large_ptr is not None:
             large = tl.load(large_ptr + group, mask=group >= 0, other=-1)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .keys import NO_KEY, NOTHING, order, to_key
+from .keys import LOWEST_KEY, NOTHING, order, to_key
 from .types import Rows
 
 HEIGHT, WIDTH = 8, 2048
@@ -171,9 +171,9 @@ def keep_slowly(
 
 @triton.jit
 def fill(out_ptr, total, CAPACITY: tl.constexpr):
-    """NO_KEY behind ``total`` keys."""
+    """LOWEST_KEY behind ``total`` keys."""
     place = tl.arange(0, CAPACITY)
-    tl.store(out_ptr + place, tl.full([CAPACITY], NO_KEY, tl.int64), mask=place >= total)
+    tl.store(out_ptr + place, tl.full([CAPACITY], LOWEST_KEY, tl.int64), mask=place >= total)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "top_k_ptr"])
@@ -251,7 +251,7 @@ def merge_slices(
     [CAPACITY]."""
     HEIGHT: tl.constexpr = NUM_KEYS // WIDTH
     w, h = tl.arange(0, WIDTH)[:, None], tl.arange(0, HEIGHT)[None, :]
-    keys = tl.load(keys_ptr + w + h * WIDTH, mask=w + h * WIDTH < num_keys, other=NO_KEY)
+    keys = tl.load(keys_ptr + w + h * WIDTH, mask=w + h * WIDTH < num_keys, other=LOWEST_KEY)
     ordered, tails = (keys >> 32).to(tl.int32), keys.to(tl.int32)
     GROUPS: tl.constexpr = min(CAPACITY // 2, WIDTH)
     least, total = bound(ordered, top_k, CAPACITY, GROUPS)
@@ -288,12 +288,12 @@ def merge(
 
 @triton.jit
 def store_candidates(candidates_ptr, keys, rank, top_k, K: tl.constexpr):
-    """Write a row's candidates in order to [K] places, NO_KEY behind them."""
-    is_candidate = (keys > NO_KEY) & (rank < top_k)
+    """Write a row's candidates in order to [K] places, LOWEST_KEY behind them."""
+    is_candidate = (keys > LOWEST_KEY) & (rank < top_k)
     tl.store(candidates_ptr + rank, keys, mask=is_candidate)
     place = tl.arange(0, K)
     num = tl.sum(is_candidate.to(tl.int32), 0)
-    tl.store(candidates_ptr + place, tl.full([K], NO_KEY, tl.int64), mask=place >= num)
+    tl.store(candidates_ptr + place, tl.full([K], LOWEST_KEY, tl.int64), mask=place >= num)
 
 
 @triton.jit(do_not_specialize_on_alignment=["top_k_ptr"], do_not_specialize=["num_keys"])

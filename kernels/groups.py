@@ -20,11 +20,11 @@ from .scoring import cap_and_scale
 from .selection import MAX_LOGIT, NEG_INF, Candidates
 from .types import NO_OPINION, Groups, Mixture, OutputHead, Rows
 
-CHUNK = 16384
+MEMBERS_AT_ONCE = 16384
 """Members whose rows of lm_head are gathered together."""
 LARGE_GROUP = 256
 """Members of a group whose rows are gathered once for all contexts that have it, and multiplied with all of these."""
-FEW = 16
+FEW_CONTEXTS = 16
 """Contexts of which all groups are scored together."""
 
 
@@ -93,7 +93,7 @@ def score_groups(
     members = groups.members[begin[owner] + within]
     r = [
         logits_of(head, (rows_of(head, part) * hidden_states[context[whose]].float()).sum(-1), part)
-        for whose, part in zip(owner.split(CHUNK), members.split(CHUNK), strict=True)
+        for whose, part in zip(owner.split(MEMBERS_AT_ONCE), members.split(MEMBERS_AT_ONCE), strict=True)
     ]
     scores = logsumexp_by(torch.cat(r), owner, len(pairs))
     is_large = counts > LARGE_GROUP
@@ -101,7 +101,7 @@ def score_groups(
         its = (is_large & (group == g)).nonzero().flatten()
         hidden = hidden_states[context[its]].float()
         members = groups.members[groups.starts[g] : groups.starts[g + 1]]
-        parts = [logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(CHUNK)]
+        parts = [logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(MEMBERS_AT_ONCE)]
         scores[its] = torch.cat(parts, 1).logsumexp(-1)
     return scores[place]
 
@@ -114,8 +114,10 @@ def score_by_whole_head(
     sizes = (groups.starts[1:] - groups.starts[:-1]).long()
     owner = torch.repeat_interleave(torch.arange(num_groups, device=keys.device), sizes, output_size=len(members))
     scores = []
-    for hidden in hidden_states.float().split(FEW):
-        r = torch.cat([logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(CHUNK)], 1)
+    for hidden in hidden_states.float().split(FEW_CONTEXTS):
+        r = torch.cat(
+            [logits_of(head, hidden @ rows_of(head, part).T, part) for part in members.split(MEMBERS_AT_ONCE)], 1
+        )
         whose = owner.expand(len(hidden), -1)
         most = r.new_full((len(hidden), num_groups), -MAX_LOGIT).scatter_reduce_(1, whose, r, "amax")
         sums = torch.zeros_like(most).scatter_add_(1, whose, (r - most.gather(1, whose)).exp())

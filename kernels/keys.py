@@ -3,13 +3,10 @@ largest keys are the largest logits, and of equal ones those with the lower ids.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-NO_KEY = tl.constexpr(-(2**63))
+LOWEST_KEY = tl.constexpr(-(2**63))
 """Less than the key of any finite logit."""
 
 
@@ -37,12 +34,3 @@ def from_key(keys):
     ordered = (keys >> 32).to(tl.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-
-
-class Candidates(NamedTuple):
-    """The candidates of each guided row, as the launches leave them."""
-
-    keys: torch.Tensor
-    """[R, K] int64, in order; NO_KEY behind a row's own"""
-    top_k: torch.Tensor
-    """[R] int64; in rows of 0 the keys may be anything"""

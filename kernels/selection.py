@@ -13,7 +13,7 @@ MAX_LOGIT = 1e30
 """Of a logit with its controls undone: absurd ones overflow, and the differences of two must stay finite."""
 SLICE = 64
 """Tokens of the vocabulary that are looked at together."""
-FEW_ROWS = 4
+MAX_SORTED_ROWS = 4
 """So many rows are sorted sooner as they are, on a CPU, than by slices."""
 
 
@@ -62,7 +62,7 @@ def largest_without_ties(
     """What :func:`select_candidates` finds, where no two are equal; else None. For logits that the host may look
     at."""
     some = logits if len(rows) == len(logits) else logits[rows]
-    if len(some) > FEW_ROWS and vocab_size % SLICE == 0 and k < vocab_size // SLICE:
+    if len(some) > MAX_SORTED_ROWS and vocab_size % SLICE == 0 and k < vocab_size // SLICE:
         # The first k + 1 are in the first k + 1 slices, or their like are.
         parts = some[:, :vocab_size].reshape(-1, SLICE)
         slices = slice_maxima(some, vocab_size).topk(k + 1, dim=-1, sorted=False).indices

@@ -180,7 +180,7 @@ def without_rank(instance_id: str) -> str:
     return instance_id.partition("_dp")[0]
 
 
-def serve(instance_id: str) -> str:
+def mark_served(instance_id: str) -> str:
     """Note that this process is an engine's frontend; returns the engine's id without its data-parallel rank."""
     _served.add(name := without_rank(instance_id))
     return name

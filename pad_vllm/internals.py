@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,18 @@ def parameters() -> dict[str, tuple[str, ...]]:
     return PARAMETERS | releases.PARAMETERS[releases.nearest(releases.version())]
 
 
-def imported() -> set[str]:
+@cache
+def imported() -> frozenset[str]:
     """``module:name`` of all that our sources import from every vLLM."""
     sources = set(Path(__file__).parent.rglob("*.py")) - {Path(releases.__file__)}
     trees = (ast.parse(path.read_text("utf-8")) for path in sorted(sources))
-    return {
+    return frozenset(
         f"{node.module}:{alias.name}"
         for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "vllm" and not node.level
         for alias in node.names
-    }
+    )
 
 
 def names() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakSet
 
 import torch
@@ -69,8 +69,6 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device_or_req_states: Any, is_pin_memory: bool = False) -> None:
         self.vllm_config = vllm_config
         self.adapter: V1Adapter | V2Adapter | None = None
-        self._v1: V1Adapter | None = None
-        self._v2: V2Adapter | None = None
         self._is_pending = False
         found = processors(vllm_config.model_config.logits_processors, PADLogitsProcessor)
         num_before = sum(processor.vllm_config is vllm_config for processor in self._built)
@@ -98,7 +96,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.adapters.speculator import RewardSpeculator
         from pad_vllm.worker.adapters.v1 import V1Adapter
         from pad_vllm.worker.adapters.v2 import V2Adapter
-        from pad_vllm.worker.compatibility import fit
+        from pad_vllm.worker.compatibility import check_fit
         from pad_vllm.worker.engine_checks import check_engine
         from pad_vllm.worker.guidance import Guidance
         from pad_vllm.worker.patches import reward_model_drafts
@@ -108,9 +106,9 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         def take(guidance: Guidance | None, resolve: Resolve) -> None:
             if on_v2:
-                self.adapter = self._v2 = V2Adapter(guidance, resolve, device_or_req_states)
+                self.adapter = V2Adapter(guidance, resolve, device_or_req_states)
             else:
-                self.adapter = self._v1 = V1Adapter(guidance, resolve)
+                self.adapter = V1Adapter(guidance, resolve)
 
         if config is None:
             take(None, refuse_unless_silent)
@@ -122,7 +120,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if speculator is None and reward_model_drafts(self.vllm_config):
             logger.warning("PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost")
         num_drafts = 0 if speculator is None else speculator.num_speculative_steps
-        fits = fit(config, self.vllm_config, sees_base_logits)
+        fits = check_fit(config, self.vllm_config, sees_base_logits)
         is_served = config.source.is_served
 
         def begin() -> None:
@@ -131,7 +129,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             )
             take(guidance, fits.resolve)
             if speculator is not None:
-                speculator.adapter = self._v2
+                speculator.adapter = cast("V2Adapter", self.adapter)
             self._announce(guidance)
 
         if is_served:  # the V1 runner builds logits processors before it loads the model
@@ -156,17 +154,17 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """V1: requests joined, left or moved."""
-        if self._v1 is not None and batch_update is not None:
-            self._v1.update_state(batch_update)
+        if self.adapter is not None and batch_update is not None:
+            cast("V1Adapter", self.adapter).update_state(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes slot ``req_idx``. Returns whether it is guided."""
-        return self._v2 is not None and self._v2.add_request(req_idx, sampling_params)
+        return self.adapter is not None and cast("V2Adapter", self.adapter).add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
         """V2: before the base model's forward."""
-        if self._v2 is not None:
-            self._v2.apply_staged_writes()
+        if self.adapter is not None:
+            cast("V2Adapter", self.adapter).apply_staged_writes()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Guide the rows of guided requests in place; [num_rows, vocab_size] float32. ``ctx`` comes from V2 only."""

@@ -31,15 +31,15 @@ from benchmarks.family_checks import (
     as_shown,
     chat,
     conversation,
-    encode,
+    encode_text,
     encodes_as_one,
     has_system_turn,
     markers,
-    render,
+    render_prompt,
 )
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.token_tables import NO_KEY, TokenTables
-from pad_vllm.worker.tokens import load_tokenizer
+from pad_vllm.worker.tokens import load_shared_tokens
 from tests import oracle
 from tests.support.engine import PLUGIN, Engine, guided, pad_config, preload_processes, set_environment
 from tests.support.models import make_model
@@ -86,12 +86,12 @@ class FamilyPair:
         configs = [ModelConfig(model=str(path), dtype="float32") for path in (self.base, self.reward)]
         arguments = {"pretrained_model_name_or_path": str(self.reward)}
         pad = PADConfig(reward_model=str(self.reward))
-        tables = load_tokenizer(pad, arguments, *configs, configs[1].get_vocab_size()).pair.tables
+        tables = load_shared_tokens(pad, arguments, *configs, configs[1].get_vocab_size()).pair.tables
         self.groups = groups_of(tables, self.base_model.vocab_size)
         self.bias = {
             i: 12.0
             for text in BIASED
-            for i in encode(self.base_tokenizer, text)
+            for i in encode_text(self.base_tokenizer, text)
             if tables.key[i] != NO_KEY and i not in ends
         }
 
@@ -109,17 +109,17 @@ class FamilyPair:
             ids = base.encode(text)
             bos = [reward.bos_token_id] if ids[0] == base.bos_token_id and reward.bos_token_id is not None else []
             plain = Running(reward)
-            before = encode(reward, f"{preference}\n\n")
+            before = encode_text(reward, f"{preference}\n\n")
             read = plain.encode(text)
             return Prompt(ids, [*bos, *read], {preference: [*bos, *before, *read]})
-        ids = encode(base, shown := render(base, text))
+        ids = encode_text(base, shown := render_prompt(base, text))
         messages = as_shown(base, text, shown)
         first, *rest = messages
         if first["role"] != "system":
             joined = f"{preference}\n\n{first['content']}"
         elif has_system_turn(reward):
             joined = f"{SYSTEM}{SEAM}\n\n{preference}\n\n"
-        elif (text := render(reward, messages)).index(SYSTEM) < text.index(rest[0]["content"]):
+        elif (text := render_prompt(reward, messages)).index(SYSTEM) < text.index(rest[0]["content"]):
             joined = f"{preference}\n\n{SYSTEM}"
         else:  # the system text stands in a later turn
             joined, rest[0] = SYSTEM, {**rest[0], "content": f"{preference}\n\n{rest[0]['content']}"}
@@ -247,7 +247,7 @@ def written(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
         for marker, mask in masks.items():
             content = content.replace(marker, mask)
         masked.append({**message, "content": content})
-    text = render(tokenizer, masked)
+    text = render_prompt(tokenizer, masked)
     ids: list[int] = []
     for part in re.split(f"({'|'.join(sorted(map(re.escape, running.markers), key=len, reverse=True))})", text):
         if part in running.ids:

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(**settings) -> int:
-    return check(**settings)
+    return print_report(**settings)
 
 
-def check(
+def print_report(
     config: str | None, model: str | None, max_model_len: int | None, engine_args: Mapping[str, Any] | None = None
 ) -> int:
     """Print what is found, a line each.
@@ -54,7 +54,7 @@ def check(
     report.line("internals", check_internals)
     report.line("device", describe_device)
     report.line("runner", describe_runner)
-    if config is not None and (read := report.line("configuration", lambda: read_config(config))):
+    if config is not None and (read := report.line("configuration", lambda: read_pad_config(config))):
         report.line("reward model", lambda: check_files(read))
         if model is not None:
             report.line("base model", lambda: check_base(read, model, max_model_len, engine_args or {}))
@@ -124,7 +124,7 @@ def describe_runner() -> str:
     return "V2, unless the engine asks for something that V2 does not support yet (vLLM's log then names it)"
 
 
-def read_config(config: str) -> PADConfig:
+def read_pad_config(config: str) -> PADConfig:
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
@@ -153,7 +153,7 @@ def check_files(config: PADConfig) -> str:
     from transformers import AutoConfig, AutoTokenizer
 
     from pad_vllm.reward.kind import check_causal_lm
-    from pad_vllm.worker.compatibility import fit
+    from pad_vllm.worker.compatibility import check_fit
 
     check_causal_lm(config.reward_model, config.revision)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -168,7 +168,7 @@ def check_files(config: PADConfig) -> str:
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from None
     alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
-    fits = fit(config, alone)
+    fits = check_fit(config, alone)
     heads = ", ".join(fits.head_names) or "none"
     return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
 
@@ -188,7 +188,7 @@ def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
 
 def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
     """What the start of an engine would check before it loads weights, by the same function."""
-    from pad_vllm.worker.compatibility import fit
+    from pad_vllm.worker.compatibility import check_fit
     from pad_vllm.worker.engine_checks import check_engine
 
     arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
@@ -197,7 +197,7 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     except Exception as error:
         raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
     check_engine(engine, engine.use_v2_model_runner)
-    fits = fit(config, engine)
+    fits = check_fit(config, engine)
     example = fits.example()
     return (
         f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "

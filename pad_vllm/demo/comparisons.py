@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pad_vllm.demo import wishes
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES, loops, measure
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES, loops, measures_of
 
 WORDINGS_EACH = 3
 """Of how often two answers are compared, at most."""
@@ -55,7 +55,7 @@ def compare(
         ids = tokenizer.encode(answer["text"], add_special_tokens=False)
         if ids and _is_sound(answer) and (answer["finished"] or len(ids) > max_answer):
             text = tokenizer.decode(ids[:max_answer])
-            by_prompt[answer["prompt"]].append((text, measure(text)))
+            by_prompt[answer["prompt"]].append((text, measures_of(text)))
     found = [m for own in by_prompt.values() for _, m in own]
     spread = {name: statistics.pstdev(m[name] for m in found) or 1.0 for name in DIMENSIONS}
 

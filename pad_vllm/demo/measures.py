@@ -53,7 +53,7 @@ _INTENSIFIERS = re.compile(
 LOOP_WORDS, LOOP_TIMES = 4, 4
 
 
-def measure(text: str) -> dict[str, float]:
+def measures_of(text: str) -> dict[str, float]:
     """Each dimension's measure of an answer, in its unit."""
     lines = [line for line in text.splitlines() if line.strip()]
     words = _WORD.findall(text)

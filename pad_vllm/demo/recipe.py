@@ -31,8 +31,8 @@ from transformers import AutoTokenizer
 from pad_vllm.demo import wishes
 from pad_vllm.demo.comparisons import compare
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
-from pad_vllm.demo.smollm import ADAPTER, ADAPTER_SETTINGS, PROMPT_TEMPLATE, build_base
-from pad_vllm.evaluation.engine import Request, generate
+from pad_vllm.demo.smollm import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, PROMPT_TEMPLATE, build_base
+from pad_vllm.evaluation.engine import Request, generate_batches
 from pad_vllm.training.records import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
@@ -192,7 +192,7 @@ def _answer(
         "beta": turn.beta,
         "top_k": turn.top_k,
     }
-    answers = generate(
+    answers = generate_batches(
         str(base),
         {"all": requests},
         temperature=recipe.temperature,
@@ -290,8 +290,8 @@ def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     ]
     reward = _round_folder(folder, len(recipe.rounds) - 1) / "reward"
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half() for name, tensor in load_file(reward / "adapter" / ADAPTER.name).items()}
-    save_file(weights, target / ADAPTER.name, {"format": "pt"})
+    weights = {name: tensor.half() for name, tensor in load_file(reward / "adapter" / ADAPTER_WEIGHTS.name).items()}
+    save_file(weights, target / ADAPTER_WEIGHTS.name, {"format": "pt"})
     settings = json.loads((reward / "adapter" / ADAPTER_SETTINGS.name).read_text())
     kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])

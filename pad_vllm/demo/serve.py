@@ -19,10 +19,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pad_vllm.demo.client import stream_side_by_side
-from pad_vllm.demo.measures import measure
+from pad_vllm.demo.measures import measures_of
 from pad_vllm.demo.show import ENGINE, MAX_TOKENS, TEMPERATURE
 from pad_vllm.demo.smollm import DemoModels, build
-from pad_vllm.demo.users import QUESTIONS, USERS
+from pad_vllm.demo.users import DEMO_QUESTIONS, USERS
 
 MODEL = "smollm2"
 SERVED = ("Omar", "Noor")
@@ -50,17 +50,17 @@ def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) 
         console.print("The server's personas, of which a client names one, or none:")
         for name, user in users.items():
             console.print(f"  [bold]{name}[/]: {user.say()}")
-        with start(console, models, config, Path(folder, "log")) as base_url:
-            for question in QUESTIONS:
+        with start_server(console, models, config, Path(folder, "log")) as base_url:
+            for question in DEMO_QUESTIONS:
                 settings = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE, "seed": seed}
                 asked = stream_side_by_side(
                     console, base_url, MODEL, question, {NOBODY: None} | {n: n for n in users}, **settings
                 )
                 for name, answer in asyncio.run(asked).items():
                     texts[name].append(answer)
-    before = measure("\n\n".join(texts[NOBODY]))
+    before = measures_of("\n\n".join(texts[NOBODY]))
     for name, user in users.items():
-        after = measure("\n\n".join(texts[name]))
+        after = measures_of("\n\n".join(texts[name]))
         for dimension, moved in user.has(before, after).items():
             mark = "[green]✓[/]" if moved else "[red]✗[/]"
             console.print(f"{name}: {dimension} {before[dimension]:.1f} > {after[dimension]:.1f} {mark}")
@@ -68,7 +68,7 @@ def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) 
 
 
 @contextlib.contextmanager
-def start(console: Console, models: DemoModels, config: Path, log: Path) -> Iterator[str]:
+def start_server(console: Console, models: DemoModels, config: Path, log: Path) -> Iterator[str]:
     """A server on a free port of loopback, for as long as the context lasts: its base URL.
 
     Raises:

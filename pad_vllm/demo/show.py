@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pad_vllm.demo.measures import DIMENSIONS, measure
+from pad_vllm.demo.measures import DIMENSIONS, measures_of
 from pad_vllm.demo.smollm import DemoModels, build
-from pad_vllm.demo.users import QUESTIONS, USERS, User
+from pad_vllm.demo.users import DEMO_QUESTIONS, USERS, User
 from pad_vllm.evaluation.engine import quiet
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def show(
     seed: int = 0,
     cache_dir: str | None = None,
     svg: str | None = None,
-    questions: Sequence[str] = QUESTIONS,
+    questions: Sequence[str] = DEMO_QUESTIONS,
 ) -> None:
     """Make the models if need be, generate through vLLM, print answers and what is measured of them."""
     console = Console(width=None if os.isatty(1) and not svg else 120, record=svg is not None)
@@ -94,10 +94,10 @@ def side_by_side(question: str, unguided: str, guided: Sequence[str]) -> Table:
     table.add_column("for", ratio=3)
     table.add_column("the answer", ratio=7)
     table.add_column("measured", ratio=3)
-    before = measure(unguided)
+    before = measures_of(unguided)
     table.add_row("nobody: unguided", Text(unguided), Text("\n".join(_say(name, before) for name in DIMENSIONS)))
     for (name, user), answer in zip(USERS.items(), guided, strict=True):
-        after = measure(answer)
+        after = measures_of(answer)
         found = Text()
         for dimension, moved in user.has(before, after).items():
             found.append(f"{_say(dimension, after)} ").append(*(("✓", "green") if moved else ("✗", "red"))).append("\n")

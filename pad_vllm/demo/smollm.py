@@ -28,9 +28,9 @@ PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
 DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 1.0, "top_k": 40}
 UNTRAINED_DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
 WEIGHTS = "model.safetensors"
-ADAPTER = Path(__file__).parent / "data" / "adapter" / "adapter_model.safetensors"
+ADAPTER_WEIGHTS = Path(__file__).parent / "data" / "adapter" / "adapter_model.safetensors"
 """Made by ``python -m pad_vllm.demo.recipe``; ``training.json`` beside it says how, and its accuracy."""
-ADAPTER_SETTINGS = ADAPTER.with_name("adapter_config.json")
+ADAPTER_SETTINGS = ADAPTER_WEIGHTS.with_name("adapter_config.json")
 
 
 class DemoModels(NamedTuple):
@@ -59,7 +59,7 @@ def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
 def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
     """The base model with the trained LoRA merged, and a ``pad.json``."""
     base = build_base(cache_dir)
-    digest = _digest(ADAPTER.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
+    digest = _digest(ADAPTER_WEIGHTS.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
     return cached(cache_dir, f"{base.name}-pad-{digest}", lambda target: _make_trained(base, target))
 
 
@@ -113,7 +113,7 @@ def _make_trained(base: Path, target: Path) -> None:
         if file.name != WEIGHTS:
             (target / file.name).symlink_to(Path("..", base.name, file.name))
     settings = json.loads(ADAPTER_SETTINGS.read_text())
-    weights = merge_lora(load_file(base / WEIGHTS), load_file(ADAPTER), settings["lora_alpha"] / settings["r"])
+    weights = merge_lora(load_file(base / WEIGHTS), load_file(ADAPTER_WEIGHTS), settings["lora_alpha"] / settings["r"])
     save_file(weights, target / WEIGHTS, {"format": "pt"})
     write_defaults(target, DEFAULTS)
 

@@ -60,4 +60,4 @@ USERS: dict[str, User] = {
     ),
 }
 
-QUESTIONS = ("Are printed books better than books on a screen?", "How do I get better at chess?")
+DEMO_QUESTIONS = ("Are printed books better than books on a screen?", "How do I get better at chess?")

@@ -56,7 +56,7 @@ class Answers:
     nll: list[float] | None = None
 
 
-def generate(
+def generate_batches(
     model: str,
     batches: Mapping[str, Sequence[Request]],
     *,

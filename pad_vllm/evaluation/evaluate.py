@@ -23,7 +23,7 @@ from pad_vllm.evaluation.engine import Answers
 from pad_vllm.evaluation.harness import Asked, Method, Models, Prompt, answers, in_tokens_of
 from pad_vllm.evaluation.judgement import Judgement
 from pad_vllm.evaluation.methods import (
-    Base,
+    BASE,
     BestOf,
     Guided,
     Prompting,
@@ -31,7 +31,7 @@ from pad_vllm.evaluation.methods import (
     Tuned,
     Weighted,
     in_last_turn,
-    load_model,
+    load_scorer,
 )
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
 from pad_vllm.training.data import Example, prompt_ids
@@ -41,7 +41,6 @@ from pad_vllm.training.trainer import score_answers
 
 METHODS = ("base", "prompting", "best_of_n", "pad", "pad_weights", "reward_model", "dpo")
 """What ``methods`` may name."""
-BASE = Base("base")
 
 
 Checker = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Judgement]
@@ -127,7 +126,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     cells = cells_of(config)
     found = _answer(config, models, cells)
     model = config.reference or config.base
-    reference, reads = load_model(model), another_tokenizer(model, models.tokenizer) or models.tokenizer
+    reference, reads = load_scorer(model), another_tokenizer(model, models.tokenizer) or models.tokenizer
     judged: dict[Method, list[dict[str, Any]]] = {}
     for asked, own_answers in found:
         own = [cells[i] for i in asked.indices]

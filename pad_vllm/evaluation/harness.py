@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pad_vllm.config import PADConfig
-from pad_vllm.evaluation.engine import Answers, Request, generate
+from pad_vllm.evaluation.engine import Answers, Request, generate_batches
 from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
 from pad_vllm.reward.template import PromptTemplate
@@ -96,12 +96,12 @@ class Engine(NamedTuple):
     pad: Mapping[str, Any] | None = None
 
     def generate(self, batches: Mapping[str, Sequence[Request]], **settings: Any) -> dict[str, Answers]:
-        """Answers to each batch; see :func:`pad_vllm.evaluation.engine.generate`."""
+        """Answers to each batch; see :func:`pad_vllm.evaluation.engine.generate_batches`."""
         plugin: dict[str, Any] = {}
         if self.pad is not None:
             plugin = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "additional_config": {"pad": self.pad}}
         with _without_heads(self.model) as model:
-            return generate(model, batches, **settings, **plugin)
+            return generate_batches(model, batches, **settings, **plugin)
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ def answers(
 
     Args:
         together: most methods that an engine answers before theirs are given; None: all that it can.
-        settings: see :func:`pad_vllm.evaluation.engine.generate`.
+        settings: see :func:`pad_vllm.evaluation.engine.generate_batches`.
     """
     theirs = [[cells[i] for i in one.indices] for one in asked]
     plans = [(n, plan) for n, one in enumerate(asked) for plan in one.method.plan(models, theirs[n])]

@@ -30,6 +30,9 @@ class Base(Method):
         return [Plan(Engine(models.base, models.pad), requests)]
 
 
+BASE = Base("base")
+
+
 @dataclass(frozen=True)
 class Prompting(Method):
     """The preference in the base model's prompt.
@@ -189,7 +192,7 @@ def pick_best(
     for path, side, sign in ((models.reward, 0, 1), (models.base, 1, -1)):
         answers = in_tokens_of(models.reward_tokenizer if sign == 1 else models.tokenizer, samples, models.tokenizer)
         examples = [Example(reads[cell][side], answers[sample]) for cell, sample in pairs]
-        rewards += sign * score_answers(load_model(path), examples)
+        rewards += sign * score_answers(load_scorer(path), examples)
     own_rewards = rewards.split([len(own) for own in choices])
     best = [own[int(own_reward.argmax())] for own, own_reward in zip(choices, own_rewards, strict=True)]
     return taken(samples, best, samples.seconds + time.perf_counter() - start)
@@ -241,7 +244,7 @@ class Tuned(Method):
         return taken(outputs, sorted(range(len(asked)), key=asked.__getitem__), outputs.seconds)
 
 
-def load_model(path: str) -> Any:
+def load_scorer(path: str) -> Any:
     """A causal language model in transformers, to score answers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(path).eval().to(device)

@@ -9,7 +9,7 @@ from typing import Any
 from pad_vllm.evaluation.harness import Method
 from pad_vllm.evaluation.methods import Base, Guided, Prompting
 
-HEAD = ("method", "satisfaction", "win rate", "well formed", "NLL / token", "distinct-2", "time / base")
+TABLE_HEADER = ("method", "satisfaction", "win rate", "well formed", "NLL / token", "distinct-2", "time / base")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -23,7 +23,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         lines = [f"### {group} ({own[0]['num_users']} users, {own[0]['num_answers']} answers a method)", ""]
-        lines += [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+        lines += [f"| {' | '.join(TABLE_HEADER)} |", "|" + " --- |" * len(TABLE_HEADER)]
         for row in own:
             values = [share(row[name]) for name in ("satisfaction", "win_rate", "well_formed")]
             values += [f"{row['nll'][0]:.2f}", f"{row['distinct_2']:.2f}", f"{row['seconds_over_base']:.1f}"]

@@ -73,7 +73,7 @@ def validate(sampling_params: SamplingParams) -> None:
     errors = []
     for engine in own:
         try:
-            return check(engine, asked, vllm_config, prompt_ids)
+            return check_request(engine, asked, vllm_config, prompt_ids)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
@@ -112,7 +112,7 @@ def guides_all(vllm_config: VllmConfig | None) -> bool:
     return any(engine.guides_all for engine in engines.own(vllm_config).values())
 
 
-def check(
+def check_request(
     announcement: Announcement,
     asked: PAD,
     vllm_config: VllmConfig | None = None,

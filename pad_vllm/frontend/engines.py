@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.channel import LAUNCH, Announcement, announced, data_parallel_address, serve, without_rank
+from pad_vllm.channel import LAUNCH, Announcement, announced, data_parallel_address, mark_served, without_rank
 from pad_vllm.config import read_pad
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def prompt_of_this_request() -> Sequence[int] | None:
 def server(vllm_config: VllmConfig) -> Server:
     # A frontend that balances nothing beyond its machine has no engines of others.
     address = "" if vllm_config.parallel_config.local_engines_only else data_parallel_address(vllm_config)
-    return serve(vllm_config.instance_id), address
+    return mark_served(vllm_config.instance_id), address
 
 
 def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 SEPARATOR = "\n\n"
-"""Between the content of a system message and the preference."""
+"""Between texts that become one message, as the content of a system message and the preference."""
 MAX_KINDS = 64
 """Of prompts that are not understood, of each of which a log tells once."""
 HEAD = 512

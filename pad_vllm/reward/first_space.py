@@ -8,10 +8,8 @@ first, and another model says it without.
 from __future__ import annotations
 
 from pad_vllm.reward.byte_tokens import ByteTokens
+from pad_vllm.reward.markers import ANSWER
 from pad_vllm.reward.token_tables import FirstSpace
-
-ANSWER = "qzxjkvqb"
-"""That no template writes."""
 
 
 def first_space(base: ByteTokens, reward: ByteTokens) -> FirstSpace:

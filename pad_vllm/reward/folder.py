@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from pad_vllm.reading import read_json
 
 DEFAULTS_FILE = "pad.json"
-DEFAULTS = ("prompt_template", "insert_after", "reference", "beta", "top_k")
+DEFAULT_KEYS = ("prompt_template", "insert_after", "reference", "beta", "top_k")
 """Keys of the server's configuration for which a reward model may bring its own defaults."""
 
 
@@ -42,7 +42,7 @@ def locate_defaults(reward_model: str, revision: str | None = None) -> Path | No
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """A reward model's defaults, of keys in :data:`DEFAULTS`.
+    """A reward model's defaults, of keys in :data:`DEFAULT_KEYS`.
 
     Raises:
         ValueError: the file cannot be read, or has another key; the values are for
@@ -54,8 +54,8 @@ def read_defaults(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     if not isinstance(defaults, dict):
         raise ValueError(f"{path}: must be an object, not {type(defaults).__name__}")
-    if strange := sorted(set(defaults) - set(DEFAULTS)):
-        raise ValueError(f"{path}: {', '.join(strange)}: a reward model's defaults are {', '.join(DEFAULTS)}")
+    if strange := sorted(set(defaults) - set(DEFAULT_KEYS)):
+        raise ValueError(f"{path}: {', '.join(strange)}: a reward model's defaults are {', '.join(DEFAULT_KEYS)}")
     return {key: value for key, value in defaults.items() if value is not None}
 
 

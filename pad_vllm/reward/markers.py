@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, TemplateError
 from tokenizers import Tokenizer
 
-from pad_vllm.reward.rendering import bounded_render
+from pad_vllm.reward.renderings import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,23 +80,13 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     return "\n".join(value for _, kind, value in tokens if kind in ("data", "string"))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Collection[dict]) -> str | None:
-    """A finished conversation in the chat template; None where there is none, or it refuses."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    for form in (list(messages), parts):  # some templates read texts, some lists of parts
-        try:
-            text = bounded_render(tokenizer, form, add_generation_prompt=False)
-        except Exception:  # a template raises what it likes
-            continue
-        if ANSWER in text:
-            return text
-    return None
+def render_talk(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str | None:
+    """A finished conversation as a folder's chat template writes it; None where there is none, or it refuses."""
+    return render(tokenizer, messages, generate=False) if getattr(tokenizer, "chat_template", None) else None
 
 
 def ids_of_a_chat(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    text = render(tokenizer, TALK)
+    text = render_talk(tokenizer, TALK)
     return set() if text is None else set(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -108,7 +98,7 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], marker
         markers: ids of :func:`marker_tokens`.
     """
     for messages in (TALK[:2], TALK):
-        text = render(tokenizer, messages)
+        text = render_talk(tokenizer, messages)
         if text is None:
             continue
         head, _, tail = text.rpartition(ANSWER)

@@ -69,7 +69,7 @@ def compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
-def render(template: str, values: dict[str, Any], answers: dict[str, str]) -> dict[str, str]:
+def rendered(template: str, values: dict[str, Any], answers: dict[str, str]) -> dict[str, str]:
     functions = {name: (lambda *_, answer=answer: answer) for name, answer in answers.items()}
     try:
         text = compiled(template).render(**values, **functions)
@@ -92,7 +92,7 @@ def main() -> None:
     while select.select([stdin], [], [], IDLE_SECONDS)[0] and (head := read(stdin, _LENGTH.size)):
         request = json.loads(read(stdin, *_LENGTH.unpack(head)))
         give(request.pop("seconds"))
-        answer = json.dumps(render(**request)).encode()
+        answer = json.dumps(rendered(**request)).encode()
         give(0)
         stdout.write(_LENGTH.pack(len(answer)) + answer)
         stdout.flush()

@@ -30,6 +30,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from pad_vllm.cache import cached
+from pad_vllm.kernels.types import NO_OPINION
 from pad_vllm.reward.byte_tokens import ByteTokens, Written
 
 logger = init_logger(f"vllm.{__name__}")
@@ -46,7 +47,8 @@ WORTH_KEEPING = 65536
 """Tokens of both; tables of fewer are made in less time than a file is read."""
 FORMAT = 4
 TABLES_FILE = "tables.npz"
-NO_KEY, NO_OPINION = -1, -2
+NO_KEY = -1
+"""In place of a group: the token is no candidate."""
 ARRAYS = ("key", "pieces", "piece_starts", "members", "member_starts")
 FIRST = "first_"
 FirstSpace = Literal["drop", "add"] | None

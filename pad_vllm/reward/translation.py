@@ -16,16 +16,13 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from pad_vllm.reward.byte_tokens import ByteTokens
-from pad_vllm.reward.chat import Kinds
+from pad_vllm.reward.chat import SEPARATOR, Kinds
 from pad_vllm.reward.chat_parser import INSERTED, UNKNOWN, WRITTEN
 from pad_vllm.reward.chat_structure import CONTENTS, ChatStructure, split_at
 from pad_vllm.reward.marked_text import ATOMS, NO_TOKEN, MarkedText, is_marker
 from pad_vllm.reward.renderings import render
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-SEPARATOR = "\n\n"
-"""Between texts that become one message."""
 
 
 class ReadMessage(NamedTuple):

@@ -21,14 +21,14 @@ from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
-from pad_vllm.training.loading import load_model, load_tokenizer
+from pad_vllm.training.loading import load_causal_lm, load_tokenizer
 from pad_vllm.training.trainer import answers_of, score_answers
 
 PENALTIES = tuple(10.0**exponent for exponent in (-3, -2, -1, 0, 1, 2))
 NUM_FOLDS = 5
 
 
-class Fit(NamedTuple):
+class FittedWeights(NamedTuple):
     """A user's weights, one per head (or attribute) in the order of ``names``, and how often they say which answer was
     chosen: on comparisons left out of the fit in turn (``held_out_accuracy``), and on all (``accuracy``)."""
 
@@ -50,7 +50,7 @@ def fit(
     columns: dict[str, str] | None = None,
     split: str = "train",
     seed: int = 0,
-) -> Fit:
+) -> FittedWeights:
     """Weights for the user who made the comparisons in ``data``.
 
     The largest weight is scaled to 1, the strength at which heads are trained; how strongly to guide is for ``beta`` to
@@ -71,7 +71,7 @@ def fit(
             f"{reward_model}: no heads beside it, and a user is a mix of heads; see pad-vllm train, or fit "
             "weights over attributes in words (--attributes)"
         )
-    model, template = load(reward_model, prompt_template, insert_after)
+    model, template = load_reward_model(reward_model, prompt_template, insert_after)
     value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
     if len(value_heads.names) < 2:
         raise ValueError(f"{path}: a single head, {value_heads.names[0]!r}; there is nothing to mix")
@@ -79,12 +79,12 @@ def fit(
     return fit_weights(head_rewards(HeadedModel.of(model, value_heads), pairs), value_heads.names, seed)
 
 
-def load(
+def load_reward_model(
     reward_model: str, prompt_template: str | None, insert_after: str | None
 ) -> tuple[PreTrainedModel, PromptTemplate]:
     """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model("reward_model", reward_model).eval().to(device)
+    model = load_causal_lm("reward_model", reward_model).eval().to(device)
     tokenizer = load_tokenizer("reward_model", reward_model)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
     pad = PADConfig.from_pad({key: value for key, value in given.items() if value is not None})
@@ -126,7 +126,7 @@ def head_rewards(model: HeadedModel, pairs: Sequence[PairExample]) -> torch.Tens
     return torch.stack([margins(one_each[i]) - backbone for i in range(len(model.names))], dim=1)
 
 
-def fit_weights(rewards: torch.Tensor, names: Sequence[str], seed: int = 0) -> Fit:
+def fit_weights(rewards: torch.Tensor, names: Sequence[str], seed: int = 0) -> FittedWeights:
     """Logistic regression on ``rewards`` (num_pairs, num_heads), its penalty chosen by cross-validation."""
     free = [i for i, name in enumerate(names) if name != BACKBONE_HEAD]
     rewards = rewards[:, free].double()
@@ -134,7 +134,7 @@ def fit_weights(rewards: torch.Tensor, names: Sequence[str], seed: int = 0) -> F
     found = regress(rewards / rewards.std(0, correction=0).clamp_min(1e-6), seed)
     scaled = found.solution / found.solution.abs().max().clamp_min(1e-9)
     weights = dict(zip(free, scaled.tolist(), strict=True))
-    return Fit(
+    return FittedWeights(
         tuple(names),
         [round(weights.get(i, 1.0), 3) for i in range(len(names))],
         found.held_out_accuracy,

@@ -8,7 +8,7 @@ from pad_vllm.errors import one_line
 from pad_vllm.reward.kind import check_causal_lm
 
 
-def load_model(key: str, path: str) -> PreTrainedModel:
+def load_causal_lm(key: str, path: str) -> PreTrainedModel:
     """A causal language model. Raises ValueError for one that cannot be loaded, or is none: transformers would give a
     classifier a new output head, of random numbers."""
     check_causal_lm(path, key=key)

@@ -105,7 +105,7 @@ def check_settings(config: TrainingConfig) -> None:
         if name in (*taken, *SAVING) or name not in TrainingArguments.__dataclass_fields__
     ]:
         raise ValueError(f"trainer: {', '.join(foreign)}: set by another option, or not of TrainingArguments")
-    check_numbers(config)
+    check_training_numbers(config)
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
         raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
     if config.adapter is not None:
@@ -117,7 +117,7 @@ def check_settings(config: TrainingConfig) -> None:
         raise ValueError("training runs in one process, on one device; see lora_rank for large models")
 
 
-def check_numbers(config: TrainingConfig) -> None:
+def check_training_numbers(config: TrainingConfig) -> None:
     """Raise ValueError, with the setting and what is allowed, for a number with which nothing could be learned."""
     for name in ("save_steps", "max_length", "max_answer"):
         if (value := getattr(config, name)) is not None:

@@ -30,7 +30,7 @@ from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Example, PairExample, read_comparisons
-from pad_vllm.training.fit import Fit, encode_enough, load, regress
+from pad_vllm.training.fit import FittedWeights, encode_enough, load_reward_model, regress
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
 
@@ -50,7 +50,7 @@ def fit_sliders(
     columns: dict[str, str] | None = None,
     split: str = "train",
     seed: int = 0,
-) -> Fit:
+) -> FittedWeights:
     """Weights over ``attributes`` for the user who made the comparisons in ``data``; at most :data:`MAX_PREFERENCES` of
     them are not 0.
 
@@ -70,7 +70,7 @@ def fit_sliders(
     texts = read_attributes(attributes)
     path = locate_heads(heads, reward_model, None)
     comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
-    model, template = load(reward_model, prompt_template, insert_after)
+    model, template = load_reward_model(reward_model, prompt_template, insert_after)
     room = max(map(template.num_added_tokens, texts)) + template.num_seam_tokens
     pairs = encode_enough(comparisons, model, template, room)
     scorer: nn.Module = model
@@ -126,7 +126,7 @@ def differentials(
     return torch.stack(columns, dim=1)
 
 
-def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], seed: int = 0) -> Fit:
+def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], seed: int = 0) -> FittedWeights:
     """Logistic regression on ``differences`` (num_pairs, num_attributes) in nats, its penalty chosen by
     cross-validation. Of more than :data:`MAX_PREFERENCES` attributes those that move these rewards most are fitted
     again by themselves, in every fold too.
@@ -150,7 +150,7 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     together, alone = differences @ found.solution, differences[:, found.solution != 0]
     effect = (together.square().mean() / alone.square().mean(0).max()).sqrt()
     size = max(effect.item(), found.solution.abs().max().item())
-    return Fit(
+    return FittedWeights(
         tuple(attributes),
         [round(weight / size, NUM_DIGITS) + 0.0 for weight in found.solution.tolist()],  # no -0.0
         found.held_out_accuracy,
@@ -160,7 +160,7 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     )
 
 
-def sliders_of(found: Fit) -> dict[str, float]:
+def sliders_of(found: FittedWeights) -> dict[str, float]:
     """Attribute -> weight of those that are not 0, the heaviest first."""
     kept = {name: weight for name, weight in zip(found.names, found.weights, strict=True) if weight}
     return dict(sorted(kept.items(), key=lambda slider: -abs(slider[1])))

@@ -28,7 +28,7 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.export import export
 from pad_vllm.training.heads import HeadedModel, users_of
-from pad_vllm.training.loading import load_model, load_tokenizer
+from pad_vllm.training.loading import load_causal_lm, load_tokenizer
 from pad_vllm.training.settings import SAVING, STAGES, Stage, TrainingConfig, check_settings
 from pad_vllm.training.trainer import PADTrainer, last_checkpoint, opposites_of, reward_margins, training_arguments
 
@@ -51,8 +51,8 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output)
     check_settings(config)
-    model = load_model("model", config.model)
-    reference = load_model("reference", config.reference or config.model).requires_grad_(False)
+    model = load_causal_lm("model", config.model)
+    reference = load_causal_lm("reference", config.reference or config.model).requires_grad_(False)
     tokenizer = load_tokenizer("model", config.model)
     other_tokenizer = another_tokenizer(config.reference, tokenizer) if config.reference else None
     if other_tokenizer is not None and config.max_answer is not None:

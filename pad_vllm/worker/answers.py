@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-TAG = re.compile(r"<(/?)([\w-]+)>")
+NAMED_TAG = re.compile(r"<(/?)([\w-]+)>")
 REASONING, CONTENT = "qzxjkvqb", "qzxjkvqd"
 """That no template writes."""
 QUESTION = {"role": "user", "content": "a"}
@@ -39,7 +39,7 @@ def answer_tokens(
         i
         for i, token in added.items()
         if token.content in names
-        and (tag := TAG.fullmatch(token.content))
+        and (tag := NAMED_TAG.fullmatch(token.content))
         and {f"<{tag[2]}>", f"</{tag[2]}>"} <= names
         and any(name in template for name in (f"<{tag[2]}>", f"</{tag[2]}>"))
     }

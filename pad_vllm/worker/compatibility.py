@@ -1,7 +1,7 @@
 """Whether a reward model fits a base model: configuration, tokens, positions, heads, personas.
 
-:func:`fit` is the one definition: the start loads what it returns, and ``pad-vllm check`` prints it. What does not fit
-stops the start, in one paragraph that says what to change.
+:func:`check_fit` is the one definition: the start loads what it returns, and ``pad-vllm check`` prints it. What does
+not fit stops the start, in one paragraph that says what to change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
 from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.kind import check_causal_lm
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_tokenizer
+from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_shared_tokens
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 MIN_PREFERENCE_TOKENS = 16
@@ -102,7 +102,7 @@ class Fit:
         return params.as_read()
 
 
-def fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool = False) -> Fit:
+def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool = False) -> Fit:
     """Hold a configured reward model against an engine; reads its files, and no weights but the value heads.
 
     Args:
@@ -123,7 +123,7 @@ def fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool = Fal
     lora = lora_config(adapters, model_config)
     num_rows = model_config.get_vocab_size()
     reasoning = reasoning_ids(vllm_config)
-    tokens = load_tokenizer(config, tokenizer_args, base, model_config, num_rows, reasoning)
+    tokens = load_shared_tokens(config, tokenizer_args, base, model_config, num_rows, reasoning)
     vocab_size = check_vocabulary(config.reward_model, num_rows, base.get_vocab_size(), tokens)
     template = None
     if tokens.tokenizer is not None:

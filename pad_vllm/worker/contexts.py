@@ -15,7 +15,7 @@ from pad_vllm.worker.batch import GuidedBatch, RequestSlot
 from pad_vllm.worker.slots import RowParams
 
 
-class Prompt(NamedTuple):
+class RewardPrompt(NamedTuple):
     """What the reward model reads of a request's prompt, before a preference is put into it."""
 
     ids: list[int]
@@ -30,13 +30,13 @@ class Prompt(NamedTuple):
 class Contexts(Protocol):
     """Requests' contexts in the reward model, from step to step."""
 
-    def read(self, prompt_ids: list[int]) -> Prompt:
+    def read(self, prompt_ids: list[int]) -> RewardPrompt:
         """What the reward model reads for a prompt of the base model's tokens."""
 
     def own_ids(self, token_ids: list[int]) -> list[int]:
         """Composed tokens, each as the reward model has it."""
 
-    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: RewardPrompt) -> None:
         """A request begins in a slot; ``prompt_len`` tokens of the base's prompt."""
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:

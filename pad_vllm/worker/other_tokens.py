@@ -23,10 +23,10 @@ from pad_vllm.reward.engine import RewardEngine
 from pad_vllm.reward.rows import ContextRows, ContextSlot
 from pad_vllm.reward.token_tables import NO_KEY, TokenTables
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
-from pad_vllm.worker.contexts import Prompt
+from pad_vllm.worker.contexts import RewardPrompt
 from pad_vllm.worker.piece_counts import PieceCounts, PieceTable
 from pad_vllm.worker.slots import RowParams
-from pad_vllm.worker.tokens import Pair
+from pad_vllm.worker.tokens import TokenizerPair
 
 
 class OtherTokens:
@@ -41,7 +41,7 @@ class OtherTokens:
     """
 
     def __init__(
-        self, pair: Pair, engine: RewardEngine, num_slots: int, max_rows_per_request: int, drafts: bool
+        self, pair: TokenizerPair, engine: RewardEngine, num_slots: int, max_rows_per_request: int, drafts: bool
     ) -> None:
         device = engine.model.device
         self.engine, self.max_len = engine, engine.model.max_model_len
@@ -50,14 +50,14 @@ class OtherTokens:
         self.counts = PieceCounts(self.table, num_slots, max_rows_per_request, device)
         self.whole = WholeTokens(pair.tables, device) if drafts else None
 
-    def read(self, prompt_ids: list[int]) -> Prompt:
+    def read(self, prompt_ids: list[int]) -> RewardPrompt:
         ids, begins_answer, is_misread = self.translator.read(prompt_ids)
-        return Prompt(ids, 1, begins_answer, is_misread)
+        return RewardPrompt(ids, 1, begins_answer, is_misread)
 
     def own_ids(self, token_ids: list[int]) -> list[int]:
         return token_ids
 
-    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: RewardPrompt) -> None:
         self.counts.begin(slot, prompt_len, prompt.begins_answer)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:

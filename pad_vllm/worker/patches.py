@@ -81,7 +81,8 @@ def _show_models(loaders: ModuleType) -> None:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]
+    children: list[type] = cls.__subclasses__()
+    return children + [each for child in children for each in _subclasses(child)]
 
 
 def _showing(original: Callable[..., Any]) -> Callable[..., Any]:

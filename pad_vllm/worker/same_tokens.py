@@ -16,7 +16,7 @@ from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
 from pad_vllm.reward.rows import ContextRows, ContextSlot
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
-from pad_vllm.worker.contexts import Prompt
+from pad_vllm.worker.contexts import RewardPrompt
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams
 
@@ -41,13 +41,13 @@ class SameTokens:
         """tokens with a row that the reward model does not know"""
         self._last: LaidOut | None = None
 
-    def read(self, prompt_ids: list[int]) -> Prompt:
-        return Prompt(prompt_ids, len(prompt_ids))
+    def read(self, prompt_ids: list[int]) -> RewardPrompt:
+        return RewardPrompt(prompt_ids, len(prompt_ids))
 
     def own_ids(self, token_ids: list[int]) -> list[int]:
         return self.reads.of_prompt(token_ids)
 
-    def begin(self, slot: RequestSlot, prompt_len: int, prompt: Prompt) -> None:
+    def begin(self, slot: RequestSlot, prompt_len: int, prompt: RewardPrompt) -> None:
         self.forget_drafts(slot)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:

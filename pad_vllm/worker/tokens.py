@@ -21,7 +21,7 @@ from pad_vllm.worker.answers import answer_tokens
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenizerPair:
     """Two tokenizers, and how texts go from one to the other."""
 
     tables: TokenTables
@@ -65,7 +65,7 @@ class SharedTokens:
     chat_tokenizer: PreTrainedTokenizerBase | None = None
     """The one whose chat template renders what the reward model reads: the base's, where it has a template; with a
     tokenizer of its own, the reward model's."""
-    pair: Pair | None = None
+    pair: TokenizerPair | None = None
     """Where the reward model has another tokenizer."""
 
     @property
@@ -93,7 +93,7 @@ def listed(tokens: Mapping[int, str]) -> str:
     return f"{shown} and {len(tokens) - 20} more" if len(tokens) > 20 else shown
 
 
-def load_tokenizer(
+def load_shared_tokens(
     config: PADConfig,
     tokenizer_args: dict[str, Any],
     base: ModelConfig,
@@ -180,7 +180,7 @@ def pair_of(
     reward: ModelConfig,
     num_rows: int,
     reasoning: Collection[int] = (),
-) -> Pair:
+) -> TokenizerPair:
     """Two tokenizers whose ordinary tokens differ; ``theirs`` is the base's. Raises ValueError where one cannot be
     translated into the other."""
     ends = all_end_ids(base, theirs)
@@ -206,7 +206,7 @@ def pair_of(
             f"pad.reward_model={config.reward_model!r}: its tokenizer is not that of the base model {base.model!r}, "
             f"and cannot be translated from that: {error}"
         ) from None
-    return Pair(
+    return TokenizerPair(
         tables,
         PromptTranslator(base_tokens, reward_tokens, dict.fromkeys(ends, reward_ends[0])),
         {i: token for i, token in answers.items() if tables.key[i] == NO_OPINION},

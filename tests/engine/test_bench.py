@@ -6,7 +6,7 @@ import argparse
 import json
 
 from pad_vllm.benchmarks.breakdown import HOST
-from pad_vllm.benchmarks.methods import Cell, Setup, host_on_v2
+from pad_vllm.benchmarks.methods import Setup, Workload, host_on_v2
 from pad_vllm.benchmarks.models import make_models
 from tests.support.command import run_command
 from tests.support.engine import Worker
@@ -40,7 +40,7 @@ def test_the_host_on_model_runner_v2(tmp_path):
     args = argparse.Namespace(vocab_size=30_000, base_config=SIZES, reward_config=SIZES, load_format="auto")
     setup = Setup(*make_models(tmp_path, args), kv_cache_memory_bytes=64 << 20, max_num_seqs=4)
     worker = Worker("v2")
-    parts = worker.run(host_on_v2, setup, Cell(batch=2, output_len=8, personas=0))
+    parts = worker.run(host_on_v2, setup, Workload(batch=2, output_len=8, personas=0))
     worker.close()
     assert list(parts) == [part for part, _, _ in HOST]
     assert all(0 < milliseconds < 1000 for milliseconds in parts.values())

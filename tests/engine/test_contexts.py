@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from tests.conftest import MAX_TOKENS, MIX, Models
 from tests.engine.test_engine import GREEDY, PREFERENCES, PROMPTS
 from tests.support.engine import PLUGIN, Engine, guided, pad_config
+from tests.support.fixtures import MAX_TOKENS, MIX, Models
 
 TEXTS = ["concise, formal", "Please be playful.", "kind", "in rhymes and with an example", "as a list"]
 WEIGHTS: list[tuple[float, ...] | None] = [

@@ -14,10 +14,10 @@ import torch
 from pad_vllm.benchmarks.drafts import DraftSetup, measure_drafts
 from pad_vllm.worker.patches import reward_model_drafts
 from tests import oracle
-from tests.conftest import MAX_TOKENS
 from tests.engine.test_engine import GREEDY, PROMPTS, every_mode
 from tests.engine.test_no_sync import watch_steps
 from tests.support.engine import PLUGIN, Engine, Worker, engine_stats, guided, metric, pad_config, running_guidance
+from tests.support.fixtures import MAX_TOKENS
 from tests.support.statistics import chi_squared
 
 pytestmark = pytest.mark.every_release

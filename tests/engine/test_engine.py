@@ -9,8 +9,8 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
-from tests.conftest import MAX_TOKENS, MIX, Models
 from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, pad_config, running_guidance
+from tests.support.fixtures import MAX_TOKENS, MIX, Models
 from tests.support.statistics import chi_squared
 
 pytestmark = pytest.mark.every_release

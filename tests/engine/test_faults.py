@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import MIX
 from tests.engine.test_engine import PREFERENCES
 from tests.support.engine import PLUGIN, Engine, engine_stats, greedy, guided, pad_config, running_guidance
+from tests.support.fixtures import MIX
 
 pytestmark = pytest.mark.every_release
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tests.conftest import MIX
 from tests.engine.test_no_sync import watch_steps
 from tests.support.engine import (
     A_CORE_EACH,
@@ -25,6 +24,7 @@ from tests.support.engine import (
     pad_config,
     running_guidance,
 )
+from tests.support.fixtures import MIX
 from tests.support.pairs import Kind, TokenPair
 
 pytestmark = pytest.mark.every_release

@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
-from tests.conftest import MAX_TOKENS
 from tests.engine.test_engine import BAD_REQUESTS, GREEDY, PREFERENCES, PROMPTS
 from tests.support.engine import A_CORE_EACH, ONE_CONTEXT, PLUGIN, Engine, guided, pad_config, running_guidance
+from tests.support.fixtures import MAX_TOKENS
 from tests.support.models import make_model
 
 

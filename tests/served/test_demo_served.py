@@ -16,7 +16,7 @@ def run_demo(*arguments: str) -> str:
     """What the command prints, in this process."""
     from pad_vllm.demo import users
 
-    users.QUESTIONS = users.QUESTIONS[:1]
+    users.DEMO_QUESTIONS = users.DEMO_QUESTIONS[:1]
     from pad_vllm.demo import show
 
     show.MAX_TOKENS = 48

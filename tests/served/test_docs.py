@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import HEADS
 from tests.support.command import run_command, run_python
 from tests.support.engine import OFFLINE
+from tests.support.fixtures import HEADS
 from tests.support.models import make_heads, make_model
 from tests.support.server import Server, wait_until_healthy
 

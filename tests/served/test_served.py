@@ -15,9 +15,9 @@ import pytest
 
 from pad_vllm.channel import ANNOUNCE_DIR
 from tests import oracle
-from tests.conftest import HEADS, MIX
 from tests.served import attack
 from tests.support.engine import PLUGIN
+from tests.support.fixtures import HEADS, MIX
 from tests.support.malformed import malformed
 from tests.support.server import Server
 

@@ -20,7 +20,7 @@ from pad_vllm.training.data import prompt_ids
 def small(cache, tmp_path_factory):
     """The alignment table on the synthetic models, small."""
     output = tmp_path_factory.mktemp("alignment")
-    results = alignment.run(output, **alignment.SMALL, cache_dir=str(cache))
+    results = alignment.run_alignment(output, **alignment.SMALL, cache_dir=str(cache))
     return output, results
 
 

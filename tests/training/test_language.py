@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks import language, language_report
 from pad_vllm.demo import recipe, smollm, wishes
 from pad_vllm.demo.comparisons import compare
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from tests.support.command import run_command
 
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
@@ -79,7 +79,7 @@ def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_ou
     words = [(value, wording) for value in DIRECTIONS for wording in wishes.wordings(value, held_out)]
     pairs = set()
     for record in records:
-        chosen, rejected = measure(record["chosen"]), measure(record["rejected"])
+        chosen, rejected = measures_of(record["chosen"]), measures_of(record["rejected"])
         for name, sign in record["labels"].items():
             assert sign * (chosen[name] - rejected[name]) > 0
         asked = {DIRECTIONS[value] for value, wording in words if wording in record["preference"]}
@@ -140,16 +140,16 @@ def test_the_recipe_from_nothing(models, tmp_path):
 
 
 def test_the_adapter_in_the_repository_says_how_it_was_made():
-    record = json.loads(smollm.ADAPTER.with_name("training.json").read_text())
+    record = json.loads(smollm.ADAPTER_WEIGHTS.with_name("training.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(asdict(recipe.FULL)))
-    assert smollm.ADAPTER.stat().st_size < 8 << 20
+    assert smollm.ADAPTER_WEIGHTS.stat().st_size < 8 << 20
     assert record["rounds"][-1]["metrics"]["backbone"]["accuracy"] > 0.7
 
 
 def test_the_language_table(models, tmp_path):
     untrained = smollm.build_untrained()
     bench = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
-    found = language.answers_of(bench)
+    found = language.bench_answers(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
     methods = ["base", "prompting", "PAD, beta 1.5", "PAD against the base, beta 1", "prompting and PAD"]
     methods += ["PAD untrained, beta 2.5", "PAD untrained, from the opposite, beta 2.5", "best of 2"]
@@ -170,4 +170,4 @@ def test_the_language_table(models, tmp_path):
     assert text.count("| PAD, beta 1.5 |") == 3  # one wish, two, and each two by themselves
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     again = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
-    assert language.answers_of(again) == found  # nothing is made twice
+    assert language.bench_answers(again) == found  # nothing is made twice

@@ -13,7 +13,7 @@ from pad_vllm.reward.heads import ValueHeads, load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import TINY
-from pad_vllm.synthetic.tokenizer import USER
+from pad_vllm.synthetic.tokenizer import USER_TOKEN
 from pad_vllm.training import trainer
 from pad_vllm.training.data import Comparison, DataError, Example, PairExample, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of
@@ -233,7 +233,7 @@ def test_chat_template(tokenizer):
 
 def test_training_pairs_are_composed_as_in_serving(tokenizer):
     record = models.preference_record(random.Random(2))
-    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER)
+    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER_TOKEN)
     (encoded,) = encode([Comparison(**record)], tokenizer, template, 512)
     assert tokenizer.decode(encoded.ref_prompt) == f"<|bos|><|user|>{record['prompt']}<|assistant|>"
     assert encoded.prompt == template.compose(encoded.ref_prompt, record["preference"])
@@ -246,7 +246,7 @@ def test_training_pairs_are_composed_as_in_serving(tokenizer):
 
 def test_an_answer_that_was_cut_has_no_end(tokenizer):
     record = models.preference_record(random.Random(2))
-    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER)
+    template = PromptTemplate(tokenizer, "Heed: {preference} {prompt}", insert_after=USER_TOKEN)
     (whole,) = encode([Comparison(**record)], tokenizer, template, 512)
     longer = max(len(whole.chosen), len(whole.rejected))
     shorter = min(len(whole.chosen), len(whole.rejected))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pad_vllm.benchmarks import loops, throughput
-from pad_vllm.benchmarks.methods import Cell, guidance, prompts
+from pad_vllm.benchmarks.methods import Workload, guidance, random_prompts
 from pad_vllm.benchmarks.record import Record
 
 
@@ -28,13 +28,13 @@ def test_the_loops_generate_what_the_oracle_does(models, encode):
 
 @pytest.mark.parametrize(("share", "guided"), [(0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)])
 def test_a_share_of_the_requests_is_guided(share, guided):
-    asked = [guidance(Cell(share=share, personas=4), i) for i in range(16)]
+    asked = [guidance(Workload(share=share, personas=4), i) for i in range(16)]
     assert sum(arguments is not None for arguments in asked) == guided
     assert {arguments["pad_persona"] for arguments in asked if arguments} <= {f"p{i}" for i in range(4)}
 
 
 def test_prompts_are_new_to_every_cache():
-    assert len({tuple(prompt) for seed in range(4) for prompt in prompts(Cell(), seed)}) == 64
+    assert len({tuple(prompt) for seed in range(4) for prompt in random_prompts(Workload(), seed)}) == 64
 
 
 def test_a_record_of_another_machine_or_other_settings_is_begun_anew(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from pad_vllm import internals, releases
-from pad_vllm.commands.check import check
-from tests.support.command import run_command
+from pad_vllm.cli import main
+from pad_vllm.commands.check import print_report
 from tests.support.models import make_model
 from tests.support.tokenizers import CHATML, TURNS, make
 
@@ -27,10 +27,12 @@ def config(models, tmp_path_factory) -> Path:
     return path
 
 
-def test_the_command(models, config):
-    """As a user types it; everything is there, and so the exit status is 0."""
-    printed = run_command(["check", config, "--model", models.base, "--max-model-len", 256])
-    assert "FAILED" not in printed
+def test_the_command(models, config, capsys):
+    """Everything is there, and so the exit status is 0; `tests/served/test_docs.py` runs it as a user does."""
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(config), "--model", str(models.base), "--max-model-len", "256"])
+    printed = capsys.readouterr().out
+    assert (ended.value.code, "FAILED" in printed) == (0, False), printed
     for words in (
         f"vLLM: {releases.version()}",
         "names that pad-vllm binds to, all there",
@@ -56,12 +58,12 @@ def test_the_command(models, config):
     ],
 )
 def test_a_bad_configuration_is_named(models, capsys, change, words):
-    assert check(json.dumps({"reward_model": str(models.named)} | change), None, None) == 1
+    assert print_report(json.dumps({"reward_model": str(models.named)} | change), None, None) == 1
     assert words in capsys.readouterr().out
 
 
 def test_fewer_positions_than_requests_may_have_are_said(models, config, capsys):
-    assert check(str(config), str(models.base), 1024) == 0
+    assert print_report(str(config), str(models.base), 1024) == 0
     words = r"1,024 tokens of context, and preferences of up to 4\d\d; a guided request has \d\d less"
     assert re.search(words, capsys.readouterr().out)
 
@@ -76,7 +78,7 @@ def test_fewer_positions_than_requests_may_have_are_said(models, config, capsys)
     ],
 )
 def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
-    assert check(json.dumps({"reward_model": str(models.named)} | change), str(models.base), 950) == 1
+    assert print_report(json.dumps({"reward_model": str(models.named)} | change), str(models.base), 950) == 1
     assert words in capsys.readouterr().out
 
 
@@ -86,7 +88,7 @@ def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path
     config.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(models.reward / name)
-    assert check(json.dumps({"reward_model": str(tmp_path)}), None, None) == 1
+    assert print_report(json.dumps({"reward_model": str(tmp_path)}), None, None) == 1
     assert "JambaForCausalLM cannot be a reward model: its layers, or some, keep a recurrent" in capsys.readouterr().out
 
 
@@ -94,11 +96,11 @@ def test_broken_folders_are_named(models, tmp_path, capsys):
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).write_bytes((models.named / name).read_bytes())
-    assert check(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
+    assert print_report(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
     assert "no weights in this folder" in capsys.readouterr().out
     (tmp_path / "bare" / "model.safetensors").symlink_to(models.named / "model.safetensors")
     (tmp_path / "bare" / "heads.safetensors").write_bytes(b"no heads")
-    assert check(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
+    assert print_report(json.dumps({"reward_model": str(tmp_path / "bare")}), None, None) == 1
     assert "heads.safetensors cannot be read" in capsys.readouterr().out
 
 
@@ -109,7 +111,7 @@ def test_what_moved_is_named(monkeypatch, capsys):
     monkeypatch.delattr(BlockPool, "touch")
     monkeypatch.delattr(attn_utils, "init_kv_cache")
     monkeypatch.setattr(attn_utils, "get_kv_cache_spec", lambda config: {})
-    assert check(None, None, None) == 1
+    assert print_report(None, None, None) == 1
     out = capsys.readouterr().out
     assert "vllm.v1.core.block_pool:BlockPool: has no touch" in out
     assert "vllm.v1.worker.gpu.attn_utils:init_kv_cache: " in out
@@ -124,11 +126,11 @@ def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
     monkeypatch.setattr(releases, "version", lambda: "0.41.2")
     with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, and this is 0\.41\.2\. No internal"):
         internals.check_version()
-    assert check(None, None, None) == 1
+    assert print_report(None, None, None) == 1
     assert "FAILED  vLLM: 0.41.2, and pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
     monkeypatch.setenv(internals.ALLOW_UNTESTED, "1")
     internals.check_version()
-    assert check(None, None, None) == 0
+    assert print_report(None, None, None) == 0
 
 
 def test_every_import_from_vllm_is_checked():
@@ -140,7 +142,7 @@ def test_another_tokenizer_and_a_translated_prompt_are_shown(models, tmp_path, c
     base, reward = make_model(tmp_path / "base", 0, vocab_size=600), make_model(tmp_path / "reward", 1, vocab_size=900)
     make("byte-level", 600, CHATML).save_pretrained(base)
     make("replace", 900, TURNS).save_pretrained(reward)
-    assert check(json.dumps({"reward_model": str(reward)}), str(base), 256) == 0
+    assert print_report(json.dumps({"reward_model": str(reward)}), str(base), 256) == 0
     shown = capsys.readouterr().out
     assert "another tokenizer: " in shown
     assert "of the base model's 600 tokens can be candidates" in shown

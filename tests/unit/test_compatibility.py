@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from pad_vllm.config import PADConfig
 from pad_vllm.worker.compatibility import load_model_config
-from pad_vllm.worker.tokens import check_vocabulary, load_tokenizer
+from pad_vllm.worker.tokens import check_vocabulary, load_shared_tokens
 from tests.support.models import make_model, make_tokenizer
 from tests.support.tokenizers import CHATML, like_gemma, like_qwen
 
@@ -44,7 +44,7 @@ def load(base: Path, reward: Path, num_rows: int):
     base_config = EngineArgs(str(base)).create_model_config()
     reward_config = EngineArgs(str(reward)).create_model_config()
     arguments = {"pretrained_model_name_or_path": str(reward)}
-    return load_tokenizer(PADConfig(reward_model=str(reward)), arguments, base_config, reward_config, num_rows)
+    return load_shared_tokens(PADConfig(reward_model=str(reward)), arguments, base_config, reward_config, num_rows)
 
 
 def shared(base: Path, reward: Path, num_rows: int = KNOWN):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pad_vllm.commands.check import check
+from pad_vllm.commands.check import print_report
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.folder import read_defaults, write_defaults
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
@@ -76,12 +76,12 @@ def test_what_the_server_got_wrong_is_not_the_files_fault(folder):
 
 def test_check_shows_where_the_preference_stands(models, capsys):
     pad = {"reward_model": str(models.reward), "personas": {"terse": {"preference": "be concise"}}, "reference": "base"}
-    assert check(json.dumps(pad), str(models.base), 256) == 0
+    assert print_report(json.dumps(pad), str(models.base), 256) == 0
     out = capsys.readouterr().out
     assert "reads: '<s><|user|>[Guidelines] Your task" in out, out  # pytest cuts it
     assert "[Principles] be concise [Instruction] How do I keep tomatoes fresh?<|assistant|>'" in out
     assert "warning: With pad.reference 'base' and pad.beta 1 the reward model alone" in out
-    assert check(json.dumps(pad | {"beta": 0.8}), str(models.base), 256) == 0
+    assert print_report(json.dumps(pad | {"beta": 0.8}), str(models.base), 256) == 0
     assert "warning" not in capsys.readouterr().out
 
 

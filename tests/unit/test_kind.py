@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pad_vllm.commands.check import check
+from pad_vllm.commands.check import print_report
 from pad_vllm.reward.kind import check_causal_lm
-from pad_vllm.training.fit import load
+from pad_vllm.training.fit import load_reward_model
 from pad_vllm.training.settings import TrainingConfig
 from pad_vllm.training.train import train
 
@@ -95,12 +95,12 @@ KINDS = [
 @pytest.mark.parametrize(("make", "words"), KINDS, ids=[make.__name__ for make, _ in KINDS])
 def test_the_check_says_what_it_is_instead(make, words, models, tmp_path, capsys):
     folder = make(models, tmp_path / "reward")
-    assert check(json.dumps({"reward_model": str(folder)}), None, None) == 1
+    assert print_report(json.dumps({"reward_model": str(folder)}), None, None) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert line.startswith("FAILED  reward model: ")
     assert words in line
     with pytest.raises(ValueError, match=re.escape(words)) as error:
-        load(str(folder), None, None)  # pad-vllm fit
+        load_reward_model(str(folder), None, None)  # pad-vllm fit
     assert "\n" not in str(error.value)
     config = TrainingConfig(str(tmp_path / "none.jsonl"), str(models.reward), str(tmp_path / "out"), str(folder))
     with pytest.raises(ValueError, match=re.escape(words)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pad_vllm.demo import wishes
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measure
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 
 PAIRS = {
     "grade": (
@@ -25,25 +25,25 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_more_is_more(name):
-    less, more = (measure(text)[name] for text in PAIRS[name])
+    less, more = (measures_of(text)[name] for text in PAIRS[name])
     assert less < more
 
 
 def test_units():
-    found = measure("You like it!\n\n- You do.")
+    found = measures_of("You like it!\n\n- You do.")
     assert found["length"] == 5
     assert found["lists"] == 50
     assert found["person"] == 40
     assert found["emphasis"] == 20
-    assert measure("You like it!!!")["emphasis"] == measure("You like it!")["emphasis"]
-    assert set(measure("")) == set(DIMENSIONS)
-    assert set(measure("").values()) == {0.0}
+    assert measures_of("You like it!!!")["emphasis"] == measures_of("You like it!")["emphasis"]
+    assert set(measures_of("")) == set(DIMENSIONS)
+    assert set(measures_of("").values()) == {0.0}
 
 
 def test_an_item_of_a_list_is_a_sentence():
     """Else a list would be one long sentence, of a very learned writer."""
     items = [f"{n}. wash the {thing} in warm water" for n, thing in enumerate(("cup", "plate", "bowl", "pan"), 1)]
-    assert measure("\n".join(items))["grade"] < 5
+    assert measures_of("\n".join(items))["grade"] < 5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,25 @@ FORBIDDEN = {
     "pad_vllm/training": ("pad_vllm.worker", "pad_vllm.frontend"),
 }
 EXCEPTIONS = {"pad_vllm/reward": ("pad_vllm.kernels.types",)}
+IN_SEVERAL_FILES = {
+    "logger": "a module's logger",
+    "main": "what a script runs",
+    "run add_arguments": "a command's",
+    "install": "puts a room's patches into vLLM",
+    "PARAMETERS": "of vLLM's functions, as pad-vllm calls them",
+    "guide_ mix_contexts undo_controls score_groups keep_shares": "a part of the step, in PyTorch and in Triton",
+    "BLOCK_D BLOCK_M WARPS SCORE_WARPS REWEIGHT_WARPS": "a launch's, each for its kernels",
+    "Cell": "a user and a prompt, as the harness asks for them",
+    "prompting": "the method of the tables that has the preference in the prompt",
+    "BETAS TOP_K ROWS": "what a benchmark varies",
+    "write verdicts fingerprint": "a table of methods: its files, its sentences, the hash of all that decides it",
+    "FULL SMALL": "sizes of what is published, and of a quick run",
+    # The demo's and the synthetic ones:
+    "Recipe TINY build build_base PROMPT_TEMPLATE PACKAGE SHA256": "models, and what they are made from",
+    "DIMENSIONS USERS preference": "what users want of answers, and how they say it",
+    "ENGINE start generate MAX_TOKENS TEMPERATURE": "an engine in a process of ours, and its answers",
+}
+"""Names that stand in several files, and the one concept that they are."""
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_ATTRIBUTES = 12
@@ -27,10 +47,15 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path) -> Iterator[tuple[str, str]]:
     """Module, and ``module.name``, of what a file imports: inside functions too, and for types alone."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,12 +127,31 @@ def module_of(module: str, name: str, names: dict[str, Path]) -> str:
     return name if name in names else module
 
 
+def test_a_name_is_one_concept():
+    files: dict[str, set[Path]] = {}
+    for path in sources("pad_vllm") + sources("kernels") + sources("benchmarks"):
+        for name in top_level_names(parsed(path)):
+            files.setdefault(name, set()).add(path)
+    found = {name for name, paths in files.items() if len(paths) > 1 and not name.startswith("_")}
+    assert sorted(found) == sorted(name for names in IN_SEVERAL_FILES for name in names.split())
+
+
+def top_level_names(module: ast.Module) -> Iterator[str]:
+    """Of functions, classes and variables."""
+    for node in module.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
 @pytest.mark.parametrize("folder", ["pad_vllm/worker"])
 def test_classes_can_be_taken_in(folder):
     found = {
         f"{path.relative_to(ROOT)}: {node.name}": attributes(node)
         for path in sources(folder)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ClassDef)
     }
     assert len(found) > 20
@@ -135,7 +179,7 @@ def test_files_and_functions_can_be_taken_in(folder):
     functions = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in sources(folder)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     ]

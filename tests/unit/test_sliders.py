@@ -14,7 +14,7 @@ from pad_vllm.reward.heads import load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training import sliders
 from pad_vllm.training.data import encode, read_comparisons
-from pad_vllm.training.fit import _solve, load
+from pad_vllm.training.fit import _solve, load_reward_model
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.sliders import (
     differentials,
@@ -55,7 +55,7 @@ def test_differentials_are_those_of_a_plain_loop(beside, models, tmp_path):
     """A single head applies, as in serving; of several none does, and there may be none."""
     folder = getattr(models, beside)
     comparisons = read_comparisons(write_comparisons(tmp_path / "own.jsonl", 3))
-    model, template = load(str(folder), None, None)
+    model, template = load_reward_model(str(folder), None, None)
     scorer = model
     if beside == "released":
         scorer = HeadedModel.of(model, load_heads(folder / "value_head.safetensors", 64))
