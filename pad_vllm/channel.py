@@ -86,7 +86,6 @@ class Announcement:
     insert_after: str | None = None
     """As :attr:`~pad_vllm.config.PADConfig.insert_after`."""
     launch: str = ""
-    """Of :data:`LAUNCH`."""
     adapters: tuple[str, ...] = ()
 
     @property

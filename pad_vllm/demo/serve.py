@@ -25,7 +25,7 @@ from pad_vllm.demo.smollm import DemoModels, build
 from pad_vllm.demo.users import DEMO_QUESTIONS, USERS
 
 MODEL = "smollm2"
-SERVED = ("Omar", "Noor")
+SERVED_USERS = ("Omar", "Noor")
 NOBODY = "nobody"
 START_SECONDS = 300
 
@@ -40,7 +40,7 @@ def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) 
     console.rule("[bold]pad-vllm: one server, each user's taste")
     with console.status("Making SmolLM2-135M-Instruct ..."):
         models = build(cache_dir)
-    users = {name.lower(): USERS[name] for name in SERVED}
+    users = {name.lower(): USERS[name] for name in SERVED_USERS}
     strength = {"beta": beta, "top_k": top_k}
     personas = {name: {**user.persona, **strength} for name, user in users.items()}
     texts: dict[str, list[str]] = {name: [] for name in (NOBODY, *users)}

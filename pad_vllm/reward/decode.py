@@ -95,12 +95,15 @@ class Decoder:
     Args:
         model: the reward model.
         blocks: who holds which of its blocks.
-        adapters: which of them each context is read through.
         max_num_rows: most rows of a step.
+        adapters: which of them each context is read through, if there are any.
     """
 
-    def __init__(self, model: PagedModel, blocks: BlockManager, adapters: ContextAdapters, max_num_rows: int) -> None:
-        self.model, self.blocks, self.adapters, self.max_num_rows = model, blocks, adapters, max_num_rows
+    def __init__(
+        self, model: PagedModel, blocks: BlockManager, max_num_rows: int, adapters: ContextAdapters | None = None
+    ) -> None:
+        self.model, self.blocks, self.max_num_rows = model, blocks, max_num_rows
+        self.adapters = adapters or ContextAdapters(None, 0, model.device)
         self.sizes: Sequence[int] = [size for size in model.graph_sizes if size <= max_num_rows]
         """Ascending: how many rows a forward has, padding included. Beyond the last one nothing is padded."""
         self._all = DecodeRows.padding(max_num_rows, blocks.table.shape[1], model.device)

@@ -61,7 +61,7 @@ class RewardEngine:
             model.num_blocks, model.block_size, max_num_contexts, model.max_num_blocks, model.device
         )
         self.adapters = ContextAdapters(model.adapters, max_num_contexts, model.device)
-        self.decoder = Decoder(model, self.blocks, self.adapters, min(max_num_rows, max_num_batched_tokens))
+        self.decoder = Decoder(model, self.blocks, min(max_num_rows, max_num_batched_tokens), self.adapters)
         self.no_slot = max_num_contexts
         self.stats = EngineStats()
 

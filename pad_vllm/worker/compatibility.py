@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 
@@ -29,6 +29,17 @@ MUCH_SMALLER = 8
 """How many times smaller than the base a reward model is that should not choose alone."""
 
 
+class Weights(NamedTuple):
+    """What is loaded of a reward model."""
+
+    not_backbone: frozenset[str]
+    """Tensors in its folder that are not its backbone's."""
+    adapters: tuple[AdapterFolder, ...]
+    """That contexts are read through; the reward model's own, where it is one over the served model, has no name."""
+    merged: AdapterFolder | None = None
+    """The adapter that the reward model is, merged into the model that it was made for."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """A reward model that fits an engine's base model."""
@@ -43,18 +54,12 @@ class Fit:
     """Of :func:`~pad_vllm.worker.tokens.check_vocabulary`."""
     template: PromptTemplate | None
     """None where the engine runs without a tokenizer: then there are no text preferences."""
-    max_preference_tokens: int
     shortage: int
     """Tokens, those of its preference apart, that a guided request has less than the engine's ``max_model_len``."""
     heads: ValueHeads | None
     """On the host."""
-    not_backbone: frozenset[str]
-    """Tensors in the reward model's folder that are not its backbone's."""
+    weights: Weights
     warning: str | None
-    adapters: tuple[AdapterFolder, ...] = ()
-    """That contexts are read through; the reward model's own, where it is one over the served model, has no name."""
-    merged: AdapterFolder | None = None
-    """The adapter that the reward model is, merged into the model that it was made for."""
     neutral_is_base: bool = False
     """Whether the reward model without a preference says just what the base model does: it is that, and reads what
     that reads. The neutral reference is then the base model's logits, and takes no context of its own."""
@@ -64,13 +69,17 @@ class Fit:
         return self.vllm_config.model_config
 
     @property
+    def max_preference_tokens(self) -> int:
+        return 0 if self.template is None else self.template.max_preference_tokens
+
+    @property
     def head_names(self) -> tuple[str, ...]:
         return self.heads.names if self.heads else ()
 
     def adapter_number(self, name: str | None) -> int:
         """Which adapter a context is read through. Raises ValueError for a name that there is not."""
         if name is None:
-            return 0 if self.config.source.is_adapter and self.adapters else NO_ADAPTER
+            return 0 if self.config.source.is_adapter and self.weights.adapters else NO_ADAPTER
         check_adapters((name,), self.config.adapters)
         return list(self.config.adapters).index(name)
 
@@ -119,8 +128,6 @@ def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool
         "revision": revision,
         "trust_remote_code": config.trust_remote_code,
     }
-    adapters, merged = read_adapters(config)
-    lora = lora_config(adapters, model_config)
     num_rows = model_config.get_vocab_size()
     reasoning = reasoning_ids(vllm_config)
     tokens = load_shared_tokens(config, tokenizer_args, base, model_config, num_rows, reasoning)
@@ -134,7 +141,8 @@ def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool
     max_preference_tokens, shortage = fit_context(config, model_config, base.max_model_len, template, stretch)
     if template is not None:
         template.max_preference_tokens = max_preference_tokens
-    heads = read_heads(config, model_config)
+    heads, weights = read_heads(config, model_config), read_weights(config)
+    lora = lora_config(weights.adapters, model_config)
     is_trained = heads is not None or locate_defaults(source.reward_model, source.revision) is not None
     fits = Fit(
         config,
@@ -143,13 +151,10 @@ def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool
         tokenizer_args,
         vocab_size,
         template,
-        max_preference_tokens,
         shortage,
         heads,
-        tensor_names_beside(source.model, source.model_revision),
+        weights,
         beta_warning(config, model_config, base, is_trained),
-        adapters,
-        merged,
         source.is_served and not source.is_adapter and sees_base_logits and vllm_config.lora_config is None,
     )
     check_kv_cache(fits)
@@ -161,14 +166,15 @@ def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool
     return fits
 
 
-def read_adapters(config: PADConfig) -> tuple[tuple[AdapterFolder, ...], AdapterFolder | None]:
-    """The adapters that stay apart, and the one that is merged. Raises ValueError for one that vLLM refuses."""
+def read_weights(config: PADConfig) -> Weights:
+    """Read which there are. Raises ValueError for an adapter that vLLM refuses."""
     source = config.source
+    not_backbone = tensor_names_beside(source.model, source.model_revision)
     named = tuple(read_folder(name, f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
     if not source.is_adapter:
-        return named, None
+        return Weights(not_backbone, named)
     own = read_folder("", "pad.reward_model", source.reward_model, allow_full_modules=not source.is_served)
-    return ((own,), None) if source.is_served else (named, own)
+    return Weights(not_backbone, (own,)) if source.is_served else Weights(not_backbone, named, own)
 
 
 def check_chat(config: PADConfig, template: PromptTemplate, tokens: SharedTokens) -> None:

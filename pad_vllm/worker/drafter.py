@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 
 from pad_vllm.kernels import Mixture, map_heads, mix_contexts
-from pad_vllm.params import MAX_CONTEXTS, GuidanceParams
+from pad_vllm.params import MAX_CONTEXTS, NEUTRAL, GuidanceParams
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot
 from pad_vllm.worker.contexts import Contexts
@@ -48,14 +48,14 @@ def draft_weights(params: GuidanceParams) -> tuple[list[float], float]:
     """
     contexts = params.contexts()
     total = sum(contexts.values())
-    if None in contexts and len(contexts) > 1:
-        stand_in = dict.fromkeys(contexts, 0.0) | {None: 1.0}
+    if NEUTRAL in contexts and len(contexts) > 1:
+        stand_in = dict.fromkeys(contexts, 0.0) | {NEUTRAL: 1.0}
     elif total > 0:
-        stand_in = {text: weight / total for text, weight in contexts.items()}
+        stand_in = {reading: weight / total for reading, weight in contexts.items()}
     else:
         stand_in = dict.fromkeys(contexts, 1 / len(contexts))
     rest = 1 - params.beta * params.base_weight
-    weights = [rest * stand_in[text] + params.beta * weight for text, weight in contexts.items()]
+    weights = [rest * stand_in[reading] + params.beta * weight for reading, weight in contexts.items()]
     scale = sum(weights)
     if scale <= 0:
         return list(stand_in.values()), 1.0

@@ -39,10 +39,9 @@ class Loaded:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def own_weight_bytes(self) -> int:
-        """Of weights that are not the served model's."""
-        return 0 if self.fit.config.source.is_served else sum(p.nbytes for p in self.model.model.parameters())
+    def own_parameters(self) -> list[nn.Parameter]:
+        """That are not the served model's, which whoever loads that loads too."""
+        return [] if self.fit.config.source.is_served else list(self.model.model.parameters())
 
     @property
     def vocab_size(self) -> int:
@@ -65,7 +64,7 @@ def load(fits: Fit, vllm_config: VllmConfig, device: torch.device) -> Loaded:
         logger.warning(warning)
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
     make = maker(fits, vllm_config)
-    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, make, fits.adapters)
+    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, make, fits.weights.adapters)
     hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
     head = model.output_head(hidden_states)
     check_logits(config.reward_model, model, head, hidden_states)
@@ -76,7 +75,7 @@ def maker(fits: Fit, vllm_config: VllmConfig) -> Callable[[VllmConfig], nn.Modul
     """What makes the reward model: of the served one's weights, or of its own."""
     if fits.config.source.is_served:
         return partial(instance_of, vllm_config)
-    return partial(load_model, not_backbone=fits.not_backbone, adapter=fits.merged)
+    return partial(load_model, not_backbone=fits.weights.not_backbone, adapter=fits.weights.merged)
 
 
 def warnings(fits: Fit) -> Iterator[str]:

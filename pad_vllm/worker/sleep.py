@@ -38,9 +38,7 @@ def make_kept(make: Callable[[], Guidance], vllm_config: VllmConfig, in_pools: b
     with allocator.use_memory_pool(tag=KEPT_TAG):
         guidance = make()
     segments = {pointer: (data.handle[1], data.tag) for pointer, data in allocator.pointer_to_data.items()}
-    is_served = guidance.loaded.fit.config.source.is_served  # whoever loads the base model's weights loads these
-    weights = () if is_served else guidance.model.model.parameters()
-    for tensor in (*weights, *guidance.model.kv_caches.values()):
+    for tensor in (*guidance.loaded.own_parameters(), *guidance.model.kv_caches.values()):
         if not is_kept(tensor, segments):
             raise ValueError(
                 "pad cannot guide this engine: enable_sleep_mode: with this vLLM and this PyTorch a sleep of level 2 "

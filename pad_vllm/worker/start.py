@@ -100,7 +100,7 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
 def describe_weights(loaded: Loaded) -> str:
     """Whose they are and what they take."""
     source, config, adapters = loaded.fit.config.source, loaded.fit.config, loaded.model.adapters
-    words = f"{loaded.own_weight_bytes / 2**30:.2f} GiB of weights"
+    words = f"{sum(p.nbytes for p in loaded.own_parameters()) / 2**30:.2f} GiB of weights"
     if source.is_served:
         words = "the served model's own weights"
     elif source.is_adapter:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.conftest import MAX_TOKENS, Models
 from tests.engine.test_engine import GREEDY, PROMPTS
 from tests.support.engine import PLUGIN, Engine, guided, running_guidance
+from tests.support.fixtures import MAX_TOKENS, Models
 from tests.support.models import make_adapter
 
 TEXTS = ["concise, formal", "Please be playful."]
+PATTERN = {"rank_pattern": {"o_proj": 12}}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -26,9 +27,15 @@ class Adapted:
     def __init__(self, root: Path, models: Models) -> None:
         self.models = models
         made = {
-            "warm": dict(seed=11, rank=4, targets=["q_proj", "v_proj"]),  # of what vLLM packs, a part
-            "dry": dict(seed=12, rank=8, targets=ATTENTION + MLP),
-            "odd": dict(seed=13, rank=3, targets=["up_proj", "o_proj"], use_rslora=True, rank_pattern={"o_proj": 12}),
+            "warm": {"seed": 11, "rank": 4, "targets": ["q_proj", "v_proj"]},  # of what vLLM packs, a part
+            "dry": {"seed": 12, "rank": 8, "targets": ATTENTION + MLP},
+            "odd": {
+                "seed": 13,
+                "rank": 3,
+                "targets": ["up_proj", "o_proj"],
+                "use_rslora": True,
+                "rank_pattern": {"o_proj": 12},
+            },
         }
         self.paths = {name: str(root / name) for name in made}
         self.merged = {name: make_adapter(root / name, models.base, **how) for name, how in made.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pad_vllm.benchmarks.drafts import accepted
-from pad_vllm.params import GuidanceParams
+from pad_vllm.params import NEUTRAL, GuidanceParams
 from pad_vllm.worker.drafter import draft_weights
 
 
@@ -23,7 +23,7 @@ def test_drafts_are_guided_logits_of_a_base_model_that_is_its_stand_in(preferenc
     contexts = asked.contexts()
     logits = {text: torch.randn(7, generator=torch.Generator().manual_seed(i)) for i, text in enumerate(contexts)}
     if reference == "neutral":
-        y = logits[None]  # without a preference, too: then the reward is 0
+        y = logits[NEUTRAL]  # without a preference, too: then the reward is 0
     else:
         y = sum(weight / sum(contexts.values()) * logits[text] for text, weight in contexts.items())
     guided = (1 - beta * asked.base_weight) * y + beta * sum(contexts[text] * logits[text] for text in contexts)

@@ -115,16 +115,17 @@ def test_a_reward_model_that_a_sleep_would_discard_is_refused(tag, is_kept, monk
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
     config = SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=True))
     model = torch.nn.Linear(4, 4)
-    outside = SimpleNamespace(model=SimpleNamespace(model=model, kv_caches={}))
-    inside = SimpleNamespace(model=SimpleNamespace(model=model, kv_caches={"layer": torch.zeros(8)}))
-    assert sleep.make_kept(lambda: outside, config, on_v2=True) is outside
+    loaded = SimpleNamespace(own_parameters=model.parameters)
+    outside = SimpleNamespace(loaded=loaded, model=SimpleNamespace(kv_caches={}))
+    inside = SimpleNamespace(loaded=loaded, model=SimpleNamespace(kv_caches={"layer": torch.zeros(8)}))
+    assert sleep.make_kept(lambda: outside, config, in_pools=True) is outside
     allocator.holds(inside.model.kv_caches["layer"])
     if is_kept:
-        assert sleep.make_kept(lambda: inside, config, on_v2=True) is inside
+        assert sleep.make_kept(lambda: inside, config, in_pools=True) is inside
     else:
         with pytest.raises(ValueError, match=r"a sleep of level 2 discards the reward model.*start without --enable"):
-            sleep.make_kept(lambda: inside, config, on_v2=True)
-    assert sleep.make_kept(lambda: inside, config, on_v2=False) is inside  # vLLM makes it outside its pools
+            sleep.make_kept(lambda: inside, config, in_pools=True)
+    assert sleep.make_kept(lambda: inside, config, in_pools=False) is inside  # vLLM makes it outside its pools
 
 
 def test_sleep_is_for_gpus(monkeypatch):

@@ -230,11 +230,47 @@ def test_a_personas_weights_are_of_its_own_preferences():
         ({"preference": ["a", "b"], "preference_weights": [1, -1], "reference": "neutral"}, {"a": 1, "b": -1}, 0),
         ({"beta": 1, "reference": "neutral"}, {None: 0.0}, 0),
         ({"preference": "a", "preference_weights": [0]}, {None: 0.0}, 0),
+        ({"adapter": "x"}, {(None, "x"): 1.0}, 1.0),
+        ({"adapter": "x", "reference": "neutral"}, {(None, "x"): 1.0, None: -1.0}, 0),
+        ({"adapter": ["x", "y"], "preference_weights": [0.7, 0.5]}, {(None, "x"): 0.7, (None, "y"): 0.5}, 1.2),
+        ({"adapter": ["x", "y"], "preference": "a"}, {("a", "x"): 0.5, ("a", "y"): 0.5}, 1.0),
+        ({"adapter": "x", "preference": ["a", "b"]}, {("a", "x"): 0.5, ("b", "x"): 0.5}, 1.0),
+        ({"adapter": ["x", "y"], "preference": ["a", "b"]}, {("a", "x"): 0.5, ("b", "y"): 0.5}, 1.0),
+        ({"adapter": ["x", "x"]}, {(None, "x"): 1.0}, 1.0),
+        ({"persona": "both"}, {(None, "x"): 1.0, (None, "y"): -0.5}, 0.5),
+        ({"persona": "both", "preference": "a"}, {("a", "x"): 1.0, ("a", "y"): -0.5}, 0.5),
+        ({"persona": "both", "preference": "a", "preference_weights": [1, 2]}, {("a", "x"): 1.0, ("a", "y"): 2.0}, 3.0),
+        ({"persona": "both", "adapter": "y"}, {(None, "y"): 1.0}, 1.0),
+        ({"persona": "two", "adapter": "y"}, {("brief", "y"): 0.5, ("kind", "y"): 0.5}, 1.0),
     ],
 )
 def test_what_the_reward_model_reads(asked, contexts, base_weight):
-    params = config().resolve(PAD(**asked))
-    assert (params.contexts(), params.base_weight) == (contexts, base_weight)
+    adapters = {"x": "folder", "y": "folder"}
+    both = {"adapter": ["x", "y"], "preference_weights": [1.0, -0.5]}
+    params = config(adapters=adapters, personas=PERSONAS | {"both": both}).resolve(PAD(**asked))
+    wanted = {(key if isinstance(key, tuple) else (key, None)): weight for key, weight in contexts.items()}
+    assert params.contexts() == pytest.approx(wanted)
+    assert params.base_weight == pytest.approx(base_weight)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"adapter": "z"}, r"pad_adapter='z': no such adapter; known: x, y"),
+        ({"adapter": ["x", "yy"]}, r"pad_adapter='yy': no such adapter; did you mean 'y'\?"),
+        ({"adapter": 3}, "pad_adapter=3: must be a name or a list of names, not int"),
+        ({"adapter": []}, "pad_adapter: a list of 0 names; from 1 to 8 are allowed"),
+        ({"adapter": ["x"] * 9}, "pad_adapter: a list of 9 names; from 1 to 8 are allowed"),
+        ({"adapter": ["x", None]}, r"pad_adapter\[1\]=None: must be a string"),
+        ({"adapter": ["x", "y"], "preference": ["a", "b", "c"]}, "pad_adapter: 2 adapters for 3 preferences"),
+        ({"adapter": ["x", "y"], "preference_weights": [1]}, "pad_preference_weights: 1 weights for 2 contexts"),
+        ({"adapter": "x", "preference_weights": [1, 2]}, "pad_preference_weights: 2 weights for 1 contexts"),
+        ({"persona": "two", "adapter": ["x", "y", "x"]}, "pad_adapter: 3 adapters for 2 preferences"),
+    ],
+)
+def test_adapters_that_cannot_be_asked_for(asked, message):
+    with pytest.raises(ValueError, match=message):
+        config(adapters={"x": "folder", "y": "folder"}, personas=PERSONAS).resolve(PAD(**asked))
 
 
 def test_unknown_persona_names_the_closest():
