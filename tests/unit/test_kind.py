@@ -99,9 +99,10 @@ def test_the_check_says_what_it_is_instead(make, words, models, tmp_path, capsys
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert line.startswith("FAILED  reward model: ")
     assert words in line
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        load_reward_model(str(folder), None, None)  # pad-vllm fit
-    assert "\n" not in str(error.value)
+    if make is not adapter:  # which is merged there
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            load_reward_model(str(folder), None, None)  # pad-vllm fit
+        assert "\n" not in str(error.value)
     config = TrainingConfig(str(tmp_path / "none.jsonl"), str(models.reward), str(tmp_path / "out"), str(folder))
     with pytest.raises(ValueError, match=re.escape(words)):
         train(config, quiet=True)
