@@ -39,7 +39,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from pad_vllm.kernels.types import OutputHead
 from pad_vllm.releases import plan_kv_cache
 from pad_vllm.reward.derive import base_memory, least_of_ranks
-from pad_vllm.reward.memory import derive_kv_cache_bytes
+from pad_vllm.reward.memory import TypicalContext, derive_kv_cache_bytes
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -106,6 +106,7 @@ class PagedModel:
         base: the engine's.
         kv_cache_memory_bytes: size of the KV cache; derived when None (:mod:`pad_vllm.reward.memory`).
         not_backbone: checkpoint tensors that are not the backbone's.
+        typical: what it is derived from.
 
     Raises:
         ValueError: the KV cache cannot hold one context, or the architecture needs more than one KV cache group.
@@ -118,12 +119,13 @@ class PagedModel:
         device: torch.device,
         kv_cache_memory_bytes: int | None,
         not_backbone: frozenset[str],
+        typical: TypicalContext,
     ) -> None:
         self.device = device
         self.vllm_config = vllm_config
         with set_current_vllm_config(self.vllm_config):
             self.model = load_model(self.vllm_config, not_backbone)
-            self._init_kv_cache(kv_cache_memory_bytes, base)
+            self._init_kv_cache(kv_cache_memory_bytes, base, typical)
         # Its kernel multiplies what is behind a sequence's end in its last block by 0, and NaN stays NaN. Those of GPUs
         # do not load it.
         self.attends_behind_end = current_platform.is_cpu()
@@ -133,7 +135,7 @@ class PagedModel:
         self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
         self.arange = self.arange_cpu.to(device)
 
-    def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig) -> None:
+    def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig, typical: TypicalContext) -> None:
         config = self.vllm_config
         spec = get_kv_cache_spec(config)
         if not spec or not all(isinstance(s, (FullAttentionSpec, SlidingWindowSpec)) for s in spec.values()):
@@ -153,9 +155,8 @@ class PagedModel:
         one_context = self.max_num_blocks * block_bytes
         self.bytes_per_token = block_bytes / self.block_size
         if memory_bytes is None:
-            stretch = config.model_config.max_model_len / base.model_config.max_model_len
             memory_bytes = derive_kv_cache_bytes(
-                base_memory(base), self.bytes_per_token, stretch, one_context, base.scheduler_config.max_num_seqs
+                base_memory(base), self.bytes_per_token, typical, one_context, base.scheduler_config.max_num_seqs
             )
         memory_bytes = least_of_ranks(memory_bytes)
         if memory_bytes < one_context:

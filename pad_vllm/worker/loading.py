@@ -57,7 +57,14 @@ def load(config: PADConfig, vllm_config: VllmConfig, device: torch.device) -> Lo
     for warning in warnings(fits):
         logger.warning(warning)
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
-    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, fits.not_backbone)
+    model = PagedModel(
+        fits.vllm_config,
+        vllm_config,
+        device,
+        config.kv_cache_memory_bytes,
+        fits.not_backbone,
+        fits.typical_context(vllm_config.model_config.max_model_len),
+    )
     hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
     head = model.output_head(hidden_states)
     check_logits(config.reward_model, model, head, hidden_states)

@@ -131,9 +131,11 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     """Say what guides, with what, and how much of it there is."""
     model, fits = loaded.model, loaded.fit
     config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
+    typical = fits.typical_context(base_max_model_len)
     logger.info(
         "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
-        "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
+        "Reward model: %.2f GiB of weights, KV cache of %s tokens (%.2f GiB), %.1f requests of a typical %d tokens, "
+        "%.1f of the full %d.",
         config.reward_model,
         config.reference,
         config.why_reference,
@@ -146,6 +148,8 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
         model.weight_bytes / 2**30,
         f"{num_tokens:,}",
         num_tokens * model.bytes_per_token / 2**30,
+        num_tokens / typical.num_tokens,
+        typical.num_tokens,
         num_tokens / model.max_model_len,
         model.max_model_len,
     )
