@@ -12,7 +12,7 @@ import torch
 
 from .large_groups import find_large
 from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
-from .selection import compiled_top_k
+from .selection import compiled_top_k, pad_k
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "load_guide",
     "map_heads",
     "mix_contexts",
+    "pad_k",
     "score_candidates",
 ]
 

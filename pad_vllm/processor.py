@@ -124,7 +124,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             adapter = V2Adapter(guidance, resolve, device_or_req_states)
             self._v2 = adapter
             if speculator is not None:
-                speculator.adapter = adapter
+                speculator.begin(adapter)
         else:
             adapter = V1Adapter(guidance, resolve)
             self._v1 = adapter

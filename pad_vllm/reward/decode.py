@@ -26,6 +26,7 @@ from vllm.utils.torch_utils import current_stream
 from pad_vllm.reward.block_manager import BlockManager
 from pad_vllm.reward.pace import ALONE
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
+from pad_vllm.reward.row_kernel import can_launch, write_rows
 from pad_vllm.reward.rows import ContextRows
 
 logger = init_logger(f"vllm.{__name__}")
@@ -58,6 +59,7 @@ class DecodeRows:
         # Views, as gather wants them.
         self.block_index_column, self.block_id_column = self.block_indices.unsqueeze(1), self.block_ids.unsqueeze(1)
         self.counters = [self.positions, self.slot_mapping, self.seq_lens, self.bounds]
+        self.host_bounds = self.bounds.numpy()  # the same memory
 
     @classmethod
     def padding(cls, num_rows: int, max_num_blocks: int, device: torch.device) -> DecodeRows:
@@ -146,16 +148,17 @@ class Decoder:
         version, follows = self.blocks.version, rows.step == self._step + 1
         same = self._last[0] is rows.row_slots and self._last[1] == version
         self._step = rows.step
-        first.input_ids.copy_(rows.token_ids)
         if same and follows:
+            first.input_ids.copy_(rows.token_ids)
             torch._foreach_add_(first.counters, 1)
             return
+        if rows.lengths is None and can_launch(rows.row_slots.device):
+            return self._write_by_kernel(first, rows, same)
+        first.input_ids.copy_(rows.token_ids)
         positions = rows.device_positions()
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
-            self._last = rows.row_slots, version
-            num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
-            self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
+            self._note_blocks(rows)
         if not same or rows.lengths is None:
             block_size = self.blocks.block_size
             torch.floor_divide(positions, block_size, out=first.block_indices)
@@ -168,6 +171,22 @@ class Decoder:
             first.bounds.fill_(int(rows.num_tokens.max()))
         else:
             first.bounds.copy_(torch.from_numpy(rows.lengths))
+
+    def _write_by_kernel(self, first: DecodeRows, rows: ContextRows, same: bool) -> None:
+        """As :meth:`_write`, of rows whose positions only the device knows."""
+        assert rows.positions is not None  # the host does not know them
+        if not same:
+            self._note_blocks(rows)
+        out = first.input_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_table
+        blocks = self.blocks
+        write_rows(rows.row_slots, rows.positions, rows.token_ids, blocks.table, blocks.block_size, not same, out)
+        first.host_bounds[:] = rows.num_tokens.max()
+
+    def _note_blocks(self, rows: ContextRows) -> None:
+        """The block tables that are written are those of rows."""
+        self._last = rows.row_slots, self.blocks.version
+        num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
+        self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
 
     def _size(self, num_rows: int) -> int:
         at = bisect_left(self.sizes, num_rows)

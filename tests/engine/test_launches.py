@@ -1,6 +1,8 @@
-"""No request compiles a kernel: whatever is asked, in batches of whatever size, launches what the start has launched.
+"""What steps launch on Model Runner V2, counted in Triton's interpreter.
 
-In the interpreter nothing is compiled; ``tests/support/variants.py`` says what a GPU would compile.
+No request compiles a kernel: whatever is asked, in batches of whatever size, launches what the start has launched.
+(In the interpreter nothing is compiled; ``tests/support/variants.py`` says what a GPU would compile.) And a step
+launches little beside the reward model's forwards.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import MIX
-from tests.support import variants
+from tests.support import operations, variants
 from tests.support.engine import PLUGIN, Engine, guided, pad_config
 from tests.support.pairs import Kind, TokenPair
 
@@ -29,7 +31,7 @@ ASKED: tuple[dict[str, Any], ...] = (
 CONTROLS: tuple[dict[str, Any], ...] = ({}, {"logit_bias": {7: 2.0}}, {"repetition_penalty": 1.2})
 BATCHES = (2, 3, 18)
 """Kernels may be compiled apart for few rows, and for many."""
-NUM_DRAFTS = 3
+NUM_DRAFTS = 4
 
 
 def requests(rng: random.Random, num: int, most: int, controls: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
@@ -57,10 +59,9 @@ def held(engine: Engine, prompt: list[int], most: int, batches: tuple[int, ...],
     assert [variant for variant in in_requests if variant not in at_start] == []
 
 
-@pytest.mark.one_release
-@pytest.mark.parametrize("drafts", [False, True])
-def test_requests_launch_what_the_start_compiled(models, encode, drafts):
-    speculative = {"method": "draft_model", "model": str(models.named), "num_speculative_tokens": NUM_DRAFTS}
+@pytest.fixture(scope="module", params=[0, NUM_DRAFTS], ids=["", "drafts"])
+def engine(models, request):
+    speculative = {"method": "draft_model", "model": str(models.named), "num_speculative_tokens": request.param}
     engine = Engine(
         "v2",
         models.base,
@@ -68,13 +69,29 @@ def test_requests_launch_what_the_start_compiled(models, encode, drafts):
         before=variants.record,
         max_num_seqs=max(BATCHES),
         logits_processors=PLUGIN,
-        **({"speculative_config": speculative} if drafts else {}),
+        **({"speculative_config": speculative} if request.param else {}),
         **pad_config(models.named, dtype="bfloat16"),
     )
-    try:
-        held(engine, encode("say why"), 64, BATCHES, drafts)
-    finally:
-        engine.close()
+    engine.drafts = request.param > 0
+    yield engine
+    engine.close()
+
+
+@pytest.mark.one_release
+def test_requests_launch_what_the_start_compiled(encode, engine):
+    held(engine, encode("say why"), 64, BATCHES, engine.drafts)
+
+
+@pytest.mark.one_release
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_step_launches_little(encode, engine, temperature):
+    """Beside forwards; between two steps in which contexts get blocks. With drafts both verification and drafting."""
+    asked = {"max_tokens": 60, "ignore_eos": True, "temperature": temperature} | guided(preference="formal")
+    steps = engine.call(operations.count, asked, [encode("say why")] * 2, 7)
+    usual = sorted(steps, key=len)[len(steps) // 2]
+    print(temperature, engine.drafts, [len(names) for names in steps], usual)
+    assert len(usual) <= (40 if engine.drafts else 6), usual
+    assert {"select_kernel", "score_kernel"} <= set(usual)
 
 
 @pytest.mark.one_release
