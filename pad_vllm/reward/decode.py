@@ -112,6 +112,8 @@ class Decoder:
         self._max_seq_len = 0  # of rows in these blocks
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if can_launch(model.device):
+            self._compile()
         if self.sizes:
             try:
                 self._capture()
@@ -220,6 +222,16 @@ class Decoder:
         if self._hidden_states is None:
             self._hidden_states = hidden_states.new_empty(self.max_num_rows, hidden_states.shape[1])
         self._hidden_states[: hidden_states.shape[0]] = hidden_states
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Launch what steps of rows whose positions only the device knows launch; of padding."""
+        table, first = self.blocks.table, self._first(1)
+        out = first.input_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_table
+        no_slot = torch.full_like(first.positions, len(table) - 1)
+        for dtype in (torch.int32, torch.int64):  # of the runner's tokens, and of drafts
+            token_ids = torch.zeros_like(no_slot, dtype=dtype)
+            write_rows(no_slot, torch.zeros_like(no_slot), token_ids, table, self.blocks.block_size, True, out)
 
     @torch.inference_mode()
     def _capture(self) -> None:

@@ -89,7 +89,6 @@ def test_a_step_launches_little(encode, engine, temperature):
     asked = {"max_tokens": 60, "ignore_eos": True, "temperature": temperature} | guided(preference="formal")
     steps = engine.call(operations.count, asked, [encode("say why")] * 2, 7)
     usual = sorted(steps, key=len)[len(steps) // 2]
-    print(temperature, engine.drafts, [len(names) for names in steps], usual)
     assert len(usual) <= (40 if engine.drafts else 6), usual
     assert {"select_kernel", "score_kernel"} <= set(usual)
 
