@@ -78,5 +78,5 @@ def write_rows(
         *(row_slots, positions, token_ids, num_rows, table, table.shape[1], block_size, int(copies_table), *out),
         ROWS=ROWS,
         BLOCK=BLOCK,
-        num_warps=1,
+        num_warps=4,
     )
