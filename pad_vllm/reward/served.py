@@ -64,8 +64,8 @@ def instance_of(base: VllmConfig, own: VllmConfig) -> nn.Module:
         raise ValueError("pad.reward_model='base': the served model is not known; vLLM's loader has not shown it")
     if base.lora_config is not None and any(isinstance(module, MoERunner) for module in served.modules()):
         raise ValueError(
-            "pad.reward_model='base': vLLM's LoRA changes a mixture of experts in place, so the reward model would read "
-            "the served adapters too; start without --enable-lora"
+            "pad.reward_model='base': vLLM's LoRA changes a mixture of experts in place, so the reward model would "
+            "read the served adapters too; start without --enable-lora"
         )
     copies: dict[int, nn.Module] = {}
     model = _instance(served, copies, own)
