@@ -182,7 +182,7 @@ def read_weights(config: PADConfig) -> Weights:
     named = tuple(read_folder(name, f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
     if not source.is_adapter:
         return Weights(not_backbone, named)
-    own = read_folder("", "pad.reward_model", source.reward_model, allow_full_modules=not source.is_served)
+    own = read_folder("", "pad.reward_model", source.reward_model, is_merged=not source.is_served)
     return Weights(not_backbone, (own,)) if source.is_served else Weights(not_backbone, named, own)
 
 
