@@ -87,7 +87,7 @@ def configurations(K: int):
     yield "score, mixed, cap, silent", fused.score_kernel, silent, fused.SCORE_WARPS
     few = {"FEW": fused.FEW_OF_FEW, "BLOCK_D": fused.BLOCK_D_OF_FEW}
     yield "score, few rows", fused.score_kernel, whole | few, fused.SCORE_WARPS
-    sharded = score | {"bias_ptr": None, "arrivals_ptr": None, "NORMALIZE": False}
+    sharded = score | {"bias_ptr": None, "NORMALIZE": False}
     yield "score, sharded", fused.score_kernel, sharded, fused.SCORE_WARPS
     undo = {"K": K, "NUM_KEYS": K, "BLOCK": undoing.TILE // K, "HAS_PENALTIES": True}
     yield "undo controls", undoing.undo_controls_kernel, undo, undoing.WARPS

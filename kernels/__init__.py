@@ -12,6 +12,7 @@ import torch
 
 from .large_groups import find_large
 from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
+from .selection import compiled_top_k, pad_k
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "Rows",
     "SharedVocabulary",
     "cap_and_scale",
+    "compiled_top_k",
     "find_large",
     "implementation",
     "load_guide",
     "map_heads",
     "mix_contexts",
+    "pad_k",
     "score_candidates",
 ]
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .keys import LOWEST_KEY, from_key
+from .launching import COUNTS, ROW_POINTERS
 from .selection import MAX_LOGIT
 from .types import Controls
 
@@ -16,7 +17,7 @@ WARPS = 4
 LARGEST_LOGIT = tl.constexpr(MAX_LOGIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def undo_controls_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,

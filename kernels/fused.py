@@ -20,10 +20,12 @@ import triton.language as tl
 from .controls import undo_controls
 from .fused_groups import reweight_groups_, score_groups
 from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args, sum_weights
-from .fused_selection import IS_INTERPRETED, IS_NVIDIA, MIN_K, can_overlap, merge, pad_k, select, store_candidates
+from .fused_selection import IS_INTERPRETED, IS_NVIDIA, can_overlap, merge, select, store_candidates
 from .keys import LOWEST_KEY, from_key
+from .launching import COUNTS, ROW_POINTERS
 from .mixture import mix_contexts
 from .scoring import map_heads
+from .selection import MIN_K, pad_k
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary
 from .writing import write_guided
 
@@ -38,8 +40,6 @@ interpreter does one after the other."""
 SCORE_WARPS, REWEIGHT_WARPS = 8, 1
 SCORE_REGISTERS = 128
 """Of a thread, at most, on GPUs of NVIDIA: so that two programs fit on a multiprocessor."""
-ROW_POINTERS = ["rows_ptr", "top_k_ptr", "beta_ptr", "reference_ptr", "end_ids_ptr", "contexts_ptr", "weights_ptr"]
-"""A program reads one element of these: how they are aligned need not be compiled in."""
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def score_part(
             tl.store(scores_ptr + row_idx * K + place, scores)
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_contexts"], do_not_specialize_on_alignment=ROW_POINTERS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def score_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
@@ -96,7 +96,7 @@ def score_kernel(
     num_keys,
     kept_ptr,  # [R, num_parts, CAPACITY] int64, the programs' own room
     candidates_ptr,  # [R, K] int64, out
-    arrivals_ptr,  # [R] int32, 0 at first, if NORMALIZE
+    arrivals_ptr,  # [R] int32, 0 at first
     hidden_ptr,  # [R, hidden_size]; [C, hidden_size] for a mixture with a soft cap
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
@@ -165,7 +165,7 @@ def score_kernel(
                 write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
 
 
-@triton.jit(do_not_specialize=["num_contexts"], do_not_specialize_on_alignment=ROW_POINTERS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def reweight_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
@@ -288,9 +288,11 @@ def score_tokens(
     if mixture is not None and not is_capped:  # an output head is linear: it is enough to score the mixture
         hidden_states = mix_contexts(hidden_states, mixture)
     (num_rows, K), device = candidates.shape, logits.device
-    contexts, weights, num_contexts = context_args(mixture)
+    # Without a soft cap, a mixture is to the scores a context like another, but for the bias.
+    has_mixture = mixture is not None and (is_capped or head.bias is not None)
+    contexts, weights, num_contexts = context_args(mixture if has_mixture else None)
     is_whole = head.all_reduce is None and controls is None
-    arrivals = torch.empty(num_rows, dtype=torch.int32, device=device) if is_whole else None
+    arrivals = torch.empty(num_rows, dtype=torch.int32, device=device)
     keys, sizes = select(logits, rows, K, vocabulary.vocab_size, arrivals)
     few, block_d, parts = parts_of(num_rows, rows.max_top_k)
     kept = torch.empty(num_rows, parts, sizes["CAPACITY"], dtype=torch.int64, device=device)
@@ -304,9 +306,9 @@ def score_tokens(
         K=K,
         FEW=few,
         **sizes,
-        BLOCK_D=block_d // 2 if mixture is not None and is_capped else block_d,  # or registers would spill
+        BLOCK_D=block_d // 2 if has_mixture and is_capped else block_d,  # or registers would spill
         HAS_BIAS=head.bias is not None,
-        HAS_MIXTURE=mixture is not None,
+        HAS_MIXTURE=has_mixture,
         HAS_SOFT_CAP=is_capped,
         NORMALIZE=is_whole,
         **score_options(device),
@@ -329,13 +331,14 @@ def reweight_tokens_(
     """Write the rows, by what :func:`score_tokens` returned; ``y`` [R, K] float32, the candidates' logits without
     controls, or None where there are none."""
     num_rows, K = candidates.shape
-    _, weights, num_contexts = context_args(mixture)
+    has_mixture = mixture is not None and head.soft_cap is not None
+    _, weights, num_contexts = context_args(mixture if has_mixture else None)
     reweight_kernel[(num_rows,)](
         *(*row_args(logits, rows), candidates, y, scores),
         *(*rule_args(rows), vocabulary.no_opinion, weights, num_contexts, head.soft_cap or 1.0, head.scale),
         K=K,
         HAS_CONTROLS=y is not None,
-        HAS_MIXTURE=mixture is not None,
+        HAS_MIXTURE=has_mixture,
         HAS_SOFT_CAP=head.soft_cap is not None,
         num_warps=REWEIGHT_WARPS,
     )

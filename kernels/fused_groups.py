@@ -21,6 +21,7 @@ from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_
 from .fused_selection import MERGE_WARPS, merge, select, store_candidates
 from .groups import gather_shards
 from .keys import LOWEST_KEY, from_key
+from .launching import COUNTS, ROW_POINTERS
 from .types import Controls, Groups, Mixture, OutputHead, Rows
 from .writing import keep_shares, store_guided
 
@@ -35,7 +36,7 @@ SCORE_WARPS, REWEIGHT_WARPS = 4, 4
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-@triton.jit(do_not_specialize=["num_keys"], do_not_specialize_on_alignment=["top_k_ptr"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def gather_groups_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
@@ -81,7 +82,7 @@ def add_exponentials(most, total, values):
     return larger, total * tl.exp(most - larger) + tl.exp(values - larger)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def score_groups_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
@@ -158,7 +159,7 @@ def score_groups_kernel(
             tl.store(scores_ptr + at, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def reweight_groups_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .fused_scoring import capped
+from .launching import COUNTS, ROW_POINTERS
 
 BLOCK_C, BLOCK_D = 16, 32
 """Contexts of a program, and elements of their hidden states and its members' rows that it multiplies at a time."""
@@ -24,7 +25,7 @@ def precision(hidden_states: torch.Tensor, lm_head: torch.Tensor) -> str:
     return "tf32" if hidden_states.itemsize == lm_head.itemsize == 2 else "ieee"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def score_large_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,

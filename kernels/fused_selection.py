@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .keys import LOWEST_KEY, NOTHING, order, to_key
+from .launching import COUNTS, ROW_POINTERS
 from .types import Rows
 
 HEIGHT, WIDTH = 8, 2048
@@ -28,8 +29,6 @@ MIN_WIDTH = 64
 """Of a small vocabulary, which is one slice."""
 OVERLAP = True
 """Whether the next launch may start, and load what it needs of the arguments, before a selection is done."""
-MIN_K = 16
-"""Places for candidates, at least."""
 MAX_KEYS = 8192
 """Of a row's slices together, which one program merges; where there are more, other launches merge parts of them."""
 SELECT_WARPS, MERGE_WARPS = 16, 8
@@ -176,7 +175,7 @@ def fill(out_ptr, total, CAPACITY: tl.constexpr):
     tl.store(out_ptr + place, tl.full([CAPACITY], LOWEST_KEY, tl.int64), mask=place >= total)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "top_k_ptr"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def select_kernel(
     logits_ptr,  # [N, num_cols]
     logits_stride,
@@ -296,7 +295,7 @@ def store_candidates(candidates_ptr, keys, rank, top_k, K: tl.constexpr):
     tl.store(candidates_ptr + place, tl.full([K], LOWEST_KEY, tl.int64), mask=place >= num)
 
 
-@triton.jit(do_not_specialize_on_alignment=["top_k_ptr"], do_not_specialize=["num_keys"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def merge_kernel(
     top_k_ptr,  # [R] int64
     top_k_stride,
@@ -315,11 +314,6 @@ def merge_kernel(
         part_ptr = keys_ptr + row_idx * num_keys + part * NUM_KEYS
         part_out_ptr = out_ptr + (row_idx * tl.num_programs(0) + part) * CAPACITY
         merge_slices(part_ptr, num_keys - part * NUM_KEYS, part_out_ptr, top_k, CAPACITY, NUM_KEYS, WIDTH)
-
-
-def pad_k(max_top_k: int) -> int:
-    """K, the places that a row has for its candidates."""
-    return max(MIN_K, triton.next_power_of_2(max_top_k))
 
 
 def select(

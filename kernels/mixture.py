@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import COUNTS, ROW_POINTERS
 from .types import Mixture
 
 BLOCK = 1024
@@ -13,7 +14,7 @@ BLOCK = 1024
 WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def mix_kernel(
     hidden_ptr,  # [C, hidden_size]
     hidden_stride,

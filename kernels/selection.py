@@ -13,8 +13,20 @@ MAX_LOGIT = 1e30
 """Of a logit with its controls undone: absurd ones overflow, and the differences of two must stay finite."""
 SLICE = 64
 """Tokens of the vocabulary that are looked at together."""
+MIN_K, USUAL_K = 16, 64
+"""Places for candidates that kernels are compiled for: so many; so many, or else the next power of 2."""
 MAX_SORTED_ROWS = 4
 """So many rows are sorted sooner as they are, on a CPU, than by slices."""
+
+
+def pad_k(max_top_k: int) -> int:
+    """K, the places that a row has for its candidates."""
+    return MIN_K if max_top_k <= MIN_K else max(USUAL_K, 1 << (max_top_k - 1).bit_length())
+
+
+def compiled_top_k(most: int) -> list[int]:
+    """A k for each K that steps of up to ``most`` candidates have."""
+    return sorted({max(k for k in range(1, most + 1) if pad_k(k) == K) for K in map(pad_k, range(1, most + 1))})
 
 
 class Candidates(NamedTuple):

@@ -83,7 +83,7 @@ class OutputTokens(NamedTuple):
     """The generated tokens that guided rows have seen: what presence and frequency are counted in."""
 
     token_ids: torch.Tensor
-    """[H, L] int32 or int64, histories"""
+    """[H, L] int32, histories"""
     rows: torch.Tensor
     """[R] int64: each guided row's history"""
     begin: torch.Tensor

@@ -47,9 +47,8 @@ PARAMETERS = {
         *("hash_function", "parent_block_hash", "curr_block_token_ids", "extra_keys"),
     ),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
-    "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": (
-        *("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
-        "use_fp64",
+    "vllm.v1.worker.gpu.sample.gumbel:gumbel_noised_argmax": (
+        *("logits", "keys", "mask", "seed", "pos", "temp", "IS_DRAFTING", "USE_FP64"),
     ),
     "vllm.v1.worker.gpu.spec_decode:init_speculator": ("vllm_config", "device", "req_states"),
     "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": ("vllm_config",),
@@ -189,6 +188,7 @@ def _find(name: str) -> Any:
 
 
 def _takes(function: Any, parameter: str) -> bool:
+    function = getattr(function, "fn", function)  # of a Triton kernel
     return parameter in inspect.signature(function).parameters
 
 

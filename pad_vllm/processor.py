@@ -129,7 +129,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             )
             take(guidance, fits.resolve)
             if speculator is not None:
-                speculator.adapter = cast("V2Adapter", self.adapter)
+                speculator.begin(cast("V2Adapter", self.adapter))
             self._announce(guidance)
 
         if is_served:  # the V1 runner builds logits processors before it loads the model

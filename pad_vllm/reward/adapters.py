@@ -30,8 +30,12 @@ from pad_vllm.reward.rows import ContextSlot
 
 RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """What vLLM may be told that the largest rank is; ascending."""
-NOT_LINEAR = ("lm_head", "embed_tokens")
-"""Modules through which no context is read: the output head is applied to candidates, after contexts are mixed."""
+NOT_APART = {
+    "lm_head": "the output head, which is applied to candidates after contexts are mixed",
+    "embed_tokens": "the embedding, which may be the output head too",
+    "experts": "experts, which vLLM changes in place",
+}
+"""What an adapter cannot change where it stays apart, and why."""
 NO_ADAPTER = -1
 
 
@@ -50,28 +54,42 @@ class AdapterFolder:
         return max(self.peft.r, *self.peft.rank_pattern.values(), 1)
 
 
-def read_folder(name: str, key: str, path: str, allow_full_modules: bool = False) -> AdapterFolder:
+def read_folder(name: str, key: str, path: str, is_merged: bool = False) -> AdapterFolder:
     """Read what a PEFT folder says of itself; its weights are left alone.
 
     Args:
         key: of the configuration, for an error message.
-        allow_full_modules: of ``modules_to_save``.
+        is_merged: into the model; then it may change all of it, and bring modules of its own.
 
     Raises:
-        ValueError: it cannot be found, or is of a kind that vLLM refuses, with vLLM's word.
+        ValueError: it cannot be found, is of a kind that vLLM refuses, with vLLM's word, or changes what it cannot.
     """
     try:
         folder = get_adapter_absolute_path(path)
         config = _read_config(folder)
-        if allow_full_modules:
+        if is_merged:
             config["modules_to_save"] = None
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"a PEFT adapter of the type {config['peft_type']}; LORA is read")
         peft = PEFTHelper.from_dict(config)
         peft.validate_legal(LoRAConfig(max_lora_rank=RANKS[-1]))
+        names = tensor_names(folder, None)
+        if names is None:
+            raise ValueError("no weights in it")
+        if not is_merged:
+            _check_targets({part for tensor in names for part in module_of(tensor).split(".")})
     except Exception as error:
         raise ValueError(f"{key}={path!r} cannot be an adapter: {one_line(error)}") from None
     return AdapterFolder(name, key, folder, peft)
+
+
+def _check_targets(parts: set[str]) -> None:
+    for part, what in NOT_APART.items():
+        if part in parts:
+            raise ValueError(
+                f"it changes {part}: {what}; merge it into its model (`pad-vllm convert`), and name that as "
+                "pad.reward_model"
+            )
 
 
 def _read_config(folder: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pad_vllm.reward.adapters import NO_ADAPTER, ContextAdapters
 from pad_vllm.reward.block_manager import BlockManager
 from pad_vllm.reward.pace import ALONE
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
+from pad_vllm.reward.row_kernel import can_launch, write_rows
 from pad_vllm.reward.rows import ContextRows
 
 logger = init_logger(f"vllm.{__name__}")
@@ -59,6 +60,7 @@ class DecodeRows:
         # Views, as gather wants them.
         self.block_index_column, self.block_id_column = self.block_indices.unsqueeze(1), self.block_ids.unsqueeze(1)
         self.counters = [self.positions, self.slot_mapping, self.seq_lens, self.bounds]
+        self.host_bounds = self.bounds.numpy()  # the same memory
 
     @classmethod
     def padding(cls, num_rows: int, max_num_blocks: int, device: torch.device) -> DecodeRows:
@@ -116,6 +118,8 @@ class Decoder:
         self._numbers: torch.Tensor | None = None  # the adapter of each
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if can_launch(model.device):
+            self._compile()
         if self.sizes:
             try:
                 self._capture()
@@ -153,17 +157,17 @@ class Decoder:
         version, follows = self.blocks.version, rows.step == self._step + 1
         same = self._last[0] is rows.row_slots and self._last[1] == version
         self._step = rows.step
-        first.input_ids.copy_(rows.token_ids)
         if same and follows:
+            first.input_ids.copy_(rows.token_ids)
             torch._foreach_add_(first.counters, 1)
             return
+        if rows.lengths is None and can_launch(rows.row_slots.device):
+            return self._write_by_kernel(first, rows, same)
+        first.input_ids.copy_(rows.token_ids)
         positions = rows.device_positions()
         if not same:
             torch.index_select(self.blocks.table, 0, rows.row_slots, out=first.block_table)
-            self._last = rows.row_slots, version
-            self._numbers = self._adapters_of(rows)
-            num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
-            self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
+            self._note_blocks(rows)
         if not same or rows.lengths is None:
             block_size = self.blocks.block_size
             torch.floor_divide(positions, block_size, out=first.block_indices)
@@ -186,6 +190,23 @@ class Decoder:
         padded = self.adapters.numbers.new_full((self._size(num_rows),), NO_ADAPTER)
         padded[:num_rows] = NO_ADAPTER if numbers is None else numbers
         return padded
+
+    def _write_by_kernel(self, first: DecodeRows, rows: ContextRows, same: bool) -> None:
+        """As :meth:`_write`, of rows whose positions only the device knows."""
+        assert rows.positions is not None  # the host does not know them
+        if not same:
+            self._note_blocks(rows)
+        out = first.input_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_table
+        blocks = self.blocks
+        write_rows(rows.row_slots, rows.positions, rows.token_ids, blocks.table, blocks.block_size, not same, out)
+        first.host_bounds[:] = rows.num_tokens.max()
+
+    def _note_blocks(self, rows: ContextRows) -> None:
+        """The block tables that are written are those of rows."""
+        self._last = rows.row_slots, self.blocks.version
+        self._numbers = self._adapters_of(rows)
+        num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
+        self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
 
     def _size(self, num_rows: int) -> int:
         at = bisect_left(self.sizes, num_rows)
@@ -219,6 +240,16 @@ class Decoder:
         if self._hidden_states is None:
             self._hidden_states = hidden_states.new_empty(self.max_num_rows, hidden_states.shape[1])
         self._hidden_states[: hidden_states.shape[0]] = hidden_states
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Launch what steps of rows whose positions only the device knows launch; of padding."""
+        table, first = self.blocks.table, self._first(1)
+        out = first.input_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_table
+        no_slot = torch.full_like(first.positions, len(table) - 1)
+        for dtype in (torch.int32, torch.int64):  # of the runner's tokens, and of drafts
+            token_ids = torch.zeros_like(no_slot, dtype=dtype)
+            write_rows(no_slot, torch.zeros_like(no_slot), token_ids, table, self.blocks.block_size, True, out)
 
     @torch.inference_mode()
     def _capture(self) -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TYPICAL_TOKENS = 1024
+"""Of a request with its answer, in the base's tokens; at most half of what the engine takes."""
+TYPICAL_PREFERENCE = 32
+"""Tokens of a preference in words, those of the template around it apart."""
+
 
 @dataclass(frozen=True)
 class BaseMemory:
@@ -16,22 +21,46 @@ class BaseMemory:
     """Memory for both KV caches, when the base's was not set."""
 
 
+@dataclass(frozen=True)
+class TypicalContext:
+    """The context of a request as most are, which is what the KV cache is reckoned by: few have the longest preference
+    that they may, and a short cache is slower, and never wrong."""
+
+    base_max_model_len: int
+    stretch: float
+    """How much longer a text is in the reward model's tokens"""
+    num_own: int
+    """Tokens of a preference, and of the template, that no other request has"""
+
+    @property
+    def num_base_tokens(self) -> int:
+        return max(min(TYPICAL_TOKENS, self.base_max_model_len // 2), 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return round(self.num_base_tokens * self.stretch) + self.num_own
+
+    @property
+    def per_base_token(self) -> float:
+        return self.num_tokens / self.num_base_tokens
+
+
 def derive_kv_cache_bytes(
-    base: BaseMemory, bytes_per_token: float, stretch: float, one_context: int, max_num_seqs: int
+    base: BaseMemory, bytes_per_token: float, typical: TypicalContext, one_context: int, max_num_seqs: int
 ) -> int:
     """Size of the reward model's KV cache, so that neither of the two runs short before the other.
 
-    A request of n tokens takes n of the base's and at most ``stretch`` * n of the reward model's, so both caches are
-    given room for the same requests. No more than every request at its full length needs, no less than one does.
+    Both caches are given room for the same typical requests, of one context each. No more than every request at its
+    full length needs, no less than one does.
 
     Args:
         base: the base model's side.
         bytes_per_token: of the reward model's KV cache.
-        stretch: the reward model's longest context over the base's.
+        typical: the context of a request as most are.
         one_context: the reward model's longest context.
         max_num_seqs: requests at one time.
     """
-    per_base_token = bytes_per_token * stretch
+    per_base_token = bytes_per_token * typical.per_base_token
     if base.num_tokens is not None:
         wanted = base.num_tokens * per_base_token
     else:

@@ -41,7 +41,7 @@ from pad_vllm.kernels.types import OutputHead
 from pad_vllm.releases import plan_kv_cache
 from pad_vllm.reward.adapters import AdapterFolder, Adapters
 from pad_vllm.reward.derive import base_memory, least_of_ranks
-from pad_vllm.reward.memory import derive_kv_cache_bytes
+from pad_vllm.reward.memory import TypicalContext, derive_kv_cache_bytes
 from pad_vllm.reward.merging import Merge
 
 logger = init_logger(f"vllm.{__name__}")
@@ -117,6 +117,7 @@ class PagedModel:
             ``max_num_batched_tokens`` the most tokens in one forward.
         base: the engine's.
         kv_cache_memory_bytes: size of the KV cache; derived when None (:mod:`pad_vllm.reward.memory`).
+        typical: what it is derived from.
         make: makes the model, of its configuration: :func:`load_model` or
             :func:`~pad_vllm.reward.served.instance_of`.
         adapters: that contexts may be read through.
@@ -131,6 +132,7 @@ class PagedModel:
         base: VllmConfig,
         device: torch.device,
         kv_cache_memory_bytes: int | None,
+        typical: TypicalContext,
         make: Callable[[VllmConfig], nn.Module],
         adapters: tuple[AdapterFolder, ...] = (),
     ) -> None:
@@ -139,7 +141,7 @@ class PagedModel:
         with set_current_vllm_config(self.vllm_config):
             self.model = make(self.vllm_config)
             self.adapters = Adapters(self.model, adapters, vllm_config, device) if adapters else None
-            self._init_kv_cache(kv_cache_memory_bytes, base)
+            self._init_kv_cache(kv_cache_memory_bytes, base, typical)
         # Its kernel multiplies what is behind a sequence's end in its last block by 0, and NaN stays NaN. Those of GPUs
         # do not load it.
         self.attends_behind_end = current_platform.is_cpu()
@@ -148,7 +150,7 @@ class PagedModel:
         self.arange_cpu = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
         self.arange = self.arange_cpu.to(device)
 
-    def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig) -> None:
+    def _init_kv_cache(self, memory_bytes: int | None, base: VllmConfig, typical: TypicalContext) -> None:
         config = self.vllm_config
         spec = get_kv_cache_spec(config)
         if not spec or not all(isinstance(s, (FullAttentionSpec, SlidingWindowSpec)) for s in spec.values()):
@@ -168,9 +170,8 @@ class PagedModel:
         one_context = self.max_num_blocks * block_bytes
         self.bytes_per_token = block_bytes / self.block_size
         if memory_bytes is None:
-            stretch = config.model_config.max_model_len / base.model_config.max_model_len
             memory_bytes = derive_kv_cache_bytes(
-                base_memory(base), self.bytes_per_token, stretch, one_context, base.scheduler_config.max_num_seqs
+                base_memory(base), self.bytes_per_token, typical, one_context, base.scheduler_config.max_num_seqs
             )
         memory_bytes = least_of_ranks(memory_bytes)
         if memory_bytes < one_context:

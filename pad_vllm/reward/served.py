@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
@@ -61,6 +62,11 @@ def instance_of(base: VllmConfig, own: VllmConfig) -> nn.Module:
     served = _models.get(id(base))
     if served is None:
         raise ValueError("pad.reward_model='base': the served model is not known; vLLM's loader has not shown it")
+    if base.lora_config is not None and any(isinstance(module, MoERunner) for module in served.modules()):
+        raise ValueError(
+            "pad.reward_model='base': vLLM's LoRA changes a mixture of experts in place, so the reward model would "
+            "read the served adapters too; start without --enable-lora"
+        )
     copies: dict[int, nn.Module] = {}
     model = _instance(served, copies, own)
     names, theirs = own.compilation_config.static_forward_context, base.compilation_config.static_forward_context
@@ -72,6 +78,8 @@ def instance_of(base: VllmConfig, own: VllmConfig) -> nn.Module:
 
 
 def _instance(module: nn.Module, copies: dict[int, nn.Module], own: VllmConfig) -> nn.Module:
+    if isinstance(module, BaseLayerWithLoRA):  # of adapters that the served model serves
+        module = module.base_layer
     if id(module) not in copies:
         is_attention = isinstance(module, AttentionLayerBase)
         if isinstance(module, COMPUTING) or not (is_attention or module._modules):

@@ -20,6 +20,7 @@ from pad_vllm.reward.derive import derive_vllm_config, reward_model_config, serv
 from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
 from pad_vllm.reward.heads import ValueHeads, load_heads, locate_heads, tensor_names_beside
 from pad_vllm.reward.kind import check_causal_lm
+from pad_vllm.reward.memory import TYPICAL_PREFERENCE, TypicalContext
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_shared_tokens
 
@@ -70,7 +71,7 @@ class Fit:
 
     @property
     def max_preference_tokens(self) -> int:
-        return 0 if self.template is None else self.template.max_preference_tokens
+        return 0 if self.template is None else self.template.max_preference_tokens or 0
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -90,6 +91,14 @@ class Fit:
             return None
         pair, preference = self.tokens.pair, self.config.example_preference
         return self.template.example(preference, None if pair is None else pair.translator)
+
+    def typical_context(self, base_max_model_len: int) -> TypicalContext:
+        """Of a request as most are. Requests that say nothing share the default persona's preference."""
+        num_own = 0
+        if self.template is not None and self.config.default_persona is None:
+            num_own = self.template.num_added_tokens("") + min(TYPICAL_PREFERENCE, self.max_preference_tokens)
+        pair = self.tokens.pair
+        return TypicalContext(base_max_model_len, 1.0 if pair is None else pair.stretch, num_own)
 
     def resolve(self, asked: PAD | None) -> GuidanceParams | None:
         """A request's guidance, or None where it asks for none.
@@ -173,7 +182,7 @@ def read_weights(config: PADConfig) -> Weights:
     named = tuple(read_folder(name, f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
     if not source.is_adapter:
         return Weights(not_backbone, named)
-    own = read_folder("", "pad.reward_model", source.reward_model, allow_full_modules=not source.is_served)
+    own = read_folder("", "pad.reward_model", source.reward_model, is_merged=not source.is_served)
     return Weights(not_backbone, (own,)) if source.is_served else Weights(not_backbone, named, own)
 
 

@@ -71,10 +71,5 @@ class Draft(Protocol):
     def hidden_states(self) -> torch.Tensor:
         """[context rows, hidden_size] at the last token of each."""
 
-    def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """Put a token behind each request's last.
-
-        Args:
-            token_ids: [R] int64, the base's.
-            positions: [R] int64, theirs in the base's sequence.
-        """
+    def extend(self, token_ids: torch.Tensor) -> None:
+        """Put a token behind each request's last; [R] int64, the base's."""

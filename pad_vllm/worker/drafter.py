@@ -21,6 +21,7 @@ of a text are. A token's rows are not one then (:mod:`.other_tokens`), and verif
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -32,9 +33,28 @@ from pad_vllm.worker.contexts import Contexts
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams, Slots
 
-Sample = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Draft number j, logits [R, K] in descending order (-inf: not to be drawn), token_ids [R, K] int64, row_slots [R],
-positions [R] -> a token id of each row, [R] int64. Keeps the logits."""
+
+class Proposals(NamedTuple):
+    """What each row's draft is drawn from."""
+
+    values: torch.Tensor
+    """[R, K] logits in descending order, before ``scale``"""
+    ids: torch.Tensor
+    """[R, K] int64"""
+    base_ids: torch.Tensor | None
+    """[W] int64: the base's ids of these; None: they are"""
+    top_k: torch.Tensor
+    """[R] int64: so many of a row's are to be drawn from; 0: all"""
+    scale: torch.Tensor
+    """[R] float32: what a row's logits are multiplied with"""
+    slots: torch.Tensor
+    """[R] int64, of requests"""
+    places: torch.Tensor
+    """[R] int64, of requests in the batch"""
+
+
+Sample = Callable[[int, Proposals, torch.Tensor], torch.Tensor]
+"""Draft number j, what it is drawn from, positions [R] -> a token id of each row, [R] int64. Keeps the logits."""
 
 UNGUIDED = GuidanceParams((), (1.0,), None, beta=0.0, top_k=0, reference="none")
 """Of a request that has a context to be drafted from, and whose rows are left alone."""
@@ -78,14 +98,18 @@ class Drafter:
         self.max_top_k, self.max_position = loaded.fit.config.max_top_k, max_model_len - 1
         self.weights = torch.zeros(slots.no_slot + 1, MAX_CONTEXTS, device=loaded.device)
         """[slots, MAX_CONTEXTS]: :func:`draft_weights`"""
-        self.scale = torch.ones(slots.no_slot + 1, 1, device=loaded.device)
+        self.scale = torch.ones(slots.no_slot + 1, device=loaded.device)
         self._params: RowParams | None = None
+        self._row_scale = self.scale  # [R], of these
 
     @torch.inference_mode()
-    def warm_up(self, hidden_states: torch.Tensor) -> None:
-        """Take the most memory that a draft does, while vLLM still counts; ``hidden_states`` [1, hidden_size]."""
-        logits = self.compute_logits(hidden_states.expand(self.slots.no_slot, -1))
-        (logits * 1.0).topk(min(self.max_top_k, logits.shape[1]))
+    def warm_up(self, hidden_states: torch.Tensor, num_rows: int) -> Proposals:
+        """What a draft of ``num_rows`` rows is drawn from: of all of them the most memory, to be taken while vLLM still
+        counts. ``hidden_states`` [1, hidden_size]."""
+        logits, base_ids = self.contexts.draftable(self.compute_logits(hidden_states.expand(num_rows, -1)))
+        values, ids = logits.topk(min(self.max_top_k, logits.shape[1]))
+        places = torch.arange(num_rows, device=ids.device)
+        return Proposals(values, ids, base_ids, torch.zeros_like(places), self.scale[places], places, places)
 
     def begin(self, slot: RequestSlot, params: GuidanceParams) -> None:
         """A request begins in a slot."""
@@ -94,41 +118,36 @@ class Drafter:
         self.weights[slot] = to_device(weights, self.weights.device, torch.float32)
         self.scale[slot] = scale
 
-    def draft(self, batch: GuidedBatch, num_drafts: int, sample: Sample) -> torch.Tensor | None:
+    def draft(self, batch: GuidedBatch, num_drafts: int, sample: Sample) -> bool:
         """Draft tokens for requests, behind the last token of each.
 
         Args:
             batch: a row for each request: its last token, which no step has computed yet.
             num_drafts: vLLM may ask for none.
-            sample: draws tokens from logits.
+            sample: draws tokens from logits, and hands them on.
 
         Returns:
-            [R, num_drafts] int64; None where there is no room for drafts.
+            Whether there was room for drafts.
         """
         layout = batch.layout
         self.contexts.forget_drafts(layout.slots)
         if not num_drafts:
-            return layout.row_slots.new_empty(len(layout.slots), 0)
+            return True
         if self._params is None or self._params.layout is not layout:
-            self._params = RowParams(layout, self.slots, 1)
-        params, positions = self._params, batch.device_positions()
+            self._params, self._row_scale = RowParams(layout, self.slots, 1), self.scale[layout.row_slots]
+        params = self._params
+        # Behind the last position nothing is verified.
+        further = torch.arange(num_drafts, device=layout.row_slots.device).unsqueeze(1)
+        positions = (batch.device_positions() + further).clamp(max=self.max_position)
         draft = self.contexts.begin_draft(batch, params, num_drafts)
         if draft is None:
-            return None
-        drafts: list[torch.Tensor] = []
+            return False
         for j in range(num_drafts):
-            logits, ids = self._candidates(draft.hidden_states(), params)
-            drafts.append(sample(j, logits, ids, layout.row_slots, positions))
-            positions = (positions + 1).clamp(max=self.max_position)  # behind it, nothing is verified
-            draft.extend(drafts[-1], positions)
-        return torch.stack(drafts, 1)
+            draft.extend(sample(j, self._proposals(draft.hidden_states(), params), positions[j]))
+        return True
 
-    def _candidates(self, hidden_states: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
-        """What may be drafted, of ``hidden_states`` [context rows, hidden_size].
-
-        Returns:
-            logits [R, K] in descending order, -inf beyond a row's own k; token ids [R, K] int64.
-        """
+    def _proposals(self, hidden_states: torch.Tensor, params: RowParams) -> Proposals:
+        """What may be drafted, of ``hidden_states`` [context rows, hidden_size]."""
         dtype, slots = hidden_states.dtype, params.layout.row_slots
         if params.head_mix is not None:
             hidden_states = map_heads(hidden_states, params.head_mix)
@@ -140,10 +159,4 @@ class Drafter:
         # What an unguided row leaves out is drawn by verification.
         most = self.max_top_k if params.num_unguided else params.rows.max_top_k
         values, ids = logits.topk(min(most, logits.shape[1]))
-        if params.min_top_k < most:
-            place = torch.arange(values.shape[1], device=values.device)
-            top_k = params.rows.top_k.unsqueeze(1)
-            values = values.masked_fill((place >= top_k) & (top_k > 0), float("-inf"))
-        if base_ids is not None:
-            ids = base_ids[ids]
-        return values * self.scale[slots].to(values.dtype), ids
+        return Proposals(values, ids, base_ids, params.rows.top_k, self._row_scale, slots, params.rows.index)

@@ -60,7 +60,7 @@ class Guidance:
         """Whether a step reached the kernel, which overwrites the guided rows, and did not finish"""
         start.warm_up_kernels(loaded, self.rule, self.slots, max_num_rows, self.max_rows_per_request)
         if self.drafter is not None:
-            self.drafter.warm_up(loaded.hidden_states)
+            self.drafter.warm_up(loaded.hidden_states, max_num_seqs)
         start.log_summary(loaded, self.rule.kernels, max_model_len)
 
     @property

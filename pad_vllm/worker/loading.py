@@ -63,8 +63,15 @@ def load(fits: Fit, vllm_config: VllmConfig, device: torch.device) -> Loaded:
     for warning in warnings(fits):
         logger.warning(warning)
     heads = fits.heads and ValueHeads(fits.heads.names, fits.heads.weight.to(device), fits.heads.bias.to(device))
-    make = maker(fits, vllm_config)
-    model = PagedModel(fits.vllm_config, vllm_config, device, config.kv_cache_memory_bytes, make, fits.weights.adapters)
+    model = PagedModel(
+        fits.vllm_config,
+        vllm_config,
+        device,
+        config.kv_cache_memory_bytes,
+        fits.typical_context(vllm_config.model_config.max_model_len),
+        maker(fits, vllm_config),
+        fits.weights.adapters,
+    )
     hidden_states = model.warm_up(fits.vllm_config.scheduler_config.max_num_batched_tokens)
     head = model.output_head(hidden_states)
     check_logits(config.reward_model, model, head, hidden_states)

@@ -231,7 +231,7 @@ class OtherTokensDraft:
             hidden_states, self.rows, self.last = hidden_states[self.last], self.rows.select(self.last), None
         return hidden_states
 
-    def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+    def extend(self, token_ids: torch.Tensor) -> None:
         token_ids = self.whole.reward_ids[token_ids]
         self.rows = replace(
             self.rows,

@@ -15,7 +15,7 @@ import torch
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
 from pad_vllm.reward.rows import ContextRows, ContextSlot
-from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
+from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot, request_of
 from pad_vllm.worker.contexts import RewardPrompt
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams
@@ -51,6 +51,10 @@ class SameTokens:
         self.forget_drafts(slot)
 
     def hidden_states(self, batch: GuidedBatch, params: RowParams) -> torch.Tensor:
+        if self.drafted is not None and self.drafted.has_all(batch.layout, params):
+            last = self._last_drafts(batch, params)
+            if last is not None:
+                return self.drafted.after(self.engine.step(last), batch.layout, params)
         rows = self._rows(batch, params)
         if self.drafted is None:
             hidden_states = self.engine.step(rows)
@@ -72,12 +76,47 @@ class SameTokens:
             self.drafted.num_kept[slots] = 0
 
     def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> SameTokensDraft | None:
-        rows = self._rows(batch, params)
-        rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
-        if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
+        contexts, token_ids, positions = params.contexts, batch.token_ids, batch.device_positions()
+        num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
+        num_tokens = np.minimum(num_tokens + contexts.host_offset + num_drafts, self.max_len)
+        if not self.engine.blocks.has_room(contexts.slots, num_tokens):
             return None
+        if contexts.layout_rows is not None:
+            token_ids, positions = token_ids[contexts.layout_rows], positions[contexts.layout_rows]
+        # Of a full context too, whose request verification ends.
+        further = torch.arange(num_drafts, device=positions.device).unsqueeze(1)
+        positions = (positions + contexts.ints.offset + further).clamp(max=self.max_len - 1)
+        rows = ContextRows(
+            slots=contexts.slots,
+            num_tokens=num_tokens,
+            lengths=None,
+            row_slots=contexts.row_slots,
+            positions=positions[0],
+            token_ids=self.reads.on_device(token_ids),
+            history=self._history(batch),
+        )
         assert self.drafted is not None  # there is a drafter
-        return SameTokensDraft(self, self.drafted, rows, params, num_drafts)
+        return SameTokensDraft(self, self.drafted, rows, positions, params)
+
+    def _last_drafts(self, batch: GuidedBatch, params: RowParams) -> ContextRows | None:
+        """The rows of the last drafts, of a batch with rows of all drafts; None where the others are not computed."""
+        contexts, last_rows = params.contexts, batch.layout.last_rows
+        num_tokens = batch.num_tokens + contexts.host_offset
+        if num_tokens.max() > self.max_len or not self.engine.blocks.holds(contexts.slots, num_tokens):
+            return None
+        assert last_rows is not None
+        assert batch.positions is not None
+        assert self.drafted is not None
+        row_slots, offset = self.drafted.last_of(params)
+        return ContextRows(
+            slots=contexts.slots,
+            num_tokens=num_tokens,
+            lengths=None,
+            row_slots=row_slots,
+            positions=batch.positions[last_rows] + offset,
+            token_ids=self.reads.on_device(batch.token_ids[last_rows]),
+            history=self._history(batch),
+        )
 
     def draftable(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits = logits[:, : self.num_drafted]
@@ -183,11 +222,43 @@ class DraftedStates:
     def __init__(self, loaded: Loaded, num_contexts: int, num_slots: int, num_drafts: int) -> None:
         config = loaded.fit.model_config
         self.kept = torch.zeros(
-            num_contexts, num_drafts, config.get_hidden_size(), dtype=config.dtype, device=loaded.device
+            num_contexts, num_drafts + 1, config.get_hidden_size(), dtype=config.dtype, device=loaded.device
         )
-        """[contexts, num_drafts, hidden_size]"""
+        """[contexts, num_drafts + 1, hidden_size]; the last is the last draft's, as long as a step takes"""
         self.num_kept: np.ndarray = np.zeros(num_slots, np.int64)
         """[slots] of a request's contexts"""
+        self.num_drafts = num_drafts
+        self._last: tuple[RowParams, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def has_all(self, layout: Layout, params: RowParams) -> bool:
+        """Whether all rows but those of the last drafts are kept."""
+        has_one_context = params.contexts.layout_rows is None
+        return layout.last_rows is not None and has_one_context and bool((self._num(layout) == self.num_drafts).all())
+
+    def _num(self, layout: Layout) -> np.ndarray:
+        return self.num_kept[layout.slots]
+
+    def _of(self, params: RowParams) -> tuple[RowParams, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What follows from the layout: of the last drafts' rows the slots of the contexts, and their offsets; and
+        where all rows are, of ``kept`` as [rows, hidden_size]."""
+        if self._last is None or self._last[0] is not params:
+            contexts, last_rows = params.contexts, params.layout.last_rows
+            width = self.num_drafts + 1
+            each = torch.arange(len(contexts.row_slots), device=self.kept.device) % width
+            places = contexts.row_slots * width + each
+            self._last = params, contexts.row_slots[last_rows], contexts.ints.offset[last_rows], places
+        return self._last
+
+    def last_of(self, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+        """[requests] int64: of the last drafts' rows the slots of the contexts, and their offsets."""
+        _, row_slots, offset, _ = self._of(params)
+        return row_slots, offset
+
+    def after(self, computed: torch.Tensor, layout: Layout, params: RowParams) -> torch.Tensor:
+        """Hidden states of all rows, [R, hidden_size]; ``computed`` [requests, hidden_size], of the last drafts'."""
+        _, row_slots, _, places = self._of(params)
+        self.kept[row_slots, self.num_drafts] = computed
+        return self.kept.flatten(0, 1)[places]
 
     def verified(
         self, engine: RewardEngine, rows: ContextRows, request_slots: np.ndarray, local_positions: torch.Tensor
@@ -223,26 +294,30 @@ class SameTokensDraft:
 
     Args:
         rows: of the requests' last tokens; their ``num_tokens`` those with all drafts.
+        positions: [num_drafts, context rows] int64, of these rows and those that follow.
     """
 
     def __init__(
-        self, contexts: SameTokens, drafted: DraftedStates, rows: ContextRows, params: RowParams, num_drafts: int
+        self,
+        contexts: SameTokens,
+        drafted: DraftedStates,
+        rows: ContextRows,
+        positions: torch.Tensor,
+        params: RowParams,
     ) -> None:
         self.contexts, self.drafted, self.rows, self.params = contexts, drafted, rows, params
-        self.num_drafts, self.num_made = num_drafts, 0
+        self.positions, self.num_made = positions, 0
 
     def hidden_states(self) -> torch.Tensor:
         hidden_states = self.contexts.engine.step(self.rows)
         self.drafted.kept[self.rows.row_slots, self.num_made] = hidden_states
         return hidden_states
 
-    def extend(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        of = self.params.contexts
-        if of.layout_rows is not None:
-            token_ids, positions = token_ids[of.layout_rows], positions[of.layout_rows]
-        # Behind the last position, verification ends the request.
-        positions = (positions + of.ints.offset).clamp(max=self.contexts.max_len - 1)
-        self.rows = replace(self.rows, positions=positions, token_ids=token_ids)
+    def extend(self, token_ids: torch.Tensor) -> None:
         self.num_made += 1
-        if self.num_made == self.num_drafts:
-            self.drafted.num_kept[self.params.layout.slots] = self.num_drafts
+        if self.num_made == len(self.positions):
+            self.drafted.num_kept[self.params.layout.slots] = self.num_made
+            return
+        if self.params.contexts.layout_rows is not None:
+            token_ids = token_ids[self.params.contexts.layout_rows]
+        self.rows = replace(self.rows, positions=self.positions[self.num_made], token_ids=token_ids)

@@ -190,7 +190,6 @@ class RowParams:
         host_top_k = slots.host_top_k[layout.slots]
         self.rows = Rows(layout.logits_rows, ints.top_k, beta, reference, ints.end_id, int(host_top_k.max()))
         """What the guidance step is told of them"""
-        self.min_top_k = int(host_top_k.min())
         self.num_unguided = int((host_top_k == 0).sum())
         """Requests that are only drafted for."""
         self.penalize = bool(slots.controls.host_penalizes[layout.slots].any())

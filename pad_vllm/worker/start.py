@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from pad_vllm.channel import Announcement
-from pad_vllm.kernels import Controls, Mixture, OutputTokens
+from pad_vllm.kernels import Groups, Mixture, OutputTokens, compiled_top_k
 from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.worker.batch import Layout
 from pad_vllm.worker.loading import Loaded
@@ -26,48 +28,77 @@ LOGITS_BYTES = 2**30
 
 @torch.inference_mode()
 def warm_up_kernels(loaded: Loaded, rule: Rule, slots: Slots, max_rows: int, max_rows_per_request: int) -> None:
-    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and what requests would
-    otherwise compile: with controls, with several contexts, for few rows and many, for each number of candidates that
-    kernels are compiled for.
+    """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and compile all that
+    requests can launch (:func:`compile_kernels`).
 
     Args:
         max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
         max_rows_per_request: with its drafts.
     """
     num_rows, most = max(1, min(max_rows, LOGITS_BYTES // (4 * loaded.base_vocab_size))), loaded.fit.config.max_top_k
-    logits = torch.rand(num_rows, loaded.base_vocab_size, device=loaded.device)
-    pair = loaded.fit.tokens.pair
-    has_first = pair is not None and pair.tables.first is not None
-
-    def guide(top_k: int, params: RowParams, controls: Controls | None = None) -> None:
-        params.rows.top_k.fill_(top_k)
-        params.rows = params.rows._replace(max_top_k=top_k)
-        params.head_mix = slots.head_mix(params.head_weights)
-        index = params.rows.index
-        offsets = torch.zeros_like(index) if has_first else None
-        rule.apply(logits, loaded.hidden_states.expand(len(index), -1), params, controls, offsets)
-
-    few = sorted({1, min(num_rows, MANY_ROWS)})
-    for top_k in sorted({most} | {2**n for n in range(4, most.bit_length()) if 2**n < most}):
-        for num in few:
-            guide(top_k, _no_requests(slots, num))
-    params = _no_requests(slots, num_rows)
-    nowhere = torch.zeros(num_rows, dtype=torch.int64, device=loaded.device)
-    tokens = torch.zeros(1, 1, dtype=torch.int32, device=loaded.device)
-    drafts = tokens.expand(num_rows, max_rows_per_request - 1).contiguous()
-    output = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts)
-    for controls in (None, *(slots.controls.of_rows(params.layout.row_slots, seen) for seen in (None, output))):
-        guide(most, params, controls)
-    every = nowhere.unsqueeze(1).repeat(1, MAX_CONTEXTS)
-    params.contexts.mixture = Mixture(every, torch.ones_like(every, dtype=torch.float32))
-    guide(most, params)
+    warm_up = WarmUp(loaded, rule, slots, num_rows, max_rows_per_request)
+    warm_up.guide(num_rows, most, most)
+    warm_up.guide(num_rows, most, most, controls="penalties", num_contexts=MAX_CONTEXTS, heads=True)
+    if rule.kernels == "triton":
+        compile_kernels(warm_up, most)
 
 
-def _no_requests(slots: Slots, num_rows: int) -> RowParams:
-    """Rows of the slot that stands for no request."""
-    rows = torch.arange(num_rows, device=slots.ints.device)
-    layout = Layout(np.array([slots.no_slot]), rows, torch.full_like(rows, slots.no_slot))
-    return RowParams(layout, slots, num_rows)
+def compile_kernels(warm_up: WarmUp, most: int) -> None:
+    """Launch each variant of the kernels that requests can launch, on rows that are left alone: what is compiled
+    follows from the number of candidates (two sizes up to the usual most), in :mod:`pad_vllm.kernels.fused` from
+    whether there are few rows, and from whether any request has a bias, penalties, several contexts or heads."""
+    of_groups = isinstance(warm_up.rule.vocabulary, Groups)
+    all_num_rows = {1} if of_groups else {1, min(MANY_ROWS, warm_up.num_rows)}
+    all_heads = (False, True) if warm_up.slots.heads else (False,)
+    for top_k, num_rows, controls, num_contexts, heads in itertools.product(
+        compiled_top_k(most), sorted(all_num_rows), (None, "bias", "penalties"), (1, 2), all_heads
+    ):
+        warm_up.guide(num_rows, 0, top_k, controls, num_contexts, heads)
+
+
+class WarmUp:
+    """Calls of the rule as requests make them, before there are any.
+
+    Args:
+        num_rows: most rows of a call.
+        max_rows_per_request: with its drafts.
+    """
+
+    def __init__(self, loaded: Loaded, rule: Rule, slots: Slots, num_rows: int, max_rows_per_request: int) -> None:
+        self.loaded, self.rule, self.slots, self.num_rows = loaded, rule, slots, num_rows
+        self.logits = torch.rand(num_rows, loaded.base_vocab_size, device=loaded.device)
+        self.num_drafts = max_rows_per_request - 1
+        pair = loaded.fit.tokens.pair
+        self.has_first = pair is not None and pair.tables.first is not None
+
+    def guide(
+        self,
+        num_rows: int,
+        top_k: int,
+        max_top_k: int,
+        controls: str | None = None,
+        num_contexts: int = 1,
+        heads: bool = False,
+    ) -> None:
+        """``top_k`` of each row; 0: they are left alone. ``controls``: ``bias`` or ``penalties``, if any request of the
+        step had some."""
+        slots, device = self.slots, self.loaded.device
+        index = torch.arange(num_rows, device=device)
+        layout = Layout(np.array([slots.no_slot]), index, torch.full_like(index, slots.no_slot))
+        params = RowParams(layout, slots, num_rows)
+        params.rows = params.rows._replace(top_k=torch.full_like(index, top_k), max_top_k=max_top_k)
+        nowhere, given = torch.zeros_like(index), None
+        if controls is not None:
+            tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
+            drafts = tokens.expand(num_rows, self.num_drafts).contiguous()
+            seen = OutputTokens(tokens, nowhere, nowhere, nowhere, drafts) if controls == "penalties" else None
+            given = slots.controls.of_rows(layout.row_slots, seen)
+        if num_contexts > 1:
+            contexts = nowhere.unsqueeze(1).repeat(1, num_contexts)
+            params.contexts.mixture = Mixture(contexts, torch.ones_like(contexts, dtype=torch.float32))
+        params.head_mix = slots.head_mix(params.head_weights) if heads else None
+        hidden_states = self.loaded.hidden_states.expand(num_rows, -1).contiguous()
+        self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None)
 
 
 def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
@@ -115,9 +146,11 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     """Say what guides, with what, and how much of it there is."""
     model, fits = loaded.model, loaded.fit
     config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
+    typical = fits.typical_context(base_max_model_len)
     logger.info(
         "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
-        "Reward model: %s, KV cache of %s tokens (%.2f GiB), %.1f requests of the full %d tokens.",
+        "Reward model: %s, KV cache of %s tokens (%.2f GiB), %.1f requests of a typical %d tokens, "
+        "%.1f of the full %d.",
         config.reward_model,
         config.reference,
         config.why_reference,
@@ -130,6 +163,8 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
         describe_weights(loaded),
         f"{num_tokens:,}",
         num_tokens * model.bytes_per_token / 2**30,
+        num_tokens / typical.num_tokens,
+        typical.num_tokens,
         num_tokens / model.max_model_len,
         model.max_model_len,
     )

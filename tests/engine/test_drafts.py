@@ -202,7 +202,7 @@ def test_stop_strings_and_end_tokens_end_a_request_within_its_drafts(models, enc
 def break_drafting(llm, what: str) -> None:
     """For once, the third time."""
     guidance = running_guidance(llm)
-    owner = guidance.drafter if what == "_candidates" else guidance.engine
+    owner = guidance.drafter if what == "_proposals" else guidance.engine
     working, times = getattr(owner, what), 0
 
     def breaks(*args):
@@ -215,7 +215,7 @@ def break_drafting(llm, what: str) -> None:
     setattr(owner, what, breaks)
 
 
-@pytest.mark.parametrize("what", ["_candidates", "_forward"])
+@pytest.mark.parametrize("what", ["_proposals", "_forward"])
 def test_requests_outlive_drafting_that_fails(models, encode, near, near_engine, what):
     """A step without drafts, and what was begun for them is computed again."""
     prompts, asked = [encode(text) for text in PROMPTS[:2]], guided(top_k=5, beta=0.5)

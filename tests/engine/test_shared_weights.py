@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests import oracle
 from tests.engine.test_engine import GREEDY, PROMPTS
-from tests.support.engine import PLUGIN, Engine, guided, running_guidance
+from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, metric, running_guidance
 from tests.support.fixtures import MAX_TOKENS, Models
 from tests.support.models import make_adapter
+
+pytestmark = pytest.mark.every_release
 
 TEXTS = ["concise, formal", "Please be playful."]
 PATTERN = {"rank_pattern": {"o_proj": 12}}
@@ -41,13 +42,15 @@ class Adapted:
         self.merged = {name: make_adapter(root / name, models.base, **how) for name, how in made.items()}
         self.merged[None] = models.base_model
 
-    def expect(self, compose, prompt, preference=None, adapter=None, preference_weights=None, **settings) -> list[int]:
-        """What a request should generate."""
+    def expect(
+        self, compose, prompt, preference=None, adapter=None, preference_weights=None, served=None, **settings
+    ) -> list[int]:
+        """What a request should generate; ``served``: of an adapter of the base model's own."""
         num = next((len(one) for one in (preference, adapter) if isinstance(one, list)), 1)
         texts, names = (one if isinstance(one, list) else [one] * num for one in (preference, adapter))
         contexts = [prompt if text is None else compose(prompt, text) for text in texts]
         return oracle.generate(
-            self.models.base_model,
+            self.merged[served],
             prompt,
             settings.pop("max_tokens", MAX_TOKENS),
             reward=self.models.base_model,
@@ -66,13 +69,35 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Adapted
 
 @pytest.fixture(scope="module")
 def engine(models: Models, adapted: Adapted, runner: str):
+    """Which serves adapters of its own too, and chunks prompts."""
     personas = {"both": {"adapter": ["warm", "dry"], "preference_weights": [0.7, 0.5]}}
     pad = {"reward_model": "base", "adapters": adapted.paths, "personas": personas, "max_num_batched_tokens": 48}
     engine = Engine(
-        runner, models.base, logits_processors=PLUGIN, max_num_batched_tokens=64, additional_config={"pad": pad}
+        runner,
+        models.base,
+        logits_processors=PLUGIN,
+        max_num_batched_tokens=64,
+        enable_lora=True,
+        max_loras=4,  # on a CPU vLLM reads the last one for a request without any
+        additional_config={"pad": pad},
     )
     yield engine
     engine.close()
+
+
+def generate_with(llm, prompts: list[list[int]], params: list[dict], loras: list[str | None]) -> list[list[int]]:
+    """One completion of each prompt, some through adapters that the base model serves."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    requests = [path and LoRARequest(path, 1 + sorted(filter(None, set(loras))).index(path), path) for path in loras]
+    found = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        [SamplingParams(**one) for one in params],
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in found]
 
 
 ITSELF = [
@@ -119,14 +144,95 @@ def test_the_served_model_and_its_adapters_equal_the_oracle_in_one_batch(
     assert not wrong, f"{len(wrong)} of {len(found)}: {wrong[:3]}"
 
 
-def matrices(llm) -> dict[str, int]:
-    """Of the process: distinct memories of the size of an embedding; and whether modules are shared."""
-    guidance = running_guidance(llm)
-    size = guidance.loaded.vocab_size * guidance.model.vllm_config.model_config.get_hidden_size()
-    found = {
-        t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == size
-    }
-    return {
-        "matrices": len(found),
-        "modules": len({id(m) for m in guidance.model.model.modules() if isinstance(m, nn.Module)}),
-    }
+def test_requests_of_the_bases_own_adapters_are_guided_by_the_reward_models(encode, compose, engine, adapted, models):
+    """The base's logits are its adapter's; what guides is the served model's own weights, or another adapter."""
+    cases = [
+        ("dry", None),
+        ("dry", {"preference": TEXTS[0], "reference": "neutral"}),
+        ("dry", {"adapter": "warm", "reference": "base"}),
+        ("warm", {"adapter": "warm", "reference": "neutral", "beta": 0.7}),
+        (None, {"adapter": "odd", "reference": "neutral"}),
+        (None, None),
+    ]
+    prompts, params, expected = [], [], []
+    for i, (lora, asked) in enumerate(cases):
+        prompt = encode(PROMPTS[i % len(PROMPTS)])
+        rule = {"top_k": 10, "beta": 1.0} | (asked or {})
+        prompts.append(prompt)
+        params.append(GREEDY | {"max_tokens": 24} | (guided(**rule) if asked else {}))
+        if asked:
+            expected.append(adapted.expect(compose, prompt, max_tokens=24, served=lora, **rule))
+        else:
+            expected.append(oracle.generate(adapted.merged[lora], prompt, 24))
+    loras = [lora and adapted.paths[lora] for lora, _ in cases]
+    assert engine.call(generate_with, prompts, params, loras) == expected
+
+
+SHORT = {"kv_cache_memory_bytes": ONE_CONTEXT * 5 // 4, "max_num_batched_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def short(models: Models, adapted: Adapted, runner: str):
+    """Pools too small for what is asked of them: on Model Runner V2 the reward model drafts too."""
+    pad = {"reward_model": "base", "adapters": adapted.paths, **SHORT}
+    settings = {"num_gpu_blocks_override": 28, "block_size": 32, "max_num_batched_tokens": 64}
+    if runner == "v2":
+        settings["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(models.base),
+            "num_speculative_tokens": 3,
+        }
+    engine = Engine(
+        runner,
+        models.base,
+        logits_processors=PLUGIN,
+        disable_log_stats=False,
+        additional_config={"pad": pad},
+        **settings,
+    )
+    yield engine
+    engine.close()
+
+
+def test_short_pools_preemption_and_drafts(encode, compose, short, adapted, models, runner):
+    prompts, params, expected = [], [], []
+    for i, asked in enumerate([*ITSELF, *ADAPTERS]):
+        prompt = encode(PROMPTS[i % len(PROMPTS)] + " more" * (26 + i))  # shared by nobody
+        rule = {"top_k": 10, "beta": 1.0, "reference": ("base", "neutral", "none")[i % 3]} | asked
+        prompts.append(prompt)
+        params.append(GREEDY | guided(**rule))
+        expected.append(adapted.expect(compose, prompt, **rule))
+    assert short.generate(prompts, params) == expected
+    stats = short.call(engine_stats)
+    assert stats["evicted"] > 0
+    assert short.call(metric, "vllm:num_preemptions") > 0
+
+
+def test_no_weight_is_there_twice(short, models):
+    """Matrices of the vocabulary: the embedding and the output head, as without the plugin. And what is loaded into
+    the served model later is the reward model's."""
+    assert short.call(num_matrices) == 2
+    assert short.call(is_shared)
+
+
+def num_matrices(llm) -> int:
+    """Distinct memories of the size of an embedding."""
+    model_config = running_guidance(llm).model.vllm_config.model_config
+    shape = model_config.get_vocab_size(), model_config.get_hidden_size()
+    gc.unfreeze()
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.shape == shape]
+    return len({pointer for tensor in tensors if (pointer := tensor.data_ptr())})  # some were emptied
+
+
+def is_shared(llm) -> bool:
+    """Whether a parameter that is set in the served model is that of the reward model."""
+
+    def set_and_see(served: torch.nn.Module) -> bool:
+        norm, ours = served.model.norm, running_guidance(llm).model.model.model.norm
+        new = torch.nn.Parameter(norm.weight.detach() * 1.5, requires_grad=False)
+        norm.weight, before = new, norm.weight
+        same = ours.weight is new
+        norm.weight = before
+        return same and running_guidance(llm).model.model.model is not served.model
+
+    return all(llm.apply_model(set_and_see))

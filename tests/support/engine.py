@@ -133,7 +133,8 @@ class Engine(Worker):
     """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served.
 
     ``kernels``: the Triton interpreter takes some milliseconds a row, so most tests use the reference; V2 with Triton's
-    is the plugin as a GPU runs it. Not ``preloaded``: it imports vLLM, and writes to this process's output.
+    is the plugin as a GPU runs it. Not ``preloaded``: it imports vLLM, and writes to this process's output. ``before``
+    is called in the engine's process before there is one.
     """
 
     def __init__(
@@ -144,9 +145,12 @@ class Engine(Worker):
         multiprocess: bool = False,
         kernels: str = "reference",
         preloaded: bool = True,
+        before: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(runner if preloaded else None)
+        if before is not None:
+            self.run(before)
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
         try:
             self.run(_start, runner, multiprocess, kernels, settings | kwargs)

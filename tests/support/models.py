@@ -83,8 +83,9 @@ def make_adapter(path: Path, base: Path, seed: int, rank: int, targets: list[str
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25 / rank**0.5)
+            if "lora_" in name or "modules_to_save" in name:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.25 / rank**0.5
+                parameter.copy_(noise if "lora_" in name else parameter + noise)
     model.save_pretrained(path)
     return model.merge_and_unload().eval()
 

@@ -8,10 +8,12 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from pad_vllm.kernels import pad_k
 from pad_vllm.reward.device import to_device
+from pad_vllm.worker.adapters.draft_kernel import DraftBuffers
+from pad_vllm.worker.drafter import Proposals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,11 +43,10 @@ class RewardSpeculator(BaseSpeculator):
         self.num_speculative_steps: int = config.num_speculative_tokens
         self.use_fp64_gumbel = model.use_fp64_gumbel
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self.draft_logits = torch.zeros(
-            (max_num_reqs, self.num_speculative_steps, model.get_vocab_size()), dtype=model.head_dtype, device=device
-        )
+        shape = max_num_reqs, self.num_speculative_steps, model.get_vocab_size()
+        self.draft_logits = torch.full(shape, float("-inf"), dtype=model.head_dtype, device=device)
         """[max_num_reqs, num_speculative_steps, vocab_size], by slot, before temperature"""
-        self.nothing = torch.full((1, model.get_vocab_size()), float("-inf"), dtype=model.head_dtype, device=device)
+        self.buffers: DraftBuffers | None = None
         self.drafts = torch.zeros(max_num_reqs, self.num_speculative_steps, dtype=torch.int64, device=device)
         self.adapter: V2Adapter | None = None
         self._made[id(vllm_config)] = self
@@ -58,6 +59,18 @@ class RewardSpeculator(BaseSpeculator):
     def of(cls, vllm_config: VllmConfig) -> RewardSpeculator | None:
         """An engine's, where it has one."""
         return cls._made.get(id(vllm_config))
+
+    @torch.inference_mode()
+    def begin(self, adapter: V2Adapter) -> None:
+        """The logits processors are there."""
+        drafter = adapter.drafter
+        assert drafter is not None  # of an engine in which the reward model drafts
+        self.buffers = DraftBuffers(self.draft_logits, pad_k(drafter.max_top_k), self.use_fp64_gumbel)
+        one = torch.zeros(1, dtype=torch.int64, device=self.drafts.device)
+        cold = torch.zeros(len(self.draft_logits), device=one.device)
+        seeds, proposals = cold.long(), drafter.warm_up(adapter.guidance.loaded.hidden_states, 1)
+        self.buffers.draw(0, proposals, one, cold, seeds, self.drafts, one, keep=True)  # as requests would compile it
+        self.adapter = adapter
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The reward engine captures its own (:mod:`pad_vllm.reward.decode`)."""
@@ -86,38 +99,19 @@ class RewardSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """[num_reqs, num_speculative_steps] int64, in the batch's order; the arguments are vLLM's."""
         drafts = self.drafts[: input_batch.num_reqs]
-        if dummy_run or self.adapter is None:
+        buffers = self.buffers
+        if dummy_run or self.adapter is None or buffers is None:
             return drafts
         num_drafts = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         any_sampled = bool(self.adapter.sampled[input_batch.idx_mapping_np].any())
 
-        def sample(
-            j: int, logits: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-        ) -> torch.Tensor:
-            if not any_sampled:
-                return token_ids[:, 0]  # greedy requests accept the guided choice, whatever a draft was drawn from
-            logits = logits.to(self.draft_logits.dtype)
-            self.draft_logits[slots, j] = self.nothing.expand(len(slots), -1).scatter(1, token_ids, logits)
-            # A position is drafted again after a rejection, as another draft of its step, and by other noise.
-            noise = seeds ^ (j << 32)
-            places = gumbel_sample(
-                logits,
-                slots,
-                temperature,
-                noise,
-                positions,
-                apply_temperature=True,
-                is_drafting=True,
-                use_fp64=self.use_fp64_gumbel,
-            )
-            return token_ids.gather(1, places.unsqueeze(1).long()).squeeze(1)
+        def sample(j: int, proposals: Proposals, positions: torch.Tensor) -> torch.Tensor:
+            return buffers.draw(j, proposals, positions, temperature, seeds, drafts, proposals.places, keep=any_sampled)
 
         slots, last = input_batch.idx_mapping_np, last_sampled.view(-1)
         places, found = self.adapter.draft(slots, last, num_drafts, sample)
-        if found is not None:
-            drafts[to_device(places, drafts.device, torch.int64), :num_drafts] = found
-        if found is None or len(places) < len(slots):
-            without = np.setdiff1d(np.arange(len(slots)), places if found is not None else ())
+        if not found or len(places) < len(slots):
+            without = np.setdiff1d(np.arange(len(slots)), places if found else ())
             self._fill(drafts, to_device(without, drafts.device, torch.int64), input_batch.idx_mapping, last)
         return drafts
 
@@ -127,5 +121,5 @@ class RewardSpeculator(BaseSpeculator):
         slots = idx_mapping[places].long()
         tokens = last_sampled[slots].long().clamp(0, self.draft_logits.shape[2] - 1)
         drafts[places] = tokens.unsqueeze(1)
-        self.draft_logits[slots] = float("-inf")
-        self.draft_logits[slots, :, tokens] = 0.0
+        assert self.buffers is not None  # something was to be drafted
+        self.buffers.fill(slots, tokens)

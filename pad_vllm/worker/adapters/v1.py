@@ -229,7 +229,7 @@ class Penalties:
         """What :meth:`apply_` counted, for the guidance step."""
         lengths = to_device([len(ids) for ids in self._outputs], self.device, torch.int64)
         return OutputTokens(
-            token_ids=self.output_ids,
+            token_ids=self.output_ids.int(),
             rows=self.places,
             begin=torch.zeros_like(self.places),
             end=lengths[self.places],

@@ -48,10 +48,11 @@ class V2Adapter(Adapter):
         self.arrived: dict[int, HostCopy | None] = {}  # slot -> the tokens of a request that has not begun
         self.last: tuple[np.ndarray, Layout] | None = None  # places of the guided requests in the last step's batch
         self.last_drafted: tuple[np.ndarray, Layout] | None = None  # and of those that were drafted for
+        self.last_full: Layout | None = None  # where each request in the batch has rows of all its drafts
         self.last_step: Step | None = None  # where the next may be the same, a token further
 
     def add_request(self, slot: int, sampling_params: SamplingParams) -> bool:
-        self.last = self.last_drafted = self.last_step = None
+        self._forget()
         self.end(self.states[slot])
         self.states[slot] = state = self.new_state(sampling_params)
         if state is None and self.drafter is not None:
@@ -74,7 +75,7 @@ class V2Adapter(Adapter):
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)
-        self.last = self.last_drafted = self.last_step = None
+        self._forget()
         for slot, state in enumerate(self.states):
             if state is None or not state.failed:
                 self.failed[slot] = False
@@ -82,6 +83,9 @@ class V2Adapter(Adapter):
                 self.failed[slot] = True
             else:
                 self.failed[slot] = self.asked[slot] = False  # it goes on without drafts
+
+    def _forget(self) -> None:
+        self.last = self.last_drafted = self.last_full = self.last_step = None
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
@@ -166,18 +170,25 @@ class V2Adapter(Adapter):
         layout = self._layout(ctx, guided)
         exact = self.guidance.max_rows_per_request == 1
         positions = local_positions = None
-        if not exact:
-            local_positions = ctx.expanded_local_pos[layout.logits_rows].long()
-            positions = ctx.pos[layout.logits_rows]
-            if len(ctx.pos) > len(ctx.idx_mapping_np):
-                positions = positions.masked_fill(layout.row_slots == self.guidance.no_slot, 0)
+        token_ids = ctx.input_ids
+        if layout.last_rows is not None:  # all rows, as they are
+            local_positions, positions = ctx.expanded_local_pos, ctx.pos
+        else:
+            token_ids = token_ids[layout.logits_rows]
+            if not exact:
+                local_positions = ctx.expanded_local_pos[layout.logits_rows]
+                positions = ctx.pos[layout.logits_rows]
+                if len(ctx.pos) > len(ctx.idx_mapping_np):
+                    positions = positions.masked_fill(layout.row_slots == self.guidance.no_slot, 0)
+        if local_positions is not None:
+            local_positions = local_positions.long()
         prompt_len = self.req_states.prompt_len.np
         batch = GuidedBatch(
             layout=layout,
             num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
             exact=exact,
             positions=positions,
-            token_ids=ctx.input_ids[layout.logits_rows],
+            token_ids=token_ids,
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
             output_tokens=lambda: self._output_tokens(ctx, layout),
             local_positions=local_positions,
@@ -191,7 +202,7 @@ class V2Adapter(Adapter):
 
     def draft(
         self, slots: np.ndarray, last_sampled: torch.Tensor, num_drafts: int, sample: Sample
-    ) -> tuple[np.ndarray, torch.Tensor | None]:
+    ) -> tuple[np.ndarray, bool]:
         """Draft for the requests of a batch that have sampled in this step.
 
         Args:
@@ -200,32 +211,32 @@ class V2Adapter(Adapter):
             num_drafts, sample: see :meth:`Drafter.draft`.
 
         Returns:
-            Places in the batch, and their [places, num_drafts] int64; None where nothing could be drafted.
+            Places in the batch, and whether there are drafts of these.
         """
         num_tokens = self.num_tokens[slots]
         places = np.flatnonzero(
             self.asked[slots] & ~self.failed[slots] & (num_tokens >= self.req_states.prefill_len.np[slots])
         )
         if not len(places):
-            return places, None
+            return places, False
         try:
             layout = self._draft_layout(places, slots[places].astype(np.int64))
             batch = GuidedBatch(
                 layout=layout,
                 num_tokens=num_tokens[places] + 1,
                 exact=False,
-                positions=self.req_states.total_len.gpu[layout.row_slots].long() - 1,
+                positions=self.req_states.total_len.gpu[layout.row_slots] - 1,
                 token_ids=last_sampled[layout.row_slots],
                 output_ids=self._output_ids,
             )
             assert self.drafter is not None  # the speculator is ours
-            drafts = self.drafter.draft(batch, num_drafts, sample)
+            found = self.drafter.draft(batch, num_drafts, sample)
         except Exception:
             logger.exception("The reward model could not draft in a step.")
-            drafts = None
-        self.guidance.stats.drafted_tokens += 0 if drafts is None else drafts.numel()
-        self.guidance.stats.steps_without_drafts += drafts is None
-        return places, drafts
+            found = False
+        self.guidance.stats.drafted_tokens += found * len(places) * num_drafts
+        self.guidance.stats.steps_without_drafts += not found
+        return places, found
 
     def _draft_layout(self, places: np.ndarray, slots: np.ndarray) -> Layout:
         if self.last_drafted is not None:
@@ -263,12 +274,18 @@ class V2Adapter(Adapter):
             rows, row_slots = to_device(guided, device, torch.int64), to_device(slots, device, torch.int64)
             self.last = guided, Layout(slots, rows, row_slots)
             return self.last[1]
+        most = self.guidance.max_rows_per_request
+        if num_rows == most * len(slots) and len(slots) == len(ctx.idx_mapping_np):
+            if self.last_full is None or not np.array_equal(self.last_full.slots, slots):
+                row_slots = to_device(slots.repeat(most), device, torch.int64)
+                last_rows = to_device(np.arange(most - 1, num_rows, most), device, torch.int64)
+                self.last_full = Layout(slots, torch.arange(num_rows, device=device), row_slots, last_rows)
+            return self.last_full
         # Which rows are whose is known on the device. Guided ones first; the others among these are left alone.
         guided_slot = np.full(self.req_states.max_num_reqs, self.guidance.no_slot, np.int64)
         guided_slot[slots] = slots
         row_slots = to_device(guided_slot, device, torch.int64)[ctx.expanded_idx_mapping]
-        most = min(num_rows, len(slots) * self.guidance.max_rows_per_request)
-        rows = (row_slots == self.guidance.no_slot).int().argsort(stable=True)[:most]
+        rows = (row_slots == self.guidance.no_slot).int().argsort(stable=True)[: most * len(slots)]
         return Layout(slots, rows, row_slots[rows])
 
     def _output_ids(self, slot: int) -> list[int]:

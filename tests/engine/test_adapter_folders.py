@@ -1,0 +1,165 @@
+"""A PEFT folder as the reward model, over the served model and over another; adapters that are refused; and a quantized
+model that guides itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests import oracle
+from tests.engine.test_engine import GREEDY, PROMPTS
+from tests.engine.test_shared_weights import ATTENTION, MLP, TEXTS
+from tests.support.engine import PLUGIN, Engine, guided, running_guidance
+from tests.support.fixtures import Models
+from tests.support.models import make_adapter
+
+CASES = [
+    {"reference": "base"},
+    {"reference": "neutral", "preference": TEXTS[0]},
+    {"reference": "base", "preference": TEXTS, "preference_weights": [1.0, -0.5]},
+    {"reference": "none", "preference": TEXTS[1], "beta": 0.7},
+]
+
+
+def start(models: Models, runner: str = "v1", model=None, **pad) -> Engine:
+    return Engine(runner, model or models.base, logits_processors=PLUGIN, additional_config={"pad": pad})
+
+
+def check_cases(engine: Engine, reward, models: Models, encode, compose) -> None:
+    """Against the oracle with the adapter merged."""
+    prompts = [encode(text) for text in PROMPTS[: len(CASES)]]
+    rules = [{"top_k": 10, "beta": 1.0} | case for case in CASES]
+    expected = []
+    for prompt, rule in zip(prompts, rules, strict=True):
+        settings = {key: value for key, value in rule.items() if not key.startswith("preference")}
+        texts = rule.get("preference") or []
+        expected.append(
+            oracle.generate(
+                models.base_model,
+                prompt,
+                32,
+                reward=reward,
+                reward_prompt_ids=[compose(prompt, t) for t in ([texts] if isinstance(texts, str) else texts)] or None,
+                weights=rule.get("preference_weights"),
+                **settings,
+            )
+        )
+    assert engine.generate(prompts, [GREEDY | {"max_tokens": 32} | guided(**rule) for rule in rules]) == expected
+
+
+@pytest.mark.every_release
+def test_over_the_served_model_it_shares_the_weights(models, encode, compose, runner, tmp_path):
+    """The neutral context is read through it too: it is the reward model."""
+    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=ATTENTION + MLP)
+    engine = start(models, runner, reward_model=str(tmp_path / "own"))
+    try:
+        check_cases(engine, merged, models, encode, compose)
+        assert engine.call(num_own_parameters) == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("brings_a_head", [False, True])
+def test_over_another_model_it_is_merged(brings_a_head, models, encode, compose, tmp_path):
+    """What its configuration names; or what the server's does."""
+    full = {"modules_to_save": ["lm_head"]} if brings_a_head else {}
+    merged = make_adapter(tmp_path / "own", models.reward, seed=22, rank=4, targets=[*ATTENTION, "up_proj"], **full)
+    named = {}
+    if brings_a_head:  # and was moved
+        file = tmp_path / "own" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+        named = {"adapter_base": str(models.reward)}
+        with pytest.raises(ValueError, match=r"does not say which model it was made for.*pad.adapter_base"):
+            start(models, reward_model=str(tmp_path / "own"))
+    engine = start(models, reward_model=str(tmp_path / "own"), **named)
+    try:
+        check_cases(engine, merged, models, encode, compose)
+        assert engine.call(num_own_parameters) > 0
+    finally:
+        engine.close()
+
+
+def num_own_parameters(llm) -> int:
+    return len(running_guidance(llm).loaded.own_parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"use_dora": True}, "vLLM does not yet support DoRA"),
+        ({"r": 1024}, "LoRA rank 1024 is greater than max_lora_rank 512"),
+        ({"peft_type": "IA3"}, "a PEFT adapter of the type IA3"),
+        ({"targets": ["lm_head"]}, "it changes lm_head: the output head"),
+        ({"hidden_size": 96}, r"it changes model.layers.0.self_attn.q_proj as a matrix of \[96, 96\], and here it is"),
+        ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is none of"),
+        ({"remove": "adapter_model.safetensors"}, "no weights in it"),
+        ({"remove": "adapter_config.json"}, "no adapter_config.json in it"),
+    ],
+)
+def test_what_cannot_be_an_adapter_stops_the_start(how, message, models, tmp_path):
+    from tests.support.models import make_model
+
+    how = dict(how)
+    base, targets, removed = models.base, how.pop("targets", ["q_proj"]), how.pop("remove", None)
+    if how.keys() & {"hidden_size", "num_hidden_layers"}:
+        base = make_model(tmp_path / "base", seed=5, **how)
+        how = {}
+    make_adapter(tmp_path / "adapter", base, seed=1, rank=2, targets=targets)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | how))
+    if removed:
+        (tmp_path / "adapter" / removed).unlink()
+    with pytest.raises(ValueError, match=r"pad.adapters\['mine'\]=.*" + message):
+        start(models, reward_model="base", adapters={"mine": str(tmp_path / "adapter")})
+
+
+def test_a_quantized_model_guides_itself(models, encode, compose, tmp_path):
+    """In int8. At beta 1 and with the whole vocabulary for candidates its answer is what it says itself with the
+    preference in its prompt."""
+    engine = start(models, model=make_int8(tmp_path / "int8", models.base), reward_model="base", max_top_k=512)
+    try:
+        prompts = [encode(text) for text in PROMPTS[:4]]
+        composed = [compose(prompt, TEXTS[0]) for prompt in prompts]
+        asked = GREEDY | {"max_tokens": 32} | guided(preference=TEXTS[0], top_k=512, reference="neutral")
+        expected = engine.generate(composed, GREEDY | {"max_tokens": 32})
+        assert engine.generate(prompts, asked) == expected
+        assert engine.generate(prompts, GREEDY | {"max_tokens": 32}) != expected
+    finally:
+        engine.close()
+
+
+def make_int8(path, base):
+    """The model with its linear layers in int8, by the format of compressed-tensors."""
+    shutil.copytree(base, path)
+    linear = {
+        n for n, m in AutoModelForCausalLM.from_pretrained(base).named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    tensors = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if name.removesuffix(".weight") in linear - {"lm_head"}:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors[name], tensors[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme | {"strategy": "channel", "dynamic": False},
+        "input_activations": scheme | {"strategy": "token", "dynamic": True},
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return path

@@ -1,0 +1,92 @@
+"""The kernels of drafting against PyTorch: a draft and what it was drawn from, and the rows of a decode step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.engine import Worker, set_environment
+
+pytestmark = pytest.mark.slow
+
+NUM_SLOTS, NUM_STEPS, V, PLACES = 5, 3, 40, 8
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    worker = Worker("v2")
+    worker.run(set_environment, "v2")
+    yield worker
+    worker.close()
+
+
+def draw(rounds: list[tuple], with_base_ids: bool, keep: bool) -> list[tuple]:
+    """Draft after draft of rows; what each draws, and ``draft_logits`` after it."""
+    from pad_vllm.worker.adapters.draft_kernel import DraftBuffers
+    from pad_vllm.worker.drafter import Proposals
+
+    buffers = DraftBuffers(torch.full((NUM_SLOTS, NUM_STEPS, V), float("-inf")), PLACES, use_fp64=False)
+    base_ids = torch.arange(V).flip(0) if with_base_ids else None
+    temperature, seeds = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0]), torch.arange(NUM_SLOTS) + 7
+    results = []
+    for step, values, ids, top_k, scale, slots, places in rounds:
+        drafts = torch.zeros(NUM_SLOTS, NUM_STEPS, dtype=torch.int64)
+        proposals = Proposals(values, ids, base_ids, top_k, scale, slots, places)
+        tokens = buffers.draw(step, proposals, torch.arange(len(slots)), temperature, seeds, drafts, places, keep)
+        results.append((tokens, drafts, buffers.draft_logits.clone()))
+    return results
+
+
+@pytest.mark.parametrize(("with_base_ids", "keep"), [(False, True), (True, True), (False, False)])
+def test_a_draft_is_drawn_from_what_is_kept(interpreter, with_base_ids, keep):
+    """A row's own k of K, of slots that were drafted for before; K is no power of 2, and other rows are untouched."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = []
+    for step, num_places, slots in ((0, 5, [3, 1, 4]), (2, 3, [1, 0]), (0, 8, [4, 1]), (0, 1, [3])):
+        values = torch.randn(len(slots), num_places, generator=generator).sort(descending=True).values
+        ids = torch.stack([torch.randperm(V, generator=generator)[:num_places] for _ in slots])
+        top_k = torch.tensor([0, 2, 4][: len(slots)])
+        scale = torch.tensor([1.0, 0.5, 3.0][: len(slots)])
+        rounds.append((step, values, ids, top_k, scale, torch.tensor(slots), torch.arange(len(slots)).flip(0)))
+    expected = torch.full((NUM_SLOTS, NUM_STEPS, V), float("-inf"))
+    for each, result in zip(rounds, interpreter.run(draw, rounds, with_base_ids, keep), strict=True):
+        (step, values, ids, top_k, scale, slots, places), (tokens, drafts, draft_logits) = each, result
+        ids = V - 1 - ids if with_base_ids else ids
+        is_there = (torch.arange(values.shape[1]) < top_k.unsqueeze(1)) | (top_k == 0).unsqueeze(1)
+        for row, slot in enumerate(slots.tolist()):
+            own = ids[row][is_there[row]]
+            if keep:
+                expected[slot, step] = float("-inf")
+                expected[slot, step, own] = values[row][is_there[row]] * scale[row]
+            assert tokens[row] in own
+            if slot in (0, 3):
+                assert tokens[row] == ids[row, 0]  # greedy
+        torch.testing.assert_close(draft_logits, expected)
+        assert drafts[places, step].tolist() == tokens.tolist()
+
+
+def write(row_slots, positions, token_ids, table, block_size, copies_table, num_rows: int) -> tuple[torch.Tensor, ...]:
+    from pad_vllm.reward.row_kernel import write_rows
+
+    dtypes = torch.int32, torch.int64, torch.int64, torch.int32
+    out = tuple(torch.full((num_rows,), -1, dtype=dtype) for dtype in dtypes)
+    out += (torch.full((num_rows, table.shape[1]), -1, dtype=torch.int32),)
+    write_rows(row_slots, positions, token_ids, table, block_size, copies_table, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("copies_table", [True, False])
+def test_rows_of_a_step(interpreter, dtype, copies_table):
+    """More rows than a program has, and more blocks; what is behind the rows is untouched."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows, block_size, table = 70, 16, torch.randint(1, 999, (9, 67), dtype=torch.int32, generator=generator)
+    row_slots = torch.randint(0, 9, (num_rows,), generator=generator)
+    positions = torch.randint(0, 67 * block_size, (num_rows,), generator=generator)
+    token_ids = torch.randint(0, 999, (num_rows,), dtype=dtype, generator=generator)
+    out = interpreter.run(write, row_slots, positions, token_ids, table, block_size, copies_table, num_rows + 3)
+    slots = table[row_slots, positions // block_size].long() * block_size + positions % block_size
+    expected = token_ids, positions, slots, positions + 1, table[row_slots] if copies_table else torch.tensor([-1])
+    for written, wanted in zip(out, expected, strict=True):
+        assert (written[:num_rows] == wanted).all()
+        assert (written[num_rows:] == -1).all()
