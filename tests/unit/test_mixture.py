@@ -98,7 +98,6 @@ def test_the_command_finds_a_mixture_again(models, adapters, merged, tmp_path, c
     out = capsys.readouterr().out
     persona = json.loads(out.splitlines()[-1])
     found = dict(zip(persona["ada"]["pad_adapter"], persona["ada"]["pad_preference_weights"], strict=True))
-    print(out)
     assert list(found)[:2] == ["warm", "dry"]
     assert found["dry"] / found["warm"] == pytest.approx(-0.5, abs=0.15)
     assert abs(found.get("odd", 0)) < 0.15 * found["warm"]
