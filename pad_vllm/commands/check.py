@@ -16,9 +16,10 @@ from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.reading import read_json
+from pad_vllm.reward.source import SERVED
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def print_report(
     if config is not None and (read := report.line("configuration", lambda: read_pad_config(config))):
         report.line("reward model", lambda: check_files(read))
         if model is not None:
-            report.line("base model", lambda: check_base(read, model, max_model_len, engine_args or {}))
+            report.line("base model", lambda: check_base(config, model, max_model_len, engine_args or {}))
     return report.status
 
 
@@ -124,21 +125,22 @@ def describe_runner() -> str:
     return "V2, unless the engine asks for something that V2 does not support yet (vLLM's log then names it)"
 
 
-def read_pad_config(config: str) -> PADConfig:
+def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
+    """Of a server of ``base``, where it is known: the reward model may be that."""
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
             pad = read_json(config)
         except ValueError as error:
             raise ValueError(f"{shown(config)} is not JSON: {error}") from None
-    read = PADConfig.from_additional_config({"pad": pad})
+    read = PADConfig.from_additional_config({"pad": pad}, base)
     if read is None:
         raise ValueError("empty: pad would not be active")
     return read
 
 
 def describe_config(config: PADConfig) -> str:
-    apart = ("personas", "prompt_template", "reference", "why_reference")
+    apart = ("personas", "prompt_template", "reference", "why_reference", "source")
     given = {k: v for k, v in asdict(config).items() if v is not None and k not in apart}
     given["reference"] = f"{config.reference} ({config.why_reference})"
     personas = "".join(
@@ -155,22 +157,29 @@ def check_files(config: PADConfig) -> str:
     from pad_vllm.reward.kind import check_causal_lm
     from pad_vllm.worker.compatibility import check_fit
 
-    check_causal_lm(config.reward_model, config.revision)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    source = config.source
+    if source.model == SERVED:
+        return "the served model itself, of which --model says more"
+    check_causal_lm(source.model, source.model_revision)
+    named = f"pad.reward_model={config.reward_model!r}" + (f", made for {source.model!r}," if source.is_adapter else "")
+    where = {"revision": source.model_revision, "trust_remote_code": config.trust_remote_code}
     try:
-        model_config = AutoConfig.from_pretrained(config.reward_model, **where).get_text_config()
-        AutoTokenizer.from_pretrained(config.reward_model, **where)
+        model_config = AutoConfig.from_pretrained(source.model, **where).get_text_config()
+        tokenizer, revision = source.tokenizer
+        AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_line(error)}") from None
-    check_weights_are_there(config.reward_model)
+        raise ValueError(f"{named} cannot be read: {one_line(error)}") from None
+    for folder in {config.reward_model, source.model}:
+        check_weights_are_there(folder)
     try:
-        alone = engine_config(config.reward_model, where)
+        alone = engine_config(source.model, where)
     except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from None
+        raise ValueError(f"{named} cannot be loaded: {one_line(error)}") from None
     alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
     fits = check_fit(config, alone)
     heads = ", ".join(fits.head_names) or "none"
-    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
+    kind = f"an adapter for {source.model}: " if source.is_adapter else ""
+    return f"{kind}{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
 
 
 def check_weights_are_there(reward_model: str) -> None:
@@ -186,7 +195,7 @@ def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
         return EngineArgs(model=model, **arguments).create_engine_config()
 
 
-def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
+def check_base(config: str, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
     """What the start of an engine would check before it loads weights, by the same function."""
     from pad_vllm.worker.compatibility import check_fit
     from pad_vllm.worker.engine_checks import check_engine
@@ -197,10 +206,12 @@ def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_
     except Exception as error:
         raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
     check_engine(engine, engine.use_v2_model_runner)
-    fits = check_fit(config, engine)
+    read = read_pad_config(config, engine.model_config)
+    fits = check_fit(read, engine)
     example = fits.example()
+    shares = "the reward model shares its weights; " if read.source.is_served else ""
     return (
-        f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
+        f"{Path(model).name}: {shares}{fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "
         f"{fits.max_preference_tokens:,}"
         + (f"; a guided request has {fits.shortage:,} less, and its preference's" if fits.shortage else "")
