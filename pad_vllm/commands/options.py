@@ -12,6 +12,9 @@ from pad_vllm.reading import read_json
 def assignments(option: str, values: Sequence[str]) -> dict[str, str]:
     if strange := [value for value in values if "=" not in value]:
         raise ValueError(f"{option}: {strange[0]!r}: expected NAME=VALUE")
+    names = [value.partition("=")[0] for value in values]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"{option}: {twice!r} is given twice")
     return dict(value.split("=", 1) for value in values)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pad_vllm.cli import main
+from pad_vllm.commands.options import assignments
 from pad_vllm.config import PADConfig
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import encode, read_comparisons
@@ -131,5 +132,7 @@ def test_what_cannot_be_weighed(models, adapters, tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             fit_adapters(str(models.base), data, {"x": str(path)})
+    with pytest.raises(ValueError, match="--adapters: 'x' is given twice"):
+        assignments("--adapters", ["x=a", "y=b", "x=c"])
     with pytest.raises(ValueError, match="nothing is served here"):
         fit_adapters("base", data, adapters)
