@@ -18,7 +18,7 @@ from pad_vllm.errors import one_line
 from pad_vllm.reading import read_json
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +54,19 @@ def print_report(
     report.line("internals", check_internals)
     report.line("device", describe_device)
     report.line("runner", describe_runner)
-    if config is not None and (read := report.line("configuration", lambda: read_pad_config(config))):
+    if config is None:
+        return report.status
+    engine: VllmConfig | ValueError | None = None
+    if model is not None:
+        try:
+            engine = base_engine(model, max_model_len, engine_args or {})
+        except ValueError as error:
+            engine = error
+    base = None if engine is None or isinstance(engine, ValueError) else engine.model_config
+    if read := report.line("configuration", lambda: read_pad_config(config, base)):
         report.line("reward model", lambda: check_files(read))
-        if model is not None:
-            report.line("base model", lambda: check_base(read, model, max_model_len, engine_args or {}))
+        if engine is not None:
+            report.line("base model", lambda: check_base(read, engine))
     return report.status
 
 
@@ -124,22 +133,22 @@ def describe_runner() -> str:
     return "V2, unless the engine asks for something that V2 does not support yet (vLLM's log then names it)"
 
 
-def read_pad_config(config: str) -> PADConfig:
+def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
             pad = read_json(config)
         except ValueError as error:
             raise ValueError(f"{shown(config)} is not JSON: {error}") from None
-    read = PADConfig.from_additional_config({"pad": pad})
+    read = PADConfig.from_additional_config({"pad": pad}, base)
     if read is None:
         raise ValueError("empty: pad would not be active")
     return read
 
 
 def describe_config(config: PADConfig) -> str:
-    apart = ("personas", "prompt_template", "reference", "why_reference")
-    given = {k: v for k, v in asdict(config).items() if v is not None and k not in apart}
+    apart = ("personas", "prompt_template", "reference", "why_reference", "source")
+    given = {k: v for k, v in asdict(config).items() if v not in (None, {}) and k not in apart}
     given["reference"] = f"{config.reference} ({config.why_reference})"
     personas = "".join(
         f"\n          persona {name!r}: {', '.join(f'{k}={v!r}' for k, v in persona.extra_args().items())}"
@@ -149,28 +158,35 @@ def describe_config(config: PADConfig) -> str:
 
 
 def check_files(config: PADConfig) -> str:
-    """The reward model as it would stand beside a base model of its own kind; no weights are loaded."""
+    """The reward model and its adapters, as they would stand beside a base model of its own kind; loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     from pad_vllm.reward.kind import check_causal_lm
-    from pad_vllm.worker.compatibility import check_fit
+    from pad_vllm.worker.compatibility import check_fit, read_weights
 
-    check_causal_lm(config.reward_model, config.revision)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    source, named = config.source, f"; adapters: {', '.join(config.adapters)}" if config.adapters else ""
+    if source.is_served:
+        read_weights(config)
+        own = f", through the adapter {config.reward_model}" if source.is_adapter else ""
+        return f"the served model itself{own}{named}"
+    check_causal_lm(source.model, source.model_revision)
+    where = {"revision": source.model_revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer, revision = source.tokenizer
     try:
-        model_config = AutoConfig.from_pretrained(config.reward_model, **where).get_text_config()
-        AutoTokenizer.from_pretrained(config.reward_model, **where)
+        model_config = AutoConfig.from_pretrained(source.model, **where).get_text_config()
+        AutoTokenizer.from_pretrained(tokenizer, **where | {"revision": revision})
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_line(error)}") from None
-    check_weights_are_there(config.reward_model)
+    check_weights_are_there(source.model)
     try:
-        alone = engine_config(config.reward_model, where)
+        alone = engine_config(source.model, where | {"tokenizer": tokenizer})
     except Exception as error:
         raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from None
     alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
     fits = check_fit(config, alone)
     heads = ", ".join(fits.head_names) or "none"
-    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
+    merged = f"; the adapter merged into {source.model}" if source.is_adapter else ""
+    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}{merged}{named}"
 
 
 def check_weights_are_there(reward_model: str) -> None:
@@ -186,16 +202,23 @@ def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
         return EngineArgs(model=model, **arguments).create_engine_config()
 
 
-def check_base(config: PADConfig, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
+def base_engine(model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> VllmConfig:
+    """Of an engine that serves a model. Raises ValueError where there is none."""
+    arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
+    try:
+        return engine_config(model, arguments)
+    except Exception as error:
+        raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
+
+
+def check_base(config: PADConfig, engine: VllmConfig | ValueError) -> str:
     """What the start of an engine would check before it loads weights, by the same function."""
     from pad_vllm.worker.compatibility import check_fit
     from pad_vllm.worker.engine_checks import check_engine
 
-    arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
-    try:
-        engine = engine_config(model, arguments)
-    except Exception as error:
-        raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
+    if isinstance(engine, ValueError):
+        raise engine
+    model = engine.model_config.model
     check_engine(engine, engine.use_v2_model_runner)
     fits = check_fit(config, engine)
     example = fits.example()

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from pad_vllm import internals, releases
 from pad_vllm.cli import main
 from pad_vllm.commands.check import print_report
-from tests.support.models import make_model
+from tests.support.models import make_adapter, make_model
 from tests.support.tokenizers import CHATML, TURNS, make
 
 pytestmark = pytest.mark.every_release
@@ -83,6 +83,17 @@ def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
 
 
 @pytest.mark.one_release
+def test_the_served_model_and_its_adapters_are_shown(models, tmp_path, capsys):
+    """With what serves it, and without."""
+    make_adapter(tmp_path / "mine", models.base, seed=1, rank=2, targets=["q_proj"])
+    pad = {"reward_model": "base", "adapters": {"mine": str(tmp_path / "mine")}}
+    for model in (None, str(models.base)):
+        assert print_report(json.dumps(pad), model, 256) == 0
+        printed = capsys.readouterr().out
+        assert "reward model: the served model itself; adapters: mine" in printed
+    assert "base model: base: same tokens" in printed
+
+
 def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path, capsys):
     config = AutoConfig.for_model("jamba", architectures=["JambaForCausalLM"], vocab_size=512, eos_token_id=1)
     config.save_pretrained(tmp_path)
