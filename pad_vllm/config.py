@@ -146,7 +146,9 @@ class PADConfig:
             raise ValueError("pad.reward_model is missing: give the path or hub id of the reward model")
         given = {key: value for key, value in pad.items() if value is not None}
         source = cls._source(given, base)
-        path = None if source is None else locate_defaults(source.reward_model, source.revision)
+        path = None
+        if source is not None and source.reward_model != SERVED:  # which is no name of a hub's
+            path = locate_defaults(source.reward_model, source.revision)
         defaults = {key: value for key, value in read_defaults(path).items() if key not in pad} if path else {}
         try:
             config = cls(**defaults, **given)
@@ -158,7 +160,7 @@ class PADConfig:
             raise
         if "reference" in defaults:
             object.__setattr__(config, "why_reference", f"{DEFAULTS_FILE} says so")
-        elif "reference" not in given:
+        elif "reference" not in given and source.model != SERVED:
             config._choose_reference(path)
         return config
 

@@ -16,6 +16,7 @@ from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.reading import read_json
+from pad_vllm.reward.source import SERVED
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -134,6 +135,7 @@ def describe_runner() -> str:
 
 
 def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
+    """Of a server of ``base``, where it is known: the reward model may be that."""
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
@@ -164,29 +166,32 @@ def check_files(config: PADConfig) -> str:
     from pad_vllm.reward.kind import check_causal_lm
     from pad_vllm.worker.compatibility import check_fit, read_weights
 
-    source, named = config.source, f"; adapters: {', '.join(config.adapters)}" if config.adapters else ""
+    source, adapters = config.source, f"; adapters: {', '.join(config.adapters)}" if config.adapters else ""
     if source.is_served:
         read_weights(config)
         own = f", through the adapter {config.reward_model}" if source.is_adapter else ""
-        return f"the served model itself{own}{named}"
+        more = ", of which --model says more" if source.model == SERVED else ""
+        return f"the served model itself{own}{adapters}{more}"
     check_causal_lm(source.model, source.model_revision)
+    named = f"pad.reward_model={config.reward_model!r}" + (f", made for {source.model!r}," if source.is_adapter else "")
     where = {"revision": source.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer, revision = source.tokenizer
     try:
         model_config = AutoConfig.from_pretrained(source.model, **where).get_text_config()
         AutoTokenizer.from_pretrained(tokenizer, **where | {"revision": revision})
     except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be read: {one_line(error)}") from None
-    check_weights_are_there(source.model)
+        raise ValueError(f"{named} cannot be read: {one_line(error)}") from None
+    for folder in {config.reward_model, source.model}:
+        check_weights_are_there(folder)
     try:
         alone = engine_config(source.model, where | {"tokenizer": tokenizer})
     except Exception as error:
-        raise ValueError(f"pad.reward_model={config.reward_model!r} cannot be loaded: {one_line(error)}") from None
+        raise ValueError(f"{named} cannot be loaded: {one_line(error)}") from None
     alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
     fits = check_fit(config, alone)
     heads = ", ".join(fits.head_names) or "none"
-    merged = f"; the adapter merged into {source.model}" if source.is_adapter else ""
-    return f"{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}{merged}{named}"
+    kind = f"an adapter for {source.model}: " if source.is_adapter else ""
+    return f"{kind}{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}{adapters}"
 
 
 def check_weights_are_there(reward_model: str) -> None:
@@ -222,8 +227,9 @@ def check_base(config: PADConfig, engine: VllmConfig | ValueError) -> str:
     check_engine(engine, engine.use_v2_model_runner)
     fits = check_fit(config, engine)
     example = fits.example()
+    shares = "the reward model shares its weights; " if config.source.is_served else ""
     return (
-        f"{Path(model).name}: {fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
+        f"{Path(model).name}: {shares}{fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "
         f"{fits.max_preference_tokens:,}"
         + (f"; a guided request has {fits.shortage:,} less, and its preference's" if fits.shortage else "")

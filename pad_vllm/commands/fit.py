@@ -13,10 +13,20 @@ from pad_vllm.params import MAX_PREFERENCES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="the user's comparisons, 20 to 100: as for train")
     parser.add_argument(
-        "--reward-model", required=True, help="folder of a reward model, with heads or with --attributes"
+        "--reward-model",
+        required=True,
+        help="folder of a reward model with heads, or with --attributes; or the model that --adapters are for",
     )
-    parser.add_argument(
+    basis = parser.add_mutually_exclusive_group()
+    basis.add_argument(
         "--attributes", metavar="FILE", help="weights over these texts, a JSON or YAML list, and not over heads"
+    )
+    basis.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        default=[],
+        help="weights over these LoRA adapters, named as in the server's configuration, and not over heads",
     )
     parser.add_argument("--heads", help="file of heads, where it is not beside the model")
     parser.add_argument("--name", default="new-user", help="of the persona (default %(default)s)")
@@ -26,29 +36,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
 
 
-def run(name, columns, prompt_template, attributes, **settings) -> int:
+def run(name, columns, prompt_template, attributes, adapters, **settings) -> int:
     from pad_vllm.training.fit import fit
+    from pad_vllm.training.mixture import fit_adapters, mixture_of
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
     settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
-    found = fit(**settings) if attributes is None else fit_sliders(**settings, attributes=attributes)
+    if adapters:
+        what, found = "adapters", fit_adapters(**settings, adapters=assignments("--adapters", adapters))
+    elif attributes is not None:
+        what, found = "attributes", fit_sliders(**settings, attributes=attributes)
+    else:
+        what, found = "heads", fit(**settings)
     print(
         f"{found.num_comparisons} comparisons: the weights say which answer was chosen in {found.accuracy:.0%}, in "
         f"{found.held_out_accuracy:.0%} of those left out of the fit in turn."
     )
     if found.held_out_accuracy < 0.5 + 1 / found.num_comparisons**0.5:  # two standard errors of a coin
-        what = "heads" if attributes is None else "attributes"
         print(f"A coin might do as well: these {what} say little of this user, or there are too few comparisons.")
     persona: dict[str, Any]
-    if attributes is None:
+    if what == "heads":
         persona = {"pad_weights": found.weights}
         print("  ".join(f"{head} {weight:+g}" for head, weight in zip(found.names, found.weights, strict=True)))
     else:
         sliders = sliders_of(found)
-        persona = persona_of(sliders)
+        persona = mixture_of(sliders) if adapters else persona_of(sliders)
         if num_left_out := len(found.names) - len(sliders):
             why = f"at most {MAX_PREFERENCES} are served" if len(found.names) > MAX_PREFERENCES else "their weight is 0"
-            print(f"{num_left_out} of {len(found.names)} attributes are left out: {why}.")
+            print(f"{num_left_out} of {len(found.names)} {what} are left out: {why}.")
         print("\n".join(f"{weight:+.2f}  {text}" for text, weight in sliders.items()))
     print(f"For the server's personas:\n{json.dumps({name: persona})}")
     return 0

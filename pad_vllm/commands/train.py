@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-answer", type=int, help="an answer's first tokens to learn from (default: all)")
     parser.add_argument(
-        "--lora-rank", type=int, default=0, help="train a LoRA, merged at the end (default: all weights)"
+        "--lora-rank", type=int, default=0, help="train a LoRA, which is then the reward model (default: all weights)"
     )
-    parser.add_argument("--adapter", help="go on with the LoRA in this folder, such as adapter/ of an earlier run")
+    parser.add_argument("--adapter", help="go on with the LoRA in this folder, such as an earlier run's output")
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
     parser.add_argument(
         "--trainer", nargs="+", metavar="NAME=JSON", default=[], help="of transformers' TrainingArguments"

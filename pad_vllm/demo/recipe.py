@@ -234,7 +234,7 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
         own.mkdir(parents=True, exist_ok=True)
         answers = sample(own, base, reward, recipe, number)
         reward = _learn(own, base, adapter, answers, recipe, number)
-        adapter = reward / "adapter"
+        adapter = reward
     return reward
 
 
@@ -290,9 +290,9 @@ def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     ]
     reward = _round_folder(folder, len(recipe.rounds) - 1) / "reward"
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half() for name, tensor in load_file(reward / "adapter" / ADAPTER_WEIGHTS.name).items()}
+    weights = {name: tensor.half() for name, tensor in load_file(reward / ADAPTER_WEIGHTS.name).items()}
     save_file(weights, target / ADAPTER_WEIGHTS.name, {"format": "pt"})
-    settings = json.loads((reward / "adapter" / ADAPTER_SETTINGS.name).read_text())
+    settings = json.loads((reward / ADAPTER_SETTINGS.name).read_text())
     kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])
     (target / ADAPTER_SETTINGS.name).write_text(json.dumps(kept, indent=1) + "\n")

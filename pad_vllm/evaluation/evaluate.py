@@ -34,6 +34,7 @@ from pad_vllm.evaluation.methods import (
     load_scorer,
 )
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
+from pad_vllm.reward.source import Source
 from pad_vllm.training.data import Example, prompt_ids
 from pad_vllm.training.records import json_lines
 from pad_vllm.training.train import another_tokenizer
@@ -126,7 +127,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     cells = cells_of(config)
     found = _answer(config, models, cells)
     model = config.reference or config.base
-    reference, reads = load_scorer(model), another_tokenizer(model, models.tokenizer) or models.tokenizer
+    reference = load_scorer("reference", Source(model, model, None))
+    reads = another_tokenizer(model, models.tokenizer) or models.tokenizer
     judged: dict[Method, list[dict[str, Any]]] = {}
     for asked, own_answers in found:
         own = [cells[i] for i in asked.indices]

@@ -21,8 +21,10 @@ from pad_vllm.config import PADConfig
 from pad_vllm.evaluation.engine import Answers, Request, generate_batches
 from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
+from pad_vllm.reward.source import Source
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import answer_ids, prompt_ids
+from pad_vllm.training.loading import has_tokenizer, load_merged
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Text, or a chat's messages."""
@@ -45,12 +47,14 @@ class Models:
     Attributes:
         base: path or hub id of the base model.
         pad: the ``pad`` section of an engine's ``additional_config``.
+        source: of the reward model's weights.
         template: of the reward model.
         chat_tokenizer: the one whose chat template the reward model reads.
     """
 
     base: str
     pad: Mapping[str, Any]
+    source: Source
     tokenizer: PreTrainedTokenizerBase
     reward_tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
@@ -64,14 +68,11 @@ class Models:
             ValueError: ``pad`` is malformed.
         """
         config = PADConfig.from_pad(pad)
-        tokenizer, own = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(config.reward_model)
+        source = Source(base, base, None) if config.source.is_served else config.source
+        tokenizer, own = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(source.tokenizer[0])
         chat = tokenizer if same_ordinary_tokens(tokenizer, own) else own
         template = PromptTemplate(own, config.prompt_template, config.insert_after, chat)
-        return cls(base, pad, tokenizer, own, template, chat)
-
-    @property
-    def reward(self) -> str:
-        return self.pad["reward_model"]
+        return cls(base, pad, source, tokenizer, own, template, chat)
 
     def plain(self, prompt: Prompt) -> list[int]:
         """A prompt as the base model reads it."""
@@ -90,18 +91,33 @@ def preference_of(cell: Cell) -> str:
 
 
 class Engine(NamedTuple):
-    """What answers: a model, and the ``pad`` section of its engine. None: without the plugin."""
+    """What answers: a model, and the ``pad`` section of its engine. None: without the plugin. ``adapter``: that is
+    merged into the model."""
 
     model: str
     pad: Mapping[str, Any] | None = None
+    adapter: str | None = None
 
     def generate(self, batches: Mapping[str, Sequence[Request]], **settings: Any) -> dict[str, Answers]:
         """Answers to each batch; see :func:`pad_vllm.evaluation.engine.generate_batches`."""
         plugin: dict[str, Any] = {}
         if self.pad is not None:
             plugin = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "additional_config": {"pad": self.pad}}
-        with _without_heads(self.model) as model:
+        with _merged(self) as merged, _without_heads(merged) as model:
             return generate_batches(model, batches, **settings, **plugin)
+
+
+@contextlib.contextmanager
+def _merged(engine: Engine) -> Iterator[str]:
+    """A folder of the engine's model with the adapter in it."""
+    if engine.adapter is None:
+        yield engine.model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        load_merged("reward_model", engine.adapter, engine.model).save_pretrained(folder)
+        tokenizer = engine.adapter if has_tokenizer(engine.adapter) else engine.model
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+        yield folder
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pad_vllm.evaluation.engine import Answers, Request
 from pad_vllm.evaluation.harness import Cell, Engine, Method, Models, Plan, Prompt, in_tokens_of, preference_of, taken
+from pad_vllm.reward.source import Source
 from pad_vllm.training.data import Example
+from pad_vllm.training.loading import load_source
 from pad_vllm.training.trainer import score_answers
 
 
@@ -189,10 +191,11 @@ def pick_best(
     start = time.perf_counter()
     pairs = [(cell, sample) for cell, own in enumerate(choices) for sample in own]
     rewards = torch.zeros(len(pairs))
-    for path, side, sign in ((models.reward, 0, 1), (models.base, 1, -1)):
+    base = Source(models.base, models.base, None)
+    for key, source, side, sign in (("reward_model", models.source, 0, 1), ("base", base, 1, -1)):
         answers = in_tokens_of(models.reward_tokenizer if sign == 1 else models.tokenizer, samples, models.tokenizer)
         examples = [Example(reads[cell][side], answers[sample]) for cell, sample in pairs]
-        rewards += sign * score_answers(load_scorer(path), examples)
+        rewards += sign * score_answers(load_scorer(key, source), examples)
     own_rewards = rewards.split([len(own) for own in choices])
     best = [own[int(own_reward.argmax())] for own, own_reward in zip(choices, own_rewards, strict=True)]
     return taken(samples, best, samples.seconds + time.perf_counter() - start)
@@ -210,7 +213,9 @@ class RewardModel(Method):
         return models.reward_tokenizer
 
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
-        return [Plan(Engine(models.reward), [Request(models.context(cell)) for cell in cells])]
+        source = models.source
+        engine = Engine(source.model, adapter=source.reward_model if source.is_adapter else None)
+        return [Plan(engine, [Request(models.context(cell)) for cell in cells])]
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ class Tuned(Method):
         return taken(outputs, sorted(range(len(asked)), key=asked.__getitem__), outputs.seconds)
 
 
-def load_scorer(path: str) -> Any:
+def load_scorer(key: str, source: Source) -> Any:
     """A causal language model in transformers, to score answers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(path).eval().to(device)
+    return load_source(key, source).eval().to(device)

@@ -1,4 +1,5 @@
-"""Reward model directories: a plain transformers model, its tokenizer, and ``heads.safetensors`` beside it."""
+"""Reward model directories: a plain transformers model, or a LoRA adapter in PEFT's format; its tokenizer, and
+``heads.safetensors`` beside it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pad_vllm.errors import one_line, writing
 from pad_vllm.reward.folder import DEFAULTS_FILE, read_defaults, write_defaults
 from pad_vllm.reward.heads import RELEASED_HEAD
+from pad_vllm.reward.kind import ADAPTER_CONFIG
+from pad_vllm.reward.source import adapter_config
+from pad_vllm.training.loading import has_tokenizer, load_merged
 
 HEADS_FILE = "heads.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
+BASE_NAME = "base_model_name_or_path"
+"""Key of an adapter's configuration: the model that it was made for."""
 _HEAD_PREFIX = "v_head."
 _BACKBONE_PREFIX = "pretrained_model."
 
@@ -45,23 +52,26 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def export(
     target: str | Path,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Path,
     tokenizer: PreTrainedTokenizerBase,
     heads: Mapping[str, torch.Tensor] | None = None,
     record: Mapping | None = None,
     defaults: Mapping | None = None,
-    adapter: Path | None = None,
 ) -> Path:
     """Write a reward model that the plugin loads.
 
     Args:
+        model: or the folder of a LoRA, which becomes the reward model as it is.
         heads: ``<name>.weight`` and ``<name>.bias``, in the order in which users give their weights.
         record: how it was made, for ``training.json``.
         defaults: how it is to be used, for ``pad.json``.
-        adapter: folder of the LoRA that has been merged into it, kept beside it.
     """
     with whole_folder(Path(target)) as folder:
-        model.save_pretrained(folder)
+        if isinstance(model, Path):
+            for name in ADAPTER_FILES:
+                shutil.copy(model / name, folder / name)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if heads is not None:
             save_heads(folder / HEADS_FILE, heads)
@@ -69,8 +79,6 @@ def export(
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         if defaults is not None:
             write_defaults(folder, defaults)
-        if adapter is not None:
-            shutil.copytree(adapter, folder / adapter.name)
     return Path(target)
 
 
@@ -82,9 +90,10 @@ def save_heads(path: Path, heads: Mapping[str, torch.Tensor]) -> None:
 def convert(source: str | Path, target: str | Path) -> Path:
     """Make a reward model directory of a checkpoint in another layout.
 
-    A model tuned by DPO, or any causal language model, needs nothing: name it as ``reward_model``. This merges a LoRA
-    adapter into its base model, and splits a checkpoint with a value head (the layout of the authors' release, and of
-    TRL's value head models: ``v_head.summary.*`` beside or among the backbone's weights) into backbone and heads.
+    A model tuned by DPO, any causal language model and a LoRA adapter need nothing: name it as ``reward_model``. This
+    merges an adapter into its base model, and splits a checkpoint with a value head (the layout of the authors'
+    release, and of TRL's value head models: ``v_head.summary.*`` beside or among the backbone's weights) into backbone
+    and heads.
 
     Raises:
         ValueError: there is nothing that this can convert.
@@ -96,16 +105,14 @@ def convert(source: str | Path, target: str | Path) -> Path:
     heads = {name: tensor.float() for name, tensor in tensors.items() if name.startswith(_HEAD_PREFIX)}
     if unknown := set(heads) - {f"{RELEASED_HEAD}.weight", f"{RELEASED_HEAD}.bias"}:
         raise ValueError(f"{source}: unknown head tensors {', '.join(sorted(unknown))}")
-    if (source / "adapter_config.json").exists():
-        try:
-            from peft import AutoPeftModelForCausalLM
-        except ImportError:
-            raise ValueError("merging an adapter takes `pip install 'pad-vllm[train]'`") from None
-        try:
-            model = AutoPeftModelForCausalLM.from_pretrained(source).merge_and_unload()
-        except Exception as error:  # of a base model that is not here, or another one
-            raise ValueError(f"{source}: the adapter cannot be merged: {one_line(error)}") from error
-        tokenizer = _tokenizer(source, model.config.name_or_path)
+    if (source / ADAPTER_CONFIG).exists():
+        base = adapter_config(str(source)).get(BASE_NAME)
+        if not isinstance(base, str):
+            raise ValueError(f"{source}: its {ADAPTER_CONFIG} does not say which model it was made for ({BASE_NAME})")
+        model = load_merged("source", str(source), base)
+        tokenizer = AutoTokenizer.from_pretrained(source if has_tokenizer(str(source)) else base)
+        if (source / HEADS_FILE).exists():
+            heads = load_file(source / HEADS_FILE)
     elif not (source / "config.json").exists():
         raise ValueError(f"{source}: neither config.json nor adapter_config.json")
     else:
@@ -117,7 +124,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
                 if not name.startswith(_HEAD_PREFIX)
             },
         )
-        tokenizer = _tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     defaults = read_defaults(source / DEFAULTS_FILE) if (source / DEFAULTS_FILE).exists() else None
     return export(target, model, tokenizer, heads or None, defaults=defaults)
 
@@ -140,13 +147,6 @@ def _backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> PreTrainedMo
             f"{source}: the weights do not fit config.json: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
     return model
-
-
-def _tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
-    for source in sources[:-1]:
-        with contextlib.suppress(OSError, ValueError):
-            return AutoTokenizer.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(sources[-1])
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

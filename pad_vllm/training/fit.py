@@ -21,7 +21,7 @@ from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
-from pad_vllm.training.loading import load_causal_lm, load_tokenizer
+from pad_vllm.training.loading import load_source, load_tokenizer
 from pad_vllm.training.trainer import answers_of, score_answers
 
 PENALTIES = tuple(10.0**exponent for exponent in (-3, -2, -1, 0, 1, 2))
@@ -57,7 +57,7 @@ def fit(
     say.
 
     Args:
-        reward_model: folder of a reward model with named heads, as ``pad-vllm train`` writes it.
+        reward_model: folder of a reward model, or of an adapter, with named heads, as ``pad-vllm train`` writes it.
         data: the user's comparisons; see :mod:`pad_vllm.training.data`.
         heads: a file of heads, where it is not beside the model.
         prompt_template, insert_after: where other than the reward model's ``pad.json`` says.
@@ -83,11 +83,11 @@ def load_reward_model(
     reward_model: str, prompt_template: str | None, insert_after: str | None
 ) -> tuple[PreTrainedModel, PromptTemplate]:
     """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_causal_lm("reward_model", reward_model).eval().to(device)
-    tokenizer = load_tokenizer("reward_model", reward_model)
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
     pad = PADConfig.from_pad({key: value for key, value in given.items() if value is not None})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_source("reward_model", pad.source).eval().to(device)
+    tokenizer = load_tokenizer("reward_model", pad.source.tokenizer[0])
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
 
 

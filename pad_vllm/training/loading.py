@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
+
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pad_vllm.errors import one_line
 from pad_vllm.reward.kind import check_causal_lm
+from pad_vllm.reward.source import SERVED, Source
 
 
 def load_causal_lm(key: str, path: str) -> PreTrainedModel:
@@ -16,6 +20,48 @@ def load_causal_lm(key: str, path: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path)
     except Exception as error:  # of a damaged or an incomplete folder: libraries raise what they like
         raise ValueError(f"{key}={path!r} cannot be loaded: {one_line(error)}") from error
+
+
+def load_source(key: str, source: Source) -> PreTrainedModel:
+    """A reward model; one that is an adapter is merged into the model that it was made for.
+
+    Raises:
+        ValueError: it cannot be loaded; or it is the served model, and nothing is served here.
+    """
+    if source.model == SERVED:
+        raise ValueError(f"{key}={SERVED!r}: nothing is served here; give the served model's path or hub id")
+    if not source.is_adapter:
+        return load_causal_lm(key, source.model)
+    return load_merged(key, source.reward_model, source.model)
+
+
+def load_merged(key: str, adapter: str, base: str) -> PreTrainedModel:
+    """The model ``base`` with a PEFT adapter merged into it.
+
+    Raises:
+        ValueError: one of the two cannot be loaded, or they do not fit.
+    """
+    peft, model = import_peft(), load_causal_lm(f"{key}={adapter!r}: its base_model_name_or_path", base)
+    try:
+        num_tokens = len(AutoTokenizer.from_pretrained(adapter)) if has_tokenizer(adapter) else 0
+        if num_tokens > model.get_input_embeddings().weight.shape[0]:  # training added some
+            model.resize_token_embeddings(num_tokens)
+        return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except Exception as error:
+        raise ValueError(f"{key}={adapter!r}: the adapter cannot be merged into {base}: {one_line(error)}") from error
+
+
+def import_peft() -> ModuleType:
+    """Raises ValueError where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("a LoRA takes `pip install 'pad-vllm[train]'`") from None
+    return peft
+
+
+def has_tokenizer(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
 
 
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:

@@ -52,10 +52,10 @@ class TrainingConfig:
         max_answer: tokens of an answer to learn from, the first ones. How an answer is written shows early, and shorter
             answers are more comparisons in the same time. Takes a reference with the model's tokenizer.
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
-        lora_rank: train a LoRA of this rank (takes peft) instead of all weights; merged at the end, and kept beside the
-            model in ``adapter/``. 0: all weights.
-        adapter: go on with the LoRA in this folder (peft's format, as ``adapter/`` of an earlier run is), made for
-            ``model``; it has a rank of its own.
+        lora_rank: train a LoRA of this rank (takes peft) instead of all weights; it is then the reward model, and
+            ``model`` its base. 0: all weights.
+        adapter: go on with the LoRA in this folder (peft's format, as ``output`` of an earlier run is), made for
+            ``model``; it has a rank of its own. Without the stage of the backbone heads are learned over it.
         save_steps: a checkpoint every so many steps, from which a killed run goes on when started again.
     """
 
@@ -106,6 +106,8 @@ def check_settings(config: TrainingConfig) -> None:
     ]:
         raise ValueError(f"trainer: {', '.join(foreign)}: set by another option, or not of TrainingArguments")
     check_training_numbers(config)
+    if config.lora_rank and "backbone" not in (config.stages or STAGES):
+        raise ValueError("lora_rank: a LoRA is trained with the backbone, which is not among the stages")
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
         raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
     if config.adapter is not None:

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from pad_vllm.checks import check_text, shown
 from pad_vllm.config import read_file
 from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import Example, PairExample, read_comparisons
+from pad_vllm.training.data import PairExample, read_comparisons
 from pad_vllm.training.fit import FittedWeights, encode_enough, load_reward_model, regress
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
@@ -68,17 +69,26 @@ def fit_sliders(
             no difference between this user's answers.
     """
     texts = read_attributes(attributes)
-    path = locate_heads(heads, reward_model, None)
     comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
     model, template = load_reward_model(reward_model, prompt_template, insert_after)
     room = max(map(template.num_added_tokens, texts)) + template.num_seam_tokens
     pairs = encode_enough(comparisons, model, template, room)
-    scorer: nn.Module = model
-    if path is not None:
-        value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
-        if value_heads.default_weights is not None:
-            scorer = HeadedModel.of(model, value_heads)
+    scorer = scorer_of(model, reward_model, heads)
     return fit_slider_weights(differentials(scorer, template, pairs, texts), texts, seed)
+
+
+def scorer_of(model: PreTrainedModel, reward_model: str, heads: str | None) -> nn.Module:
+    """A reward model as it scores where no weights are given: with its head, where it has a single one.
+
+    Args:
+        reward_model: the folder that it is from.
+        heads: a file of heads, where it is not beside the model.
+    """
+    path = locate_heads(heads, reward_model, None)
+    if path is None:
+        return model
+    value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
+    return model if value_heads.default_weights is None else HeadedModel.of(model, value_heads)
 
 
 def read_attributes(path: str | Path) -> list[str]:
@@ -112,21 +122,25 @@ def differentials(
         model: a causal language model, or a :class:`HeadedModel` of one head, which applies.
         pairs: read with their plain prompts; the answers end with EOS, whose probability counts.
     """
-    weights = torch.ones(2 * len(pairs), 1) if isinstance(model, HeadedModel) else None
-
-    def margins(examples: Sequence[Example]) -> torch.Tensor:
-        chosen, rejected = score_answers(model, examples, weights).chunk(2)
-        return chosen - rejected
-
-    neutral = margins(answers_of(pairs, ref=True))
+    neutral = margins(model, [pair._replace(prompt=pair.ref_prompt) for pair in pairs])
     columns = []
     for attribute in tqdm(attributes, desc="attributes", disable=None):
         asked = [pair._replace(prompt=template.compose(pair.ref_prompt, attribute)) for pair in pairs]
-        columns.append(margins(answers_of(asked)) - neutral)
+        columns.append(margins(model, asked) - neutral)
     return torch.stack(columns, dim=1)
 
 
-def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], seed: int = 0) -> FittedWeights:
+def margins(model: nn.Module, pairs: Sequence[PairExample]) -> torch.Tensor:
+    """log p(chosen) - log p(rejected) of each pair, (num_pairs,) float32; by a model, or one with a head, which
+    applies."""
+    weights = torch.ones(2 * len(pairs), 1) if isinstance(model, HeadedModel) else None
+    chosen, rejected = score_answers(model, answers_of(pairs), weights).chunk(2)
+    return chosen - rejected
+
+
+def fit_slider_weights(
+    differences: torch.Tensor, attributes: Sequence[str], seed: int = 0, what: str = "attribute"
+) -> FittedWeights:
     """Logistic regression on ``differences`` (num_pairs, num_attributes) in nats, its penalty chosen by
     cross-validation. Of more than :data:`MAX_PREFERENCES` attributes those that move these rewards most are fitted
     again by themselves, in every fold too.
@@ -145,7 +159,7 @@ def fit_slider_weights(differences: torch.Tensor, attributes: Sequence[str], see
     # One scale for all: all are nats, and an attribute that the model hardly reads should stay as small as it is.
     scale = differences.square().mean().sqrt().item()
     if not scale:
-        raise ValueError("no attribute makes a difference between these answers: the reward model does not read them")
+        raise ValueError(f"no {what} makes a difference: to the reward model all these answers are the same with it")
     found = regress(differences / scale, seed, MAX_PREFERENCES)
     together, alone = differences @ found.solution, differences[:, found.solution != 0]
     effect = (together.square().mean() / alone.square().mean(0).max()).sqrt()

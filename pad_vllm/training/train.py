@@ -11,12 +11,13 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,14 +29,14 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.export import export
 from pad_vllm.training.heads import HeadedModel, users_of
-from pad_vllm.training.loading import load_causal_lm, load_tokenizer
+from pad_vllm.training.loading import import_peft, load_causal_lm, load_tokenizer
 from pad_vllm.training.settings import SAVING, STAGES, Stage, TrainingConfig, check_settings
 from pad_vllm.training.trainer import PADTrainer, last_checkpoint, opposites_of, reward_margins, training_arguments
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-ADAPTER = "adapter"
-"""A LoRA by itself, a folder in the reward model's own."""
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
@@ -109,10 +110,17 @@ def _learn(
     """The stages, on ``data`` to train and to measure on, and the reward model written; what was measured."""
     config, dtype, (pairs, eval_pairs) = run.config, model.dtype, data
     metrics: dict[str, Any] = {}
+    trained = _with_lora(model, config) if config.has_lora else model
     if "backbone" in stages:
         if not config.has_lora:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
-        model = run.backbone(model, reference, pairs, eval_pairs)
+        run.backbone(trained, reference, pairs, eval_pairs)
+    adapter = run.work / "adapter"
+    if config.has_lora:
+        _save_lora(trained, adapter, config.model)
+        model = trained.merge_and_unload()
+    model.eval()
+    if "backbone" in stages:
         metrics["backbone"] = measure_ranking(model, None if config.backbone.opposites else reference, eval_pairs)
     heads = None
     if "heads" in stages:
@@ -122,8 +130,7 @@ def _learn(
     record = {"settings": dataclasses.asdict(config), "metrics": metrics, "num_comparisons": len(pairs)}
     defaults = {"prompt_template": config.prompt_template, "insert_after": config.insert_after, "reference": "base"}
     defaults = {key: value for key, value in defaults.items() if value is not None}
-    adapter = run.work / ADAPTER
-    export(config.output, model.to(dtype), tokenizer, heads, record, defaults, adapter if adapter.exists() else None)
+    export(config.output, adapter if config.has_lora else model.to(dtype), tokenizer, heads, record, defaults)
     return metrics
 
 
@@ -175,24 +182,14 @@ class _Run:
 
     def backbone(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         reference: PreTrainedModel,
         pairs: list[PairExample],
         eval_pairs: list[PairExample],
-    ) -> PreTrainedModel:
-        config = self.config
-        trained = _with_lora(model, config) if config.has_lora else model
-        self._train(
-            "backbone",
-            trained,
-            reference,
-            pairs,
-            lambda m: measure_ranking(m, None if config.backbone.opposites else reference, eval_pairs),
-        )
-        if not config.has_lora:
-            return trained.eval()
-        trained.save_pretrained(self.work / ADAPTER)
-        return trained.merge_and_unload().eval()
+    ) -> None:
+        """Train all weights of ``model``, or its LoRA."""
+        held_against = None if self.config.backbone.opposites else reference
+        self._train("backbone", model, reference, pairs, lambda m: measure_ranking(m, held_against, eval_pairs))
 
     def heads(
         self, model: HeadedModel, reference: PreTrainedModel, pairs: list[PairExample], eval_pairs: list[PairExample]
@@ -237,18 +234,22 @@ class _Run:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
 
-def _with_lora(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError:
-        raise ValueError("a LoRA takes `pip install 'pad-vllm[train]'`") from None
+def _with_lora(model: PreTrainedModel, config: TrainingConfig) -> PeftModel:
+    peft = import_peft()
     if config.adapter is not None:
-        return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        return peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
     torch.manual_seed(config.seed)
     rank = config.lora_rank
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+
+
+def _save_lora(model: PeftModel, folder: Path, base: str) -> None:
+    """The adapter, which names its base so that it is found from everywhere: by hub id, or by the whole path."""
+    (config,) = model.peft_config.values()
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    model.save_pretrained(str(folder))
 
 
 def _begin_work(work: Path, config: TrainingConfig) -> None:

@@ -19,7 +19,7 @@ import pytest
 from tests.support.command import run_command, run_python
 from tests.support.engine import OFFLINE
 from tests.support.fixtures import HEADS
-from tests.support.models import make_heads, make_model
+from tests.support.models import make_adapter, make_heads, make_model
 from tests.support.server import Server, wait_until_healthy
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,8 @@ def write_pairs(folder: Path, record: str) -> None:
     (folder / "small-model").symlink_to(folder / "base-model")
     released = make_model(folder / "checkpoint", seed=2)
     make_heads(released / "value_head.safetensors", ["v_head.summary"])
+    for seed, name in enumerate(("brief", "formal", "careful")):
+        make_adapter(folder / "adapters" / name, folder / "base-model", seed, rank=4, targets=["q_proj", "up_proj"])
 
 
 def write_evaluation(folder: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from benchmarks import alignment
 from pad_vllm.evaluation import evaluate as evaluation
 from pad_vllm.synthetic import models, world
 from pad_vllm.training.data import prompt_ids
+from tests.support.models import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +82,15 @@ def test_mixing_heads_moves_every_dimension(small):
 
 
 def test_a_base_with_another_tokenizer(cache, tmp_path):
-    """Every method answers, and one reference reads all answers in its own tokens."""
+    """Every method answers, also where the reward model is an adapter; one reference reads all answers in its own
+    tokens."""
     built = models.build(cache)
+    make_adapter(tmp_path / "adapter", built.reward, seed=0, rank=1, targets=["q_proj"])
     prompts = [{"prompt": f"How do I {topic.task}?", "topic": topic.task} for topic in world.TRAIN_TOPICS[:2]]
     wanted = dict.fromkeys(["length"], world.DIMENSIONS["length"][0])
     config = evaluation.EvaluationConfig(
         base=str(models.build_base("mistral", tmp_path, 0, models.TINY)),
-        pad={"reward_model": str(built.reward)},
+        pad={"reward_model": str(tmp_path / "adapter"), "prompt_template": models.PROMPT_TEMPLATE},
         users={"u": {"preference": world.preference(wanted, random.Random(0)), "wanted": wanted, "prompts": prompts}},
         checker="pad_vllm.synthetic.world:check",
         methods=("base", "best_of_n", "pad", "reward_model"),

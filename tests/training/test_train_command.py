@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pad_vllm.cli import main
+from pad_vllm.reward.adapters import module_of
 from pad_vllm.reward.heads import load_heads
+from pad_vllm.reward.source import source_of
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import PROMPT_TEMPLATE, TINY
@@ -26,6 +28,7 @@ from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
 from tests.support.command import run_command
+from tests.support.engine import PLUGIN, Engine
 from tests.support.models import make_model
 from tests.support.tokenizers import CHATML, make
 
@@ -129,9 +132,12 @@ def test_another_run_is_not_continued(base, pairs, tmp_path, monkeypatch):
         train(config_of(base, pairs, tmp_path / "reward", seed=1), quiet=True)
 
 
-def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
+def test_a_lora_is_the_reward_model_and_resumes(base, pairs, tmp_path, monkeypatch):
+    """An adapter's folder, complete, that names the model it was made for from wherever it is read."""
     settings = {"lora_rank": 4, "stages": ("backbone",)}
-    train(config_of(base, pairs, tmp_path / "whole", **settings), quiet=True)
+    monkeypatch.chdir(base.parent)
+    named = Path(base.name)
+    train(config_of(named, pairs, tmp_path / "whole", **settings), quiet=True)
     compute_loss, steps = trainer.PADTrainer.compute_loss, []
 
     def killed(*args, **kwargs):
@@ -142,31 +148,73 @@ def test_lora_is_merged_and_resumes(base, pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.PADTrainer, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(config_of(base, pairs, tmp_path / "halves", **settings), quiet=True)
-    train(config_of(base, pairs, tmp_path / "halves", **settings), quiet=True)
-    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
-    theirs = load_file(base / "model.safetensors")
-    assert set(whole) == set(theirs)
+        train(config_of(named, pairs, tmp_path / "halves", **settings), quiet=True)
+    train(config_of(named, pairs, tmp_path / "halves", **settings), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    its_own = {"adapter_config.json", "adapter_model.safetensors", "pad.json", "training.json"}
+    assert its_own <= names
+    assert names - its_own <= {path.name for path in base.iterdir() if "token" in path.name or "chat" in path.name}
+    source = source_of({"reward_model": str(tmp_path / "whole")}, None)
+    assert (source.is_adapter, source.model) == (True, str(base))
+    whole, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    changed = {name for name in whole if not torch.equal(whole[name], theirs[name])}
-    assert changed
-    assert not any("embed" in name or "norm" in name for name in changed)
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+    merged, theirs = load_file(convert(tmp_path / "whole", tmp_path / "merged") / "model.safetensors"), weights_in(base)
+    changed = {name for name in theirs if not torch.equal(merged[name], theirs[name])}
+    assert changed == {f"{module_of(name)}.weight" for name in whole}
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in changed)
+    assert json.loads((tmp_path / "merged" / "pad.json").read_text())["prompt_template"] == PROMPT_TEMPLATE
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
 
 
 def test_a_lora_is_gone_on_with(base, pairs, tmp_path):
     """At a rate of nothing it is what it was; at another one it is not, and is the earlier run's no more."""
     once, still, on = (tmp_path / name for name in ("once", "still", "on"))
     train(config_of(base, pairs, once, lora_rank=4, stages=("backbone",)), quiet=True)
-    again = {"adapter": str(once / "adapter"), "stages": ("backbone",)}
+    again = {"adapter": str(once), "stages": ("backbone",)}
     train(config_of(base, pairs, still, **again, backbone=Stage(lr=0.0, batch_size=8)), quiet=True)
     train(config_of(base, pairs, on, **again), quiet=True)
-    first, same, later = (load_file(path / "model.safetensors") for path in (once, still, on))
+    first, same, later = (load_file(path / "adapter_model.safetensors") for path in (once, still, on))
+    assert first.keys() == same.keys() == later.keys()
     assert all(torch.equal(tensor, first[name]) for name, tensor in same.items())
     assert any(not torch.equal(tensor, first[name]) for name, tensor in later.items())
-    adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (once, on)]
-    assert adapters[0].keys() == adapters[1].keys()
-    kept = json.loads((on / "adapter" / "adapter_config.json").read_text())
+    kept = json.loads((on / "adapter_config.json").read_text())
     assert (kept["r"], kept["base_model_name_or_path"]) == (4, str(base))
+
+
+def served(base, reward, requests: list[dict]) -> list[list[int]]:
+    """Greedy tokens of each request."""
+    pad = {"reward_model": str(reward), "top_k": 20}
+    engine = Engine("v1", base, max_model_len=128, logits_processors=PLUGIN, additional_config={"pad": pad})
+    params = [{"temperature": 0, "max_tokens": 24, "ignore_eos": True, "extra_args": own} for own in requests]
+    found = engine.generate([list(range(5, 15))] * len(requests), params)
+    engine.close()
+    return found
+
+
+def test_heads_are_learned_over_a_lora_and_served_beside_it(base, pairs, tmp_path):
+    """In one run, or over a LoRA that is there; over the served model both do what the merged model and they do."""
+    fast = Stage(lr=2e-2, batch_size=8)
+    both = {"backbone": fast, "heads": fast}
+    train(config_of(base, pairs, tmp_path / "once", lora_rank=4, **both), quiet=True)
+    train(config_of(base, pairs, tmp_path / "lora", lora_rank=4, stages=("backbone",), **both), quiet=True)
+    over = {"adapter": str(tmp_path / "lora"), "stages": ("heads",)}
+    train(config_of(base, pairs, tmp_path / "reward", **over, **both), quiet=True)
+    for name in ("adapter_model.safetensors", "heads.safetensors"):
+        once, again = (load_file(tmp_path / folder / name) for folder in ("once", "reward"))
+        assert all(torch.equal(once[key], again[key]) for key in once)
+    merged = convert(tmp_path / "reward", tmp_path / "merged")
+    names = load_heads(tmp_path / "merged" / "heads.safetensors", TINY.hidden_size).names
+    weights = [1.0 if name == "backbone" else 3.0 for name in names]
+    requests = [{}, {"pad_preference": "Please be brief."}, {"pad_weights": weights}]
+    requests = [own | ({"pad_beta": 2.0} if own else {}) for own in requests]
+    ours = served(base, tmp_path / "reward", requests)
+    assert ours == served(base, merged, requests)
+    assert len({tuple(tokens) for tokens in ours}) == len(requests)
 
 
 def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
@@ -207,6 +255,7 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"trainer": {"optim": "none"}}, "trainer: none is not a valid OptimizerNames"),
         ({"adapter": "/nowhere"}, "adapter: /nowhere has no adapter_config.json"),
         ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has a rank already"),
+        ({"stages": ("heads",), "lora_rank": 4}, "lora_rank: a LoRA is trained with the backbone"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
         ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or not of"),
         ({"trainer": {"learning_rate": 1}}, "trainer: learning_rate: set by another option"),

@@ -62,6 +62,28 @@ def test_a_bad_configuration_is_named(models, capsys, change, words):
     assert words in capsys.readouterr().out
 
 
+def test_one_set_of_weights(models, tmp_path, capsys):
+    """An adapter by itself, over the base that it names and over another one; and the served model itself."""
+    make_adapter(tmp_path / "adapter", models.base, seed=0, rank=2, targets=["q_proj"])
+    named, served = {"reward_model": str(tmp_path / "adapter")}, {"reward_model": "base"}
+    shares = "the reward model shares its weights"
+    for pad, base, words in (
+        (
+            named,
+            models.base,
+            ["the served model itself, through the adapter", f"base model: base: {shares}; same tokens"],
+        ),
+        (named, models.reward, [f"an adapter for {models.base}: llama", "base model: reward: same tokens"]),
+        (served, models.base, ["the served model itself", f"base model: base: {shares}; same tokens"]),
+    ):
+        assert print_report(json.dumps(pad), str(base), 256) == 0, capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert print_report(json.dumps(named), None, None) == 1
+    assert "no weights in this folder" in capsys.readouterr().out
+
+
 def test_fewer_positions_than_requests_may_have_are_said(models, config, capsys):
     assert print_report(str(config), str(models.base), 1024) == 0
     words = r"1,024 tokens of context, and preferences of up to 4\d\d; a guided request has \d\d less"

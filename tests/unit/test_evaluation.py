@@ -16,6 +16,7 @@ from pad_vllm.evaluation.methods import Base, pick_best
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
 from pad_vllm.evaluation.report import plot, table
 from pad_vllm.synthetic import world
+from tests.support.models import make_adapter
 from tests.support.tokenizers import make
 
 
@@ -49,8 +50,17 @@ def test_win_shares_and_distinct():
     assert distinct([""], 2) == 0
 
 
-def test_best_of_n_takes_the_answer_of_the_highest_reward(models):
+@pytest.mark.parametrize("kind", ["model", "adapter", "served"])
+def test_best_of_n_takes_the_answer_of_the_highest_reward(kind, models, tmp_path):
     """log pi_theta(y | x, p) - log pi_ref(y | x), by forwards written out."""
+    reward, theta_model = {
+        "model": lambda: (str(models.reward), models.reward_model),
+        "adapter": lambda: (
+            str(tmp_path / "adapter"),
+            make_adapter(tmp_path / "adapter", models.base, seed=11, rank=4, targets=["q_proj", "o_proj"]),
+        ),
+        "served": lambda: ("base", models.base_model),
+    }[kind]()
     rng = random.Random(0)
     samples = [[rng.randrange(5, 60) for _ in range(4)] for _ in range(6)]
     contexts = [([7, 8, 9], [9]), ([10, 11], [11])]
@@ -62,13 +72,11 @@ def test_best_of_n_takes_the_answer_of_the_highest_reward(models):
     expected = []
     for i, (theta, ref) in enumerate(contexts):
         own = samples[3 * i : 3 * i + 3]
-        rewards = [
-            logprob(models.reward_model, theta, answer) - logprob(models.base_model, ref, answer) for answer in own
-        ]
+        rewards = [logprob(theta_model, theta, answer) - logprob(models.base_model, ref, answer) for answer in own]
         expected.append(own[rewards.index(max(rewards))])
     texts = [str(sample) for sample in samples]
     found = pick_best(
-        Models.load(str(models.base), {"reward_model": str(models.reward)}),
+        Models.load(str(models.base), {"reward_model": reward}),
         contexts,
         [range(3), range(3, 6)],
         Answers(texts, samples, seconds=1.0),

@@ -50,6 +50,17 @@ def test_the_reference_follows_from_what_the_reward_model_says_of_itself(models,
     assert (said.reference, said.why_reference) == ("none", "pad.json says so")
 
 
+def test_the_served_model_is_not_asked_for_at_a_hub(models, monkeypatch):
+    """Where none is served yet, as in ``pad-vllm check`` without a base."""
+
+    def asked(*_, **__):
+        raise AssertionError("a hub is asked for a model called 'base'")
+
+    monkeypatch.setattr("pad_vllm.reward.folder.cached_file", asked)
+    config = configure("base", adapters={"warm": "somewhere"})
+    assert (config.source.model, config.source.is_served) == ("base", True)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -85,7 +85,6 @@ KINDS = [
         "is a backbone without an output head (LlamaModel): none of its 20 tensors is one, such as lm_head.weight",
     ),
     (headless, "is a backbone without an output head (LlamaForCausalLM)"),
-    (adapter, "is an adapter (adapter_config.json), which holds what training added to"),
     (gguf, "is in GGUF, which is not read here"),
     (value_head, "is a checkpoint with a value head among its weights (v_head.summary); `pad-vllm convert"),
     (damaged, "model.safetensors: cannot be read (Error while deserializing header"),
@@ -103,6 +102,17 @@ def test_the_check_says_what_it_is_instead(make, words, models, tmp_path, capsys
         load_reward_model(str(folder), None, None)  # pad-vllm fit
     assert "\n" not in str(error.value)
     config = TrainingConfig(str(tmp_path / "none.jsonl"), str(models.reward), str(tmp_path / "out"), str(folder))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train(config, quiet=True)
+
+
+def test_an_adapter_is_a_reward_model_and_no_base_to_train(models, tmp_path):
+    """The check and fit read it, training says how it becomes a model."""
+    folder = adapter(models, tmp_path / "reward")
+    assert print_report(json.dumps({"reward_model": str(folder)}), None, None) == 0
+    load_reward_model(str(folder), None, None)
+    config = TrainingConfig(str(tmp_path / "none.jsonl"), str(folder), str(tmp_path / "out"))
+    words = f"is an adapter (adapter_config.json), which holds what training added to {models.reward} and not"
     with pytest.raises(ValueError, match=re.escape(words)):
         train(config, quiet=True)
 

@@ -1,0 +1,118 @@
+"""``pad-vllm fit --adapters``: a user's weights over adapters of one model, from a few comparisons.
+
+An adapter that was tuned by DPO for a taste is a reward: by its log-ratio against the model that it was made for,
+
+    D_j(answer) = log p_j(answer | prompt) - log p(answer | prompt)
+
+and a user's reward is a sum of these, R = sum_j w_j D_j, whose weights are fitted as those over attributes in words
+are (:mod:`pad_vllm.training.sliders`). Served, each adapter is a context of its own with such a weight, against the
+neutral reference, the model without any adapter: token by token that is R. Where the served model is the reward model,
+that reference is at hand and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pad_vllm.errors import one_line
+from pad_vllm.reward.source import check_paths
+from pad_vllm.training.data import PairExample, read_comparisons
+from pad_vllm.training.fit import FittedWeights, encode_enough, load_reward_model
+from pad_vllm.training.loading import import_peft
+from pad_vllm.training.sliders import fit_slider_weights, margins, scorer_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def fit_adapters(
+    reward_model: str,
+    data: str | Path,
+    adapters: Mapping[str, str],
+    *,
+    heads: str | None = None,
+    prompt_template: str | None = None,
+    insert_after: str | None = None,
+    columns: dict[str, str] | None = None,
+    split: str = "train",
+    seed: int = 0,
+) -> FittedWeights:
+    """Weights over ``adapters`` for the user who made the comparisons in ``data``; at most
+    :data:`~pad_vllm.params.MAX_PREFERENCES` of them are not 0.
+
+    Args:
+        reward_model: folder of the model that the adapters are for: the served one, where ``pad.reward_model`` is
+            ``base``. A single head beside it applies, as in serving.
+        data: the user's comparisons; see :mod:`pad_vllm.training.data`. What they say under ``preference`` is not read:
+            the adapters stand in its place.
+        adapters: name -> path or hub id of a PEFT LoRA adapter, as ``pad.adapters``.
+        heads, prompt_template, insert_after: as for :func:`~pad_vllm.training.sliders.fit_sliders`.
+
+    Raises:
+        ValueError: adapters or comparisons that cannot be used, fewer comparisons than folds, or adapters that make no
+            difference between this user's answers.
+    """
+    check_paths("--adapters", adapters)
+    comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
+    model, template = load_reward_model(reward_model, prompt_template, insert_after)
+    pairs = encode_enough(comparisons, model, template)
+    scorer = scorer_of(model, reward_model, heads)
+    found = log_ratios(scorer, load_adapters(model, adapters), pairs)
+    return fit_slider_weights(found, list(adapters), seed, "adapter")
+
+
+def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:
+    """Put adapters into a model, in this order. None is merged: the weights are there once.
+
+    Raises:
+        ValueError: one is no LoRA adapter of this model.
+    """
+    peft, adapted = import_peft(), None
+    for number, (name, path) in enumerate(adapters.items()):
+        try:
+            config = peft.PeftConfig.from_pretrained(path)
+            if config.peft_type != "LORA":
+                raise ValueError(f"a PEFT adapter of the type {config.peft_type}; LORA is read")
+            own = f"pad{number:03}"  # peft looks for it anywhere in the names of tensors
+            adapted = adapted or peft.PeftModel(model, config, adapter_name=own)
+            loaded = adapted.load_adapter(path, own)
+            if strange := [*loaded.unexpected_keys, *loaded.missing_keys]:
+                raise ValueError(f"it and the model do not have the same layers, as {strange[0]}")
+        except Exception as error:
+            raise ValueError(f"--adapters: {name}={path!r} is no adapter of this model: {one_line(error)}") from error
+    if adapted is None:
+        raise ValueError("--adapters: none is given")
+    return adapted.eval()
+
+
+def log_ratios(scorer: nn.Module, adapted: PeftModel, pairs: Sequence[PairExample]) -> torch.Tensor:
+    """By how much more each adapter favors a pair's chosen answer than its rejected one, D(chosen) - D(rejected), in
+    nats: (num_pairs, num_adapters) float32.
+
+    Args:
+        scorer: the model that ``adapted`` wraps, or a :class:`~pad_vllm.training.heads.HeadedModel` of it.
+    """
+    with adapted.disable_adapter():
+        without = margins(scorer, pairs)
+    columns = []
+    for name in tqdm(list(adapted.peft_config), desc="adapters", disable=None):
+        adapted.set_adapter(name)
+        columns.append(margins(scorer, pairs) - without)
+    return torch.stack(columns, dim=1)
+
+
+def mixture_of(sliders: Mapping[str, float]) -> dict[str, Any]:
+    """A request's arguments by which weights over adapters are served."""
+    return {
+        "pad_adapter": list(sliders),
+        "pad_preference_weights": list(sliders.values()),
+        "pad_reference": "neutral",
+    }
