@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from pad_vllm.reward.source import SERVED
 from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
@@ -327,7 +328,9 @@ def measure_throughput(setup: Setup, args: argparse.Namespace) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
-    parser.add_argument("--reward", help="path or hub id of a reward model with its tokenizer")
+    parser.add_argument(
+        "--reward", help="path or hub id of a reward model with its tokenizer; base: the base model itself"
+    )
     parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
     parser.add_argument("--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
@@ -349,10 +352,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if bool(args.base) != bool(args.reward):
+    guides_itself = args.reward == SERVED
+    if bool(args.base) != bool(args.reward) and not guides_itself:
         raise ValueError("--base and --reward: give both, or none")
     with tempfile.TemporaryDirectory() as folder:
         base, reward = (args.base, args.reward) if args.base else make_models(Path(folder), args)
+        if guides_itself:
+            reward, args.reward = base, args.base
         setup = Setup(
             base,
             reward,

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     llm = LLM(
         model,
         logits_processors=["pad_vllm:PADLogitsProcessor"],
-        additional_config={"pad": {"reward_model": model, "prompt_template": "{preference}\n\n{prompt}", "top_k": 40}},
+        additional_config={"pad": {"reward_model": "base", "prompt_template": "{preference}\n\n{prompt}", "top_k": 40}},
         max_model_len=512,
     )
     asked = {

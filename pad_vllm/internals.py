@@ -11,6 +11,7 @@ import ast
 import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -31,6 +32,9 @@ PARAMETERS = {
     "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends": ("vllm_config",),
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware": ("args", "app"),
     "vllm.forward_context:set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+    "vllm.lora.model_manager:create_lora_manager": (
+        *("model", "max_num_seqs", "max_num_batched_tokens", "vocab_size", "lora_config", "vllm_config", "device"),
+    ),
     "vllm.model_executor.layers.utils:apply_penalties": (
         *("logits", "prompt_tokens_tensor", "output_tokens_tensor"),
         *("presence_penalties", "frequency_penalties", "repetition_penalties"),
@@ -58,6 +62,23 @@ PARAMETERS = {
 """Function -> the parameters that we give it, on every release; :mod:`.releases` has what is asked of one alone."""
 
 MEMBERS = {
+    "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper": ("compiled", "vllm_config"),
+    "vllm.config:CompilationConfig": ("static_forward_context", "static_all_moe_layers"),
+    "vllm.lora.model_manager:LoRAModelManager": (
+        *("add_adapter", "activate_adapter", "modules", "packed_modules_mapping", "supported_lora_modules"),
+        "punica_wrapper_mapping",
+    ),
+    "vllm.lora.lora_model:LoRAModel": ("from_local_checkpoint", "loras"),
+    "vllm.lora.peft_helper:PEFTHelper": ("from_dict", "validate_legal", "get_rank_and_scaling", "rank_pattern"),
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": (
+        *("_token_lora_indices", "indices_len", "is_prefill", "no_lora"),
+    ),
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU": ("token_mapping_meta",),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata:LoRAKernelMeta": (
+        *("token_lora_mapping", "token_indices_sorted_by_lora_ids", "active_lora_ids", "num_tokens_per_lora"),
+        *("lora_token_start_loc", "no_lora_flag_cpu", "num_active_loras_cpu"),
+    ),
+    "vllm.model_executor.model_loader:BaseModelLoader": ("load_model",),
     "vllm.v1.core.block_pool:BlockPool": (
         *("get_new_blocks", "free_blocks", "touch", "get_cached_block", "cache_full_blocks", "reset_prefix_cache"),
         *("get_num_free_blocks", "get_usage"),
@@ -95,7 +116,7 @@ MEMBERS = {
     "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("soft_cap", "scale"),
     "vllm.config:ModelConfig": (
         *("is_attention_free", "is_hybrid", "is_encoder_decoder", "attention_chunk_size"),
-        *("architectures", "try_get_generation_config"),
+        *("architectures", "try_get_generation_config", "get_and_verify_max_len"),
     ),
     "vllm.config:VllmConfig": (
         *("additional_config", "use_v2_model_runner", "num_speculative_tokens"),
@@ -195,4 +216,4 @@ def _takes(function: Any, parameter: str) -> bool:
 def _has(cls: type, member: str) -> bool:
     if hasattr(cls, member) or any(member in vars(base).get("__annotations__", {}) for base in cls.__mro__):
         return True
-    return f"self.{member} " in inspect.getsource(cls)  # assigned when an object is made
+    return bool(re.search(rf"self\.{member}(:| =|\[:\] =)", inspect.getsource(cls)))  # assigned when an object is made

@@ -55,10 +55,19 @@ def print_report(
     report.line("internals", check_internals)
     report.line("device", describe_device)
     report.line("runner", describe_runner)
-    if config is not None and (read := report.line("configuration", lambda: read_pad_config(config))):
+    if config is None:
+        return report.status
+    engine: VllmConfig | ValueError | None = None
+    if model is not None:
+        try:
+            engine = base_engine(model, max_model_len, engine_args or {})
+        except ValueError as error:
+            engine = error
+    base = None if engine is None or isinstance(engine, ValueError) else engine.model_config
+    if read := report.line("configuration", lambda: read_pad_config(config, base)):
         report.line("reward model", lambda: check_files(read))
-        if model is not None:
-            report.line("base model", lambda: check_base(config, model, max_model_len, engine_args or {}))
+        if engine is not None:
+            report.line("base model", lambda: check_base(read, engine))
     return report.status
 
 
@@ -141,7 +150,7 @@ def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
 
 def describe_config(config: PADConfig) -> str:
     apart = ("personas", "prompt_template", "reference", "why_reference", "source")
-    given = {k: v for k, v in asdict(config).items() if v is not None and k not in apart}
+    given = {k: v for k, v in asdict(config).items() if v not in (None, {}) and k not in apart}
     given["reference"] = f"{config.reference} ({config.why_reference})"
     personas = "".join(
         f"\n          persona {name!r}: {', '.join(f'{k}={v!r}' for k, v in persona.extra_args().items())}"
@@ -151,35 +160,38 @@ def describe_config(config: PADConfig) -> str:
 
 
 def check_files(config: PADConfig) -> str:
-    """The reward model as it would stand beside a base model of its own kind; no weights are loaded."""
+    """The reward model and its adapters, as they would stand beside a base model of its own kind; loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     from pad_vllm.reward.kind import check_causal_lm
-    from pad_vllm.worker.compatibility import check_fit
+    from pad_vllm.worker.compatibility import check_fit, read_weights
 
-    source = config.source
-    if source.model == SERVED:
-        return "the served model itself, of which --model says more"
+    source, adapters = config.source, f"; adapters: {', '.join(config.adapters)}" if config.adapters else ""
+    if source.is_served:
+        read_weights(config)
+        own = f", through the adapter {config.reward_model}" if source.is_adapter else ""
+        more = ", of which --model says more" if source.model == SERVED else ""
+        return f"the served model itself{own}{adapters}{more}"
     check_causal_lm(source.model, source.model_revision)
     named = f"pad.reward_model={config.reward_model!r}" + (f", made for {source.model!r}," if source.is_adapter else "")
     where = {"revision": source.model_revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer, revision = source.tokenizer
     try:
         model_config = AutoConfig.from_pretrained(source.model, **where).get_text_config()
-        tokenizer, revision = source.tokenizer
-        AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=config.trust_remote_code)
+        AutoTokenizer.from_pretrained(tokenizer, **where | {"revision": revision})
     except Exception as error:
         raise ValueError(f"{named} cannot be read: {one_line(error)}") from None
     for folder in {config.reward_model, source.model}:
         check_weights_are_there(folder)
     try:
-        alone = engine_config(source.model, where)
+        alone = engine_config(source.model, where | {"tokenizer": tokenizer})
     except Exception as error:
         raise ValueError(f"{named} cannot be loaded: {one_line(error)}") from None
     alone.model_config.max_model_len = 1  # all its positions but one are left for a preference
     fits = check_fit(config, alone)
     heads = ", ".join(fits.head_names) or "none"
     kind = f"an adapter for {source.model}: " if source.is_adapter else ""
-    return f"{kind}{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}"
+    return f"{kind}{model_config.model_type}, {model_config.vocab_size:,} tokens; heads: {heads}{adapters}"
 
 
 def check_weights_are_there(reward_model: str) -> None:
@@ -195,21 +207,27 @@ def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
         return EngineArgs(model=model, **arguments).create_engine_config()
 
 
-def check_base(config: str, model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> str:
+def base_engine(model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> VllmConfig:
+    """Of an engine that serves a model. Raises ValueError where there is none."""
+    arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
+    try:
+        return engine_config(model, arguments)
+    except Exception as error:
+        raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
+
+
+def check_base(config: PADConfig, engine: VllmConfig | ValueError) -> str:
     """What the start of an engine would check before it loads weights, by the same function."""
     from pad_vllm.worker.compatibility import check_fit
     from pad_vllm.worker.engine_checks import check_engine
 
-    arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
-    try:
-        engine = engine_config(model, arguments)
-    except Exception as error:
-        raise ValueError(f"{model!r} cannot be read: {one_line(error)}") from None
+    if isinstance(engine, ValueError):
+        raise engine
+    model = engine.model_config.model
     check_engine(engine, engine.use_v2_model_runner)
-    read = read_pad_config(config, engine.model_config)
-    fits = check_fit(read, engine)
+    fits = check_fit(config, engine)
     example = fits.example()
-    shares = "the reward model shares its weights; " if read.source.is_served else ""
+    shares = "the reward model shares its weights; " if config.source.is_served else ""
     return (
         f"{Path(model).name}: {shares}{fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "

@@ -22,6 +22,7 @@ from vllm.lora.model_manager import LoRAModelManager, create_lora_manager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.utils import get_adapter_absolute_path
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.platforms import current_platform
 
 from pad_vllm.errors import one_line
@@ -219,7 +220,7 @@ class Adapters:
             parent, _, last = name.rpartition(".")
             base = module.base_layer
             names = self.manager.packed_modules_mapping.get(last, [last])
-            sizes = getattr(base, "output_sizes", None) or [base.output_size]
+            sizes = _output_sizes(base)
             if len(names) != len(sizes):
                 names, sizes = [last], [sum(sizes)]
             for one, size in zip(names, sizes, strict=True):
@@ -269,6 +270,14 @@ class ContextAdapters:
             token_slots: [num_tokens] int64, each token's.
         """
         return self.numbers[token_slots] if self.is_there and self._is_read[slots].any() else None
+
+
+def _output_sizes(layer: Any) -> list[int]:
+    """Of the matrices in a linear layer, over all ranks."""
+    if isinstance(layer, QKVParallelLinear):  # ranks may have copies of key and value heads
+        heads = layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads
+        return [n * size for n, size in zip(heads, (layer.head_size,) * 2 + (layer.v_head_size,), strict=True)]
+    return getattr(layer, "output_sizes", None) or [layer.output_size]
 
 
 def _write_cpu(punica: Any, numbers: torch.Tensor | None, every: torch.Tensor) -> None:

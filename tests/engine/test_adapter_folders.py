@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests import oracle
 from tests.engine.test_engine import GREEDY, PROMPTS
 from tests.engine.test_shared_weights import ATTENTION, MLP, TEXTS
-from tests.support.engine import PLUGIN, Engine, guided, running_guidance
+from tests.support.engine import A_CORE_EACH, PLUGIN, Engine, guided, running_guidance
 from tests.support.fixtures import Models
 from tests.support.models import make_adapter
 
@@ -30,10 +30,10 @@ def start(models: Models, runner: str = "v1", model=None, **pad) -> Engine:
     return Engine(runner, model or models.base, logits_processors=PLUGIN, additional_config={"pad": pad})
 
 
-def check_cases(engine: Engine, reward, models: Models, encode, compose) -> None:
-    """Against the oracle with the adapter merged."""
-    prompts = [encode(text) for text in PROMPTS[: len(CASES)]]
-    rules = [{"top_k": 10, "beta": 1.0} | case for case in CASES]
+def check_cases(engine: Engine, reward, models: Models, encode, compose, **asked) -> None:
+    """Against the oracle with the adapter merged; ``asked`` of every request says which."""
+    rules = [{"top_k": 10, "beta": 1.0} | case for case in CASES if not asked or case["reference"] != "neutral"]
+    prompts = [encode(text) for text in PROMPTS[: len(rules)]]
     expected = []
     for prompt, rule in zip(prompts, rules, strict=True):
         settings = {key: value for key, value in rule.items() if not key.startswith("preference")}
@@ -49,7 +49,9 @@ def check_cases(engine: Engine, reward, models: Models, encode, compose) -> None
                 **settings,
             )
         )
-    assert engine.generate(prompts, [GREEDY | {"max_tokens": 32} | guided(**rule) for rule in rules]) == expected
+    assert (
+        engine.generate(prompts, [GREEDY | {"max_tokens": 32} | guided(**rule, **asked) for rule in rules]) == expected
+    )
 
 
 @pytest.mark.every_release
@@ -60,6 +62,24 @@ def test_over_the_served_model_it_shares_the_weights(models, encode, compose, ru
     try:
         check_cases(engine, merged, models, encode, compose)
         assert engine.call(num_own_parameters) == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("how", ["compiled", "two ranks"])
+def test_compiled_and_tensor_parallel(how, models, encode, compose, monkeypatch, tmp_path):
+    """(With an adapter vLLM compiles nothing on a CPU.)"""
+    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=ATTENTION + MLP)
+    settings, adapters = {"enforce_eager": False}, {}
+    if how == "two ranks":
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", A_CORE_EACH)
+        settings, adapters = {"multiprocess": True, "tensor_parallel_size": 2}, {"mine": str(tmp_path / "own")}
+    pad = {"reward_model": "base", "adapters": adapters}
+    engine = Engine("v1", models.base, logits_processors=PLUGIN, additional_config={"pad": pad}, **settings)
+    try:
+        check_cases(engine, models.base_model, models, encode, compose)
+        if adapters:
+            check_cases(engine, merged, models, encode, compose, adapter="mine")
     finally:
         engine.close()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.engine import A_CORE_EACH, PLUGIN, Engine, Worker, set_environment
 from tests.support.models import make_heads, make_model
-from tests.unit.test_kind import adapter, classifier
+from tests.unit.test_kind import classifier
 
 
 def start_and_fail(cases: list[dict], base: str, runner: str) -> list[str]:
@@ -61,7 +61,6 @@ def broken(tmp_path_factory, models) -> dict[str, Path]:
         "big_head": big_head,
         "empty": empty,
         "classifier": classifier(models, root / "classifier"),
-        "adapter": adapter(models, root / "adapter"),
     }
 
 
@@ -105,7 +104,6 @@ def test_bad_configuration_stops_the_start(models, broken):
             {"reward_model": str(broken["classifier"])},
             ["is a classifier (LlamaForSequenceClassification)"],
         ),
-        "adapter": ({"reward_model": str(broken["adapter"])}, ["is an adapter", "`pad-vllm convert"]),
         "pool": ({"reward_model": reward, "kv_cache_memory_bytes": 4096}, ["pad.kv_cache_memory_bytes=4096", "least"]),
     }
     worker = Worker("v1")

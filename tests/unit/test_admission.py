@@ -29,7 +29,13 @@ from tests.support.tokenizers import like_gemma, like_qwen
 pytestmark = pytest.mark.every_release
 
 GUIDED = Announcement(
-    True, personas=("alice",), num_preferences=(2,), head_names=("a", "b"), max_top_k=20, max_preference_tokens=8
+    True,
+    personas=("alice",),
+    num_preferences=(2,),
+    head_names=("a", "b"),
+    max_top_k=20,
+    max_preference_tokens=8,
+    adapters=("warm", "dry"),
 )
 
 
@@ -146,6 +152,11 @@ def test_weights_are_held_against_the_preferences_that_a_persona_has():
     owner = Owner()
     channel.announce(GUIDED, owner)
     validate(pad_persona="alice", pad_preference_weights=[1, -0.5])
+    validate(pad_adapter="warm")
+    validate(pad_adapter=["warm", "dry"], pad_preference_weights=[1, -0.5])
+    for name in ("wram", ["dry", "wram"]):
+        with pytest.raises(ValueError, match=r"pad_adapter='wram': no such adapter; did you mean 'warm'\?"):
+            validate(pad_adapter=name)
     for arguments in ({"pad_persona": "alice", "pad_preference_weights": [1]}, {"pad_preference_weights": [1, 2]}):
         with pytest.raises(ValueError, match="pad_preference_weights: "):
             validate(**arguments)

@@ -68,7 +68,11 @@ def test_one_set_of_weights(models, tmp_path, capsys):
     named, served = {"reward_model": str(tmp_path / "adapter")}, {"reward_model": "base"}
     shares = "the reward model shares its weights"
     for pad, base, words in (
-        (named, models.base, [f"an adapter for {models.base}: llama", f"base model: base: {shares}; same tokens"]),
+        (
+            named,
+            models.base,
+            ["the served model itself, through the adapter", f"base model: base: {shares}; same tokens"],
+        ),
         (named, models.reward, [f"an adapter for {models.base}: llama", "base model: reward: same tokens"]),
         (served, models.base, ["the served model itself", f"base model: base: {shares}; same tokens"]),
     ):
@@ -101,6 +105,17 @@ def test_what_only_the_engine_shows_is_named(models, capsys, change, words):
 
 
 @pytest.mark.one_release
+def test_the_served_model_and_its_adapters_are_shown(models, tmp_path, capsys):
+    """With what serves it, and without."""
+    make_adapter(tmp_path / "mine", models.base, seed=1, rank=2, targets=["q_proj"])
+    pad = {"reward_model": "base", "adapters": {"mine": str(tmp_path / "mine")}}
+    for model in (None, str(models.base)):
+        assert print_report(json.dumps(pad), model, 256) == 0
+        printed = capsys.readouterr().out
+        assert "reward model: the served model itself; adapters: mine" in printed
+    assert "base model: base: same tokens" in printed
+
+
 def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path, capsys):
     config = AutoConfig.for_model("jamba", architectures=["JambaForCausalLM"], vocab_size=512, eos_token_id=1)
     config.save_pretrained(tmp_path)
