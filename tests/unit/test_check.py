@@ -113,7 +113,7 @@ def test_the_served_model_and_its_adapters_are_shown(models, tmp_path, capsys):
         assert print_report(json.dumps(pad), model, 256) == 0
         printed = capsys.readouterr().out
         assert "reward model: the served model itself; adapters: mine" in printed
-    assert "base model: base: same tokens" in printed
+    assert "base model: base: the reward model shares its weights; same tokens" in printed
 
 
 def test_an_architecture_that_cannot_be_a_reward_model_is_named(models, tmp_path, capsys):
