@@ -66,9 +66,8 @@ class Announcement:
     """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
     prompt_template: str = ""
     num_preferences: tuple[int, ...] = ()
-    """Of each persona."""
+    """Contexts of each persona."""
     default_persona: str | None = None
-    """That of requests which ask for nothing."""
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
     data_parallel_address: str = ""
@@ -82,11 +81,12 @@ class Announcement:
     num_preference_tokens: tuple[int, ...] = ()
     """That the longest preference of each persona adds to a prompt."""
     chat: str = "auto"
-    """As :attr:`~pad_vllm.config.PADConfig.chat`."""
     insert_after: str | None = None
-    """As :attr:`~pad_vllm.config.PADConfig.insert_after`."""
     launch: str = ""
     adapters: tuple[str, ...] = ()
+    num_texts: tuple[int, ...] = ()
+    num_adapters: tuple[int, ...] = ()
+    """Of each persona's list of preferences, or of adapters; 0: it has no list."""
 
     @property
     def guides_all(self) -> bool:

@@ -25,7 +25,6 @@ from pad_vllm.params import (
     check_logit_bias,
     check_num_chars,
     check_persona,
-    check_preference_weights,
     check_weights,
 )
 from pad_vllm.reward.chat import chat_format
@@ -136,11 +135,23 @@ def check_request(
         _template_of(announcement.tokenizer, announcement, vllm_config).check_preferences(asked.preferences)
     if asked.adapter is not None:
         check_adapters(asked.adapters, announcement.adapters)
-    if asked.preference is None and asked.adapter is None and asked.preference_weights is not None:
-        num_own = _of_persona(announcement, asked, announcement.num_preferences)
-        check_preference_weights(asked.preference_weights, num_own)
+    asked.over(_like_persona(announcement, asked))  # lists and weights of other lengths
     if prompt_ids is not None:
         check_prompt(announcement, asked, vllm_config, prompt_ids)
+
+
+def _like_persona(announcement: Announcement, asked: PAD) -> PAD:
+    """As many preferences and adapters as the request's persona has."""
+    num_contexts, num_texts, num_adapters = (
+        _of_persona(announcement, asked, numbers)
+        for numbers in (announcement.num_preferences, announcement.num_texts, announcement.num_adapters)
+    )
+    texts: str | tuple[str, ...] | None = None
+    if num_texts or (num_contexts > 1 and not num_adapters):
+        texts = ("a text",) * (num_texts or num_contexts)
+    elif num_contexts and not num_adapters:
+        texts = "a text"
+    return PAD(preference=texts, adapter=("a name",) * num_adapters or None)
 
 
 def check_prompt(
@@ -164,8 +175,10 @@ def _reads_preference(announcement: Announcement, asked: PAD) -> bool:
     if not texts:
         num_own = _of_persona(announcement, asked, announcement.num_preferences)
         return num_own > 0 and (weights is None or any(weights))
+    weights = weights or (1.0,) * len(texts)
+    texts = texts * len(weights) if len(texts) == 1 else texts  # of several adapters
     totals = dict.fromkeys(texts, 0.0)
-    for text, weight in zip(texts, weights or (1.0,) * len(texts), strict=True):
+    for text, weight in zip(texts, weights, strict=True):
         totals[text] += weight
     return any(totals.values())
 

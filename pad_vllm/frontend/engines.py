@@ -118,6 +118,7 @@ def _read_trusted(vllm_config: VllmConfig) -> Iterator[tuple[Any, Any]]:
     pad, model = read_pad(vllm_config.additional_config) or {}, vllm_config.model_config
     if pad.get("trust_remote_code") is True:
         yield pad.get("reward_model"), pad.get("revision")
+        yield pad.get("adapter_base"), None
     if model is not None and model.trust_remote_code is True:
         yield model.tokenizer, model.tokenizer_revision
         yield model.model, model.revision

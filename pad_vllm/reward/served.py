@@ -14,6 +14,7 @@ from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from torch import nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig
 from vllm.lora.layers import BaseLayerWithLoRA
@@ -68,7 +69,8 @@ def instance_of(base: VllmConfig, own: VllmConfig) -> nn.Module:
             "read the served adapters too; start without --enable-lora"
         )
     copies: dict[int, nn.Module] = {}
-    model = _instance(served, copies, own)
+    with set_model_tag("pad_reward_model"):  # a compilation cache of its own
+        model = _instance(served, copies, own)
     names, theirs = own.compilation_config.static_forward_context, base.compilation_config.static_forward_context
     for name, layer in theirs.items():
         if id(layer) in copies:  # not those of a draft model

@@ -101,6 +101,11 @@ class WarmUp:
         self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None)
 
 
+def num_listed(value: str | tuple[str, ...] | None) -> int:
+    """How many a list has; 0 for what is none."""
+    return len(value) if isinstance(value, tuple) else 0
+
+
 def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
     """What the frontend may let through, of an engine."""
     fits, base = loaded.fit, vllm_config.model_config
@@ -125,6 +130,8 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         chat=config.chat,
         insert_after=config.insert_after,
         adapters=tuple(config.adapters),
+        num_texts=tuple(num_listed(persona.preference) for persona in personas.values()),
+        num_adapters=tuple(num_listed(persona.adapter) for persona in personas.values()),
     )
 
 

@@ -30,8 +30,10 @@ pytestmark = pytest.mark.every_release
 
 GUIDED = Announcement(
     True,
-    personas=("alice",),
-    num_preferences=(2,),
+    personas=("alice", "ben"),
+    num_preferences=(2, 2),
+    num_texts=(2, 0),
+    num_adapters=(0, 2),
     head_names=("a", "b"),
     max_top_k=20,
     max_preference_tokens=8,
@@ -153,6 +155,15 @@ def test_weights_are_held_against_the_preferences_that_a_persona_has():
     channel.announce(GUIDED, owner)
     validate(pad_persona="alice", pad_preference_weights=[1, -0.5])
     validate(pad_adapter="warm")
+    # This persona has a list of two preferences, and another a list of two adapters.
+    validate(pad_persona="alice", pad_adapter=["warm", "dry"])
+    validate(pad_persona="ben", pad_preference_weights=[1, -0.5])
+    for persona, arguments, words in (
+        ("alice", {"pad_adapter": ["warm", "dry", "dry"]}, "3 adapters for 2 preferences"),
+        ("ben", {"pad_preference_weights": [1]}, "1 weights for 2 contexts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            validate(pad_persona=persona, **arguments)
     validate(pad_adapter=["warm", "dry"], pad_preference_weights=[1, -0.5])
     for name in ("wram", ["dry", "wram"]):
         with pytest.raises(ValueError, match=r"pad_adapter='wram': no such adapter; did you mean 'warm'\?"):
