@@ -99,7 +99,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.compatibility import check_fit
         from pad_vllm.worker.engine_checks import check_engine
         from pad_vllm.worker.guidance import Guidance
-        from pad_vllm.worker.patches import reward_model_drafts
+        from pad_vllm.worker.patches import reward_model_drafts, shows_models
         from pad_vllm.worker.sleep import make_kept
 
         on_v2 = isinstance(device_or_req_states, LogitsProcRequestState)
@@ -133,6 +133,11 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             self._announce(guidance)
 
         if is_served:  # the V1 runner builds logits processors before it loads the model
+            if not served.is_loaded(self.vllm_config) and (on_v2 or not shows_models()):
+                raise ValueError(
+                    "pad.reward_model: the served model is not known, since pad-vllm's plugin hook did not run before "
+                    "it was loaded; where VLLM_PLUGINS is set, add 'pad' to it"
+                )
             self._is_pending = not served.is_loaded(self.vllm_config)
             served.when_loaded(self.vllm_config, begin)
         else:

@@ -80,6 +80,13 @@ def _show_models(loaders: ModuleType) -> None:
             loader.load_model = _showing(original)
 
 
+def shows_models() -> bool:
+    """Whether vLLM's loaders will show the next model that they load."""
+    from vllm.model_executor.model_loader import BaseModelLoader
+
+    return hasattr(BaseModelLoader.load_model, "__wrapped_by_pad__")
+
+
 def _subclasses(cls: type) -> list[type]:
     children: list[type] = cls.__subclasses__()
     return children + [each for child in children for each in _subclasses(child)]
