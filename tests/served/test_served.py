@@ -19,6 +19,7 @@ from tests.served import attack
 from tests.support.engine import PLUGIN
 from tests.support.fixtures import HEADS, MIX
 from tests.support.malformed import malformed
+from tests.support.models import make_adapter
 from tests.support.server import Server
 
 pytestmark = pytest.mark.every_release
@@ -55,7 +56,8 @@ def server(models, tmp_path_factory, runner):
     root = tmp_path_factory.mktemp("served")
     (root / "personas.yaml").write_text(PERSONAS)
     pad = {"reward_model": str(models.named), "personas": "personas.yaml", "max_top_k": MAX_TOP_K}
-    pad["chat"] = "strict"
+    pad |= {"chat": "strict", "adapters": {"warm": "warm"}}
+    merged = make_adapter(root / "warm", models.named, seed=3, rank=4, targets=["q_proj", "up_proj"])
     (root / "pad.json").write_text(json.dumps(pad))
     server = Server(
         models.base,
@@ -67,6 +69,7 @@ def server(models, tmp_path_factory, runner):
         runner=runner,
         VLLM_LOG_STATS_INTERVAL="1",
     )
+    server.merged = merged  # for the oracle
     yield server
     server.close()
 
@@ -117,6 +120,17 @@ def test_answers_are_the_oracles(models, encode, expect, client):
             [{"role": "user", "content": "say why"}], add_generation_prompt=True, return_dict=False
         )
         assert chat(client, "say why", xargs) == expect(prompt, max_tokens=12, **asked)
+
+
+def test_adapters_are_a_requests_argument(models, encode, compose, server, client):
+    """Of a reward model that is not the served one."""
+    prompt, guides = encode("You are asked to be"), {"reward": models.reward_model, "reference": "base"}
+    for xargs, contexts, adapted in (
+        ({"pad_adapter": "warm"}, [prompt], [server.merged]),
+        ({"pad_adapter": ["warm", "warm"], "pad_preference": "kind"}, [compose(prompt, "kind")], [server.merged]),
+    ):
+        expected = oracle.generate(models.base_model, prompt, 12, reward_prompt_ids=contexts, adapted=adapted, **guides)
+        assert complete(client, prompt, xargs) == expected
 
 
 def test_streams_are_the_whole_answers(client):
@@ -207,6 +221,9 @@ def test_a_cancelled_stream_leaves_nothing(encode, expect, server, client):
         ({"pad_preference": "word " * 400}, "tokens, at most"),
         ({"pad_preference": "word " * 4000}, "characters, at most 8192 are allowed"),
         ({"pad_preference": " "}, "must not be empty"),
+        ({"pad_adapter": "wram"}, "pad_adapter='wram': no such adapter; did you mean 'warm'?"),
+        ({"pad_adapter": ["warm"] * 2, "pad_preference": ["a", "b", "c"]}, "2 adapters for 3 preferences"),
+        ({"pad_adapter": ["warm"] * 2, "pad_preference_weights": [1]}, "1 weights for 2 contexts"),
     ],
 )
 def test_bad_arguments_are_400_with_words_that_help(client, xargs, words):
