@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MIX
 from tests.support import operations, variants
 from tests.support.engine import PLUGIN, Engine, guided, pad_config
+from tests.support.fixtures import MIX
 from tests.support.pairs import Kind, TokenPair
 
 TOP_K = (1, 2, 10, 16, 17, 40, 64)

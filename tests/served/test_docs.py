@@ -57,6 +57,8 @@ def folder(models, tmp_path_factory) -> Path:
     (folder / "base-model").symlink_to(models.base)
     reward = make_model(folder / "reward-model", seed=1, max_position_embeddings=4096)
     make_heads(reward / "heads.safetensors", HEADS)
+    for seed, name in enumerate(("brief", "formal", "careful", "warm", "terse")):
+        make_adapter(folder / "adapters" / name, folder / "base-model", seed, rank=4, targets=["q_proj", "up_proj"])
     return folder
 
 
@@ -75,8 +77,6 @@ def write_pairs(folder: Path, record: str) -> None:
     (folder / "small-model").symlink_to(folder / "base-model")
     released = make_model(folder / "checkpoint", seed=2)
     make_heads(released / "value_head.safetensors", ["v_head.summary"])
-    for seed, name in enumerate(("brief", "formal", "careful")):
-        make_adapter(folder / "adapters" / name, folder / "base-model", seed, rank=4, targets=["q_proj", "up_proj"])
 
 
 def write_evaluation(folder: Path, text: str) -> None:
