@@ -71,7 +71,7 @@ def count(llm: Any, params: dict[str, Any], prompts: list[list[int]], num_steps:
     guidance, launches, steps = running_guidance(llm), Launches(), []
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     adapter = next(p.adapter for p in PADLogitsProcessor.running() if p.adapter.guidance is guidance)
-    apart = [(guidance.model, "run"), (guidance.model, "attn_metadata")]
+    apart = [(guidance.model, "run"), (guidance.model, "prepare")]
     counted = [(adapter, "apply")]
     if guidance.drafter is not None:
         apart.append((guidance.drafter, "compute_logits"))
