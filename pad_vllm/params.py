@@ -30,47 +30,32 @@ MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
 
-def check_preference(key: str, value: Any) -> str | tuple[str, ...]:
-    """``value`` if it is a text or a list of texts, these as a tuple; else ValueError naming ``key``."""
+def check_one_or_more(key: str, value: Any, wanted: str, each: str) -> str | tuple[str, ...]:
+    """``value`` if it is a text or a list of texts, these as a tuple; else ValueError naming ``key``.
+
+    ``wanted`` and ``each`` are its words for the two, and for the texts of a list.
+    """
     if not isinstance(value, (list, tuple)):
         if not isinstance(value, str):
-            raise ValueError(f"{key}={shown(value)}: must be a string or a list of them, not {type(value).__name__}")
+            raise ValueError(f"{key}={shown(value)}: must be {wanted}, not {type(value).__name__}")
         return check_text(key, value)
     if not 0 < len(value) <= MAX_PREFERENCES:
-        raise ValueError(f"{key}: a list of {len(value)} texts; from 1 to {MAX_PREFERENCES} are allowed")
+        raise ValueError(f"{key}: a list of {len(value)} {each}; from 1 to {MAX_PREFERENCES} are allowed")
     return tuple(check_text(f"{key}[{i}]", text) for i, text in enumerate(value))
 
 
-def check_adapter(key: str, value: Any) -> str | tuple[str, ...]:
-    """``value`` if it is a name or a list of names, these as a tuple; else ValueError naming ``key``."""
-    if not isinstance(value, (list, tuple)):
-        if not isinstance(value, str):
-            raise ValueError(f"{key}={shown(value)}: must be a name or a list of names, not {type(value).__name__}")
-        return check_text(key, value)
-    if not 0 < len(value) <= MAX_PREFERENCES:
-        raise ValueError(f"{key}: a list of {len(value)} names; from 1 to {MAX_PREFERENCES} are allowed")
-    return tuple(check_text(f"{key}[{i}]", name) for i, name in enumerate(value))
+def as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Of one text, several, or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
-def check_adapters(names: Iterable[str], known: Collection[str], key: str = "pad_adapter") -> None:
+def check_adapters(names: Iterable[str], known: Collection[str]) -> None:
     """Raise ValueError for a name that is none of ``known``, with the closest one."""
     for name in names:
         if name not in known:
-            raise ValueError(f"{key}={shown(name)}: no such adapter; {did_you_mean(name, known)}")
-
-
-def num_contexts(preference: Any, adapter: Any) -> int:
-    """How many contexts are asked for: as many as the longer of the two is a list of; 0 where neither is given.
-
-    Raises:
-        ValueError: two lists of different length.
-    """
-    lengths = [len(value) for value in (preference, adapter) if isinstance(value, tuple)]
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"pad_adapter: {lengths[1]} adapters for {lengths[0]} preferences; give one for each, or one for all"
-        )
-    return lengths[0] if lengths else int(preference is not None or adapter is not None)
+            raise ValueError(f"pad_adapter={shown(name)}: no such adapter; {did_you_mean(name, known)}")
 
 
 def check_num_chars(preferences: Sequence[str]) -> None:
@@ -184,7 +169,8 @@ class PAD:
             object.__setattr__(self, name, value)
 
         if self.preference is not None:
-            normalize("preference", check_preference("pad_preference", self.preference))
+            wanted = "a string or a list of them"
+            normalize("preference", check_one_or_more("pad_preference", self.preference, wanted, "texts"))
         if self.persona is not None:
             check_text("pad_persona", self.persona)
         if self.beta is not None:
@@ -201,8 +187,9 @@ class PAD:
         if self.cache_salt is not None:
             check_text("pad_cache_salt", self.cache_salt, MAX_CACHE_SALT_CHARS)
         if self.adapter is not None:
-            normalize("adapter", check_adapter("pad_adapter", self.adapter))
-        if self.num_contexts and self.preference_weights is not None:
+            wanted = "a name or a list of names"
+            normalize("adapter", check_one_or_more("pad_adapter", self.adapter, wanted, "names"))
+        if self.num_contexts and self.preference_weights is not None:  # whose lists must be of one length
             has_list = isinstance(self.preference, tuple) or isinstance(self.adapter, tuple)
             if has_list or self.persona is None:  # else the persona may have the other one
                 self.check_preference_weights()
@@ -215,21 +202,26 @@ class PAD:
     @property
     def preferences(self) -> tuple[str, ...]:
         """However many there are."""
-        if self.preference is None:
-            return ()
-        return (self.preference,) if isinstance(self.preference, str) else self.preference
+        return as_tuple(self.preference)
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """However many there are."""
-        if self.adapter is None:
-            return ()
-        return (self.adapter,) if isinstance(self.adapter, str) else self.adapter
+        return as_tuple(self.adapter)
 
     @property
     def num_contexts(self) -> int:
-        """That preferences and adapters ask for. Raises ValueError for lists of different length."""
-        return num_contexts(self.preference, self.adapter)
+        """That preferences and adapters ask for: the length of a list, if there is one; 0 where neither is given.
+
+        Raises:
+            ValueError: two lists of different length.
+        """
+        lengths = [len(value) for value in (self.preference, self.adapter) if isinstance(value, tuple)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"pad_adapter: {lengths[1]} adapters for {lengths[0]} preferences; give one for each, or one for all"
+            )
+        return lengths[0] if lengths else int(self.preference is not None or self.adapter is not None)
 
     def check_preference_weights(self) -> None:
         """Raise ValueError unless there is one weight, if any, for each context."""

@@ -7,9 +7,8 @@ known on the device alone where drafts are verified, so that is where :meth:`Ada
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -26,7 +25,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.platforms import current_platform
 
 from pad_vllm.errors import one_line
-from pad_vllm.reward.kind import ADAPTER_CONFIG, read_object, tensor_names
+from pad_vllm.reward.kind import ADAPTER_CONFIG, adapter_config, tensor_names
 from pad_vllm.reward.rows import ContextSlot
 
 RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
@@ -37,6 +36,8 @@ NOT_APART = {
     "experts": "experts, which vLLM changes in place",
 }
 """What an adapter cannot change where it stays apart, and why."""
+LORA_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+"""What PEFT calls the two matrices of a linear layer, and of an embedding."""
 NO_ADAPTER = -1
 
 
@@ -44,18 +45,19 @@ NO_ADAPTER = -1
 class AdapterFolder:
     """A PEFT LoRA folder that vLLM can load."""
 
-    name: str
     key: str
     """Of the configuration"""
     path: str
     peft: PEFTHelper
+    modules: frozenset[str]
+    """That it has weights for: their names as its base has them"""
 
     @property
     def rank(self) -> int:
-        return max(self.peft.r, *self.peft.rank_pattern.values(), 1)
+        return max([self.peft.r, *self.peft.rank_pattern.values()])
 
 
-def read_folder(name: str, key: str, path: str, is_merged: bool = False) -> AdapterFolder:
+def read_folder(key: str, path: str, is_merged: bool = False) -> AdapterFolder:
     """Read what a PEFT folder says of itself; its weights are left alone.
 
     Args:
@@ -67,7 +69,9 @@ def read_folder(name: str, key: str, path: str, is_merged: bool = False) -> Adap
     """
     try:
         folder = get_adapter_absolute_path(path)
-        config = _read_config(folder)
+        config = adapter_config(folder)
+        if config is None:
+            raise ValueError(f"no {ADAPTER_CONFIG} in it" if os.path.isdir(folder) else "no such folder")
         if is_merged:
             config["modules_to_save"] = None
         if config.get("peft_type", "LORA") != "LORA":
@@ -77,11 +81,12 @@ def read_folder(name: str, key: str, path: str, is_merged: bool = False) -> Adap
         names = tensor_names(folder, None)
         if names is None:
             raise ValueError("no weights in it")
+        modules = frozenset(map(module_of, names))
         if not is_merged:
-            _check_targets({part for tensor in names for part in module_of(tensor).split(".")})
+            _check_targets({part for module in modules for part in module.split(".")})
     except Exception as error:
         raise ValueError(f"{key}={path!r} cannot be an adapter: {one_line(error)}") from None
-    return AdapterFolder(name, key, folder, peft)
+    return AdapterFolder(key, folder, peft, modules)
 
 
 def _check_targets(parts: set[str]) -> None:
@@ -93,13 +98,6 @@ def _check_targets(parts: set[str]) -> None:
             )
 
 
-def _read_config(folder: str) -> dict[str, Any]:
-    file = Path(folder) / ADAPTER_CONFIG
-    if not file.is_file():
-        raise ValueError(f"no {ADAPTER_CONFIG} in it" if os.path.isdir(folder) else "no such folder")
-    return read_object(file)
-
-
 def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -> LoRAConfig | None:
     """vLLM's configuration for adapters that are all resident; None for none."""
     if not folders:
@@ -107,7 +105,7 @@ def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -
     most = max(folder.rank for folder in folders)
     # On a CPU vLLM reads the last slot for a token without an adapter: one stays empty.
     num = len(folders) + current_platform.is_cpu()
-    targets = sorted({name for folder in folders for name in _targets(folder)})
+    targets = sorted({module.rpartition(".")[2] for folder in folders for module in folder.modules})
     return LoRAConfig(
         max_lora_rank=min(rank for rank in RANKS if rank >= most),
         max_loras=num,
@@ -117,16 +115,11 @@ def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -
     )
 
 
-def _targets(folder: AdapterFolder) -> set[str]:
-    """Last parts of the names of the modules that an adapter has weights for."""
-    return {module_of(name).rpartition(".")[2] for name in tensor_names(folder.path, None) or ()}
-
-
 def module_of(tensor_name: str) -> str:
     """``model.layers.0.mlp.up_proj`` of ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
     name = tensor_name.removeprefix("base_model.model.")
-    for part in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".weight", ".bias"):
-        name = name.partition(part)[0]
+    for part in (*LORA_PARTS, "weight", "bias"):
+        name = name.partition(f".{part}")[0]
     return name
 
 
@@ -145,16 +138,13 @@ class Adapters:
     def __init__(
         self, model: nn.Module, folders: tuple[AdapterFolder, ...], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        self.device = device
-        self.num = len(folders)
-        self.max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         assert vllm_config.lora_config is not None
         try:
             self.manager: LoRAModelManager = create_lora_manager(
                 model,
                 max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-                max_num_batched_tokens=self.max_num_tokens,
+                max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 vocab_size=self.vocab_size,
                 lora_config=vllm_config.lora_config,
                 vllm_config=vllm_config,
@@ -174,8 +164,7 @@ class Adapters:
                 raise ValueError(
                     f"{folder.key}={folder.path!r} is no adapter of this reward model: {one_line(error)}"
                 ) from error
-        wrappers = list(self.manager.punica_wrapper_mapping.values())
-        self.punica: PunicaWrapperBase = wrappers[0]
+        self.punica: PunicaWrapperBase = next(iter(self.manager.punica_wrapper_mapping.values()))
         self.numbers = torch.arange(-1, vllm_config.lora_config.max_loras, device=device)
         layers = self.manager.modules.values()
         stacks = [stack for layer in layers for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
@@ -262,14 +251,14 @@ class ContextAdapters:
         self._is_read[slot] = number != NO_ADAPTER
         return f"{number}:{cache_salt or ''}"
 
-    def of(self, slots: np.ndarray, token_slots: torch.Tensor) -> torch.Tensor | None:
+    def of(self, slots: Iterable[int], token_slots: torch.Tensor) -> torch.Tensor | None:
         """[num_tokens] int64, the adapter of each token; None where no context in ``slots`` has one.
 
         Args:
-            slots: [C] of all contexts that the tokens are of.
+            slots: of all contexts that the tokens are of.
             token_slots: [num_tokens] int64, each token's.
         """
-        return self.numbers[token_slots] if self.is_there and self._is_read[slots].any() else None
+        return self.numbers[token_slots] if self.is_there and self._is_read[[*slots]].any() else None
 
 
 def _output_sizes(layer: Any) -> list[int]:

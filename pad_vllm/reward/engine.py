@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -200,7 +201,6 @@ class RewardEngine:
         bounds = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
         bounds = np.concatenate([bounds, [piece.start + len(piece.token_ids) for piece in pieces]]).astype(np.int32)
         last = starts[1:].long() - 1  # token of each sequence
-        slots = np.concatenate([rows.slots, [piece.slot for piece in pieces]]).astype(np.int64)
         hidden_states = self.model.forward(
             ForwardBatch(
                 input_ids=token_ids,
@@ -214,7 +214,7 @@ class RewardEngine:
                 seq_lens_known=rows.lengths is not None,
                 max_seq_len=int(bounds.max()),
                 block_table=table[row_slots[last]],
-                adapters=self.adapters.of(slots, row_slots),
+                adapters=self.adapters.of(chain(rows.slots, (piece.slot for piece in pieces)), row_slots),
             )
         )
         return hidden_states[:num_rows]

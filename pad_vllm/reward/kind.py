@@ -51,7 +51,7 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
     if folder.is_file():
         return "a file; name the folder in which the model, its config.json and its tokenizer are"
     config = _read(reward_model, revision, "config.json")
-    adapter = _read(reward_model, revision, ADAPTER_CONFIG)
+    adapter = adapter_config(reward_model, revision)
     if config is None and adapter is None:
         return None
     names = tensor_names(reward_model, revision)
@@ -88,9 +88,14 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
     return None
 
 
+def adapter_config(model: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What a PEFT folder or repository says of itself; None for what is none. Raises ValueError for a damaged file."""
+    return _read(model, revision, ADAPTER_CONFIG)
+
+
 def is_adapter(model: str, revision: str | None = None) -> bool:
     """Whether a folder or repository is a PEFT adapter, and no model."""
-    if not isinstance(model, str) or _read(model, revision, ADAPTER_CONFIG) is None:
+    if not isinstance(model, str) or adapter_config(model, revision) is None:
         return False
     config = _read(model, revision, "config.json")
     return _is_adapter(config, None if config is None else tensor_names(model, revision))

@@ -23,8 +23,8 @@ class BaseMemory:
 
 @dataclass(frozen=True)
 class TypicalContext:
-    """The context of a request as most are, which is what the KV cache is reckoned by: few have the longest preference
-    that they may, and a short cache is slower, and never wrong."""
+    """The context of most requests, by which the KV cache is sized. Few have the longest preference that is allowed,
+    and a KV cache that is too small makes steps slower, never wrong."""
 
     base_max_model_len: int
     stretch: float
@@ -56,7 +56,7 @@ def derive_kv_cache_bytes(
     Args:
         base: the base model's side.
         bytes_per_token: of the reward model's KV cache.
-        typical: the context of a request as most are.
+        typical: the context of most requests.
         one_context: the reward model's longest context.
         max_num_seqs: requests at one time.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pad_vllm.reward.adapters import AdapterFolder, module_of
+from pad_vllm.reward.adapters import LORA_PARTS, AdapterFolder, module_of
 
 FULL = ".modules_to_save.default"
 """What older releases of PEFT write into the names of tensors that they save whole."""
@@ -31,9 +31,7 @@ class Merge:
         self.full: dict[str, torch.Tensor] = {}
         for name, tensor in _read(Path(folder.path)).items():
             target = f"{module_of(name)}.weight"
-            part = next(
-                (part for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") if part in name), ""
-            )
+            part = next((part for part in LORA_PARTS if part in name), "")
             if part:
                 self.pairs.setdefault(target, {})[part.removeprefix("lora_")] = tensor
             else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pad_vllm.checks import check_text
 from pad_vllm.reward.folder import files_beside
-from pad_vllm.reward.kind import ADAPTER_CONFIG, is_adapter, read_object
+from pad_vllm.reward.kind import ADAPTER_CONFIG, adapter_config, is_adapter
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -70,7 +70,8 @@ def source_of(given: dict[str, Any], base: ModelConfig | None) -> Source:
     if not is_adapter(reward_model, revision):
         same = base is not None and is_same(reward_model, base.model) and _as_served(given, base)
         return Source(reward_model, reward_model, revision, is_served=same)
-    model = given.get("adapter_base") or adapter_config(reward_model, revision).get("base_model_name_or_path")
+    own = adapter_config(reward_model, revision) or {}
+    model = given.get("adapter_base") or own.get("base_model_name_or_path")
     if not isinstance(model, str) or not model:
         raise ValueError(
             f"pad.reward_model={reward_model!r}: its {ADAPTER_CONFIG} does not say which model it was made for "
@@ -78,17 +79,9 @@ def source_of(given: dict[str, Any], base: ModelConfig | None) -> Source:
         )
     names_it = base is not None and (model == SERVED or is_same(model, base.model))
     others = {key: value for key, value in given.items() if key != "revision"}  # which is the adapter's
-    if base is not None and names_it and _as_served(others, base, revision=False):
+    if base is not None and names_it and _as_served(others, base):
         return Source(reward_model, base.model, revision, is_served=True, is_adapter=True)
     return Source(reward_model, model, revision, is_adapter=True)
-
-
-def adapter_config(path: str, revision: str | None = None) -> dict[str, Any]:
-    """What a PEFT folder says of itself. Raises ValueError for one that says nothing."""
-    file = next(iter(files_beside(path, revision, (ADAPTER_CONFIG,))), None)
-    if file is None:
-        raise ValueError(f"{path}: no {ADAPTER_CONFIG}, so it is no PEFT adapter")
-    return read_object(file)
 
 
 def is_same(model: str, other: str) -> bool:
@@ -96,11 +89,10 @@ def is_same(model: str, other: str) -> bool:
     return model == other or (os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(other))
 
 
-def _as_served(given: dict[str, Any], base: ModelConfig, revision: bool = True) -> bool:
+def _as_served(given: dict[str, Any], base: ModelConfig) -> bool:
     """Whether nothing asks for other weights than the served ones."""
-    as_served = {"dtype": (str(base.dtype).removeprefix("torch."), "auto"), "quantization": (base.quantization,)}
-    if revision:
-        as_served["revision"] = (base.revision,)
+    dtypes = str(base.dtype).removeprefix("torch."), "auto"
+    as_served = {"dtype": dtypes, "quantization": (base.quantization,), "revision": (base.revision,)}
     return all(key not in given or given[key] in allowed for key, allowed in as_served.items())
 
 

@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pad_vllm.errors import one_line, writing
 from pad_vllm.reward.folder import DEFAULTS_FILE, read_defaults, write_defaults
 from pad_vllm.reward.heads import RELEASED_HEAD
-from pad_vllm.reward.kind import ADAPTER_CONFIG
-from pad_vllm.reward.source import adapter_config
+from pad_vllm.reward.kind import ADAPTER_CONFIG, adapter_config
 from pad_vllm.training.loading import has_tokenizer, load_merged
 
 HEADS_FILE = "heads.safetensors"
@@ -106,7 +105,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
     if unknown := set(heads) - {f"{RELEASED_HEAD}.weight", f"{RELEASED_HEAD}.bias"}:
         raise ValueError(f"{source}: unknown head tensors {', '.join(sorted(unknown))}")
     if (source / ADAPTER_CONFIG).exists():
-        base = adapter_config(str(source)).get(BASE_NAME)
+        base = (adapter_config(str(source)) or {}).get(BASE_NAME)
         if not isinstance(base, str):
             raise ValueError(f"{source}: its {ADAPTER_CONFIG} does not say which model it was made for ({BASE_NAME})")
         model = load_merged("source", str(source), base)

@@ -159,7 +159,7 @@ def fit_slider_weights(
     # One scale for all: all are nats, and an attribute that the model hardly reads should stay as small as it is.
     scale = differences.square().mean().sqrt().item()
     if not scale:
-        raise ValueError(f"no {what} makes a difference: to the reward model all these answers are the same with it")
+        raise ValueError(f"no {what} makes a difference: with each, the reward model finds all these answers alike")
     found = regress(differences / scale, seed, MAX_PREFERENCES)
     together, alone = differences @ found.solution, differences[:, found.solution != 0]
     effect = (together.square().mean() / alone.square().mean(0).max()).sqrt()

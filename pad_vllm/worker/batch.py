@@ -41,8 +41,8 @@ class Layout:
     row_slots: torch.Tensor
     """[R] int64, on the device: each row's slot; ``Guidance.no_slot`` for a row that is to be left alone"""
     last_rows: torch.Tensor | None = None
-    """[C] int64, on the device: the row of each request's last draft, where every request has a row for each of the
-    most drafts that there may be, request by request; else None"""
+    """[C] int64, on the device: the row of each request's last draft. None unless each request has as many drafts as
+    there may be, and all its rows stand together"""
 
 
 @dataclass

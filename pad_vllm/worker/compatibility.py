@@ -36,7 +36,8 @@ class Weights(NamedTuple):
     not_backbone: frozenset[str]
     """Tensors in its folder that are not its backbone's."""
     adapters: tuple[AdapterFolder, ...]
-    """That contexts are read through; the reward model's own, where it is one over the served model, has no name."""
+    """That contexts are read through: those that requests name, or the one that the reward model is, over the served
+    model."""
     merged: AdapterFolder | None = None
     """The adapter that the reward model is, merged into the model that it was made for."""
 
@@ -62,8 +63,8 @@ class Fit:
     weights: Weights
     warning: str | None
     neutral_is_base: bool = False
-    """Whether the reward model without a preference says just what the base model does: it is that, and reads what
-    that reads. The neutral reference is then the base model's logits, and takes no context of its own."""
+    """Whether the reward model without a preference gives the base model's logits: the two are one model, and read the
+    same tokens. The neutral reference then takes no context."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -93,7 +94,7 @@ class Fit:
         return self.template.example(preference, None if pair is None else pair.translator)
 
     def typical_context(self, base_max_model_len: int) -> TypicalContext:
-        """Of a request as most are. Requests that say nothing share the default persona's preference."""
+        """Of most requests. Those that ask for nothing share the default persona's preference."""
         num_own = 0
         if self.template is not None and self.config.default_persona is None:
             num_own = self.template.num_added_tokens("") + min(TYPICAL_PREFERENCE, self.max_preference_tokens)
@@ -179,10 +180,10 @@ def read_weights(config: PADConfig) -> Weights:
     """Read which there are. Raises ValueError for an adapter that vLLM refuses."""
     source = config.source
     not_backbone = tensor_names_beside(source.model, source.model_revision)
-    named = tuple(read_folder(name, f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
+    named = tuple(read_folder(f"pad.adapters[{name!r}]", path) for name, path in config.adapters.items())
     if not source.is_adapter:
         return Weights(not_backbone, named)
-    own = read_folder("", "pad.reward_model", source.reward_model, is_merged=not source.is_served)
+    own = read_folder("pad.reward_model", source.reward_model, is_merged=not source.is_served)
     return Weights(not_backbone, (own,)) if source.is_served else Weights(not_backbone, named, own)
 
 

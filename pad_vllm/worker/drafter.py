@@ -42,9 +42,9 @@ class Proposals(NamedTuple):
     ids: torch.Tensor
     """[R, K] int64"""
     base_ids: torch.Tensor | None
-    """[W] int64: the base's ids of these; None: they are"""
+    """[W] int64: the base's id of each; None: ``ids`` are the base's"""
     top_k: torch.Tensor
-    """[R] int64: so many of a row's are to be drawn from; 0: all"""
+    """[R] int64: how many of a row's logits to draw from; 0: all"""
     scale: torch.Tensor
     """[R] float32: what a row's logits are multiplied with"""
     slots: torch.Tensor
@@ -100,12 +100,15 @@ class Drafter:
         """[slots, MAX_CONTEXTS]: :func:`draft_weights`"""
         self.scale = torch.ones(slots.no_slot + 1, device=loaded.device)
         self._params: RowParams | None = None
-        self._row_scale = self.scale  # [R], of these
+        self._row_scale = self.scale  # [R], of the rows of _params
 
     @torch.inference_mode()
     def warm_up(self, hidden_states: torch.Tensor, num_rows: int) -> Proposals:
-        """What a draft of ``num_rows`` rows is drawn from: of all of them the most memory, to be taken while vLLM still
-        counts. ``hidden_states`` [1, hidden_size]."""
+        """What a draft of ``num_rows`` rows is drawn from. With the most rows it takes the most memory that a draft
+        does, while vLLM still counts.
+
+        ``hidden_states``: [1, hidden_size].
+        """
         logits, base_ids = self.contexts.draftable(self.compute_logits(hidden_states.expand(num_rows, -1)))
         values, ids = logits.topk(min(self.max_top_k, logits.shape[1]))
         places = torch.arange(num_rows, device=ids.device)

@@ -239,8 +239,8 @@ class DraftedStates:
         return self.num_kept[layout.slots]
 
     def _of(self, params: RowParams) -> tuple[RowParams, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What follows from the layout: of the last drafts' rows the slots of the contexts, and their offsets; and
-        where all rows are, of ``kept`` as [rows, hidden_size]."""
+        """What follows from the layout: the slots and the offsets of the contexts of the last drafts' rows, and the
+        place of every row in ``kept``, taken as [places, hidden_size]."""
         if self._last is None or self._last[0] is not params:
             contexts, last_rows = params.contexts, params.layout.last_rows
             width = self.num_drafts + 1
@@ -250,7 +250,7 @@ class DraftedStates:
         return self._last
 
     def last_of(self, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
-        """[requests] int64: of the last drafts' rows the slots of the contexts, and their offsets."""
+        """[requests] int64: the slots and the offsets of the contexts of the last drafts' rows."""
         _, row_slots, offset, _ = self._of(params)
         return row_slots, offset
 

@@ -6,7 +6,7 @@ and Model Runner V2 builds logits processors where it loads weights. So the rewa
 requests are in a pool of the tag that vLLM gives its own state, which it keeps on the host at every level.
 
 The V1 runner builds them outside its pools: there the reward model stays on the GPU, asleep or not. A reward model
-that is the served one has no weights of its own: it sleeps and wakes with that.
+that is the served one has no weights of its own to be kept.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pad_vllm.reward.adapters import read_folder
+from pad_vllm.reward.merging import Merge
 from tests import oracle
 from tests.engine.test_engine import GREEDY, PROMPTS
 from tests.engine.test_shared_weights import ATTENTION, MLP, TEXTS
@@ -114,7 +116,9 @@ def num_own_parameters(llm) -> int:
         ({"use_dora": True}, "vLLM does not yet support DoRA"),
         ({"r": 1024}, "LoRA rank 1024 is greater than max_lora_rank 512"),
         ({"peft_type": "IA3"}, "a PEFT adapter of the type IA3"),
+        ({"bias": "all"}, "Adapter bias is not supported"),
         ({"targets": ["lm_head"]}, "it changes lm_head: the output head"),
+        ({"targets": ["embed_tokens"]}, "it changes embed_tokens: the embedding"),
         ({"hidden_size": 96}, r"it changes model.layers.0.self_attn.q_proj as a matrix of \[96, 96\], and here it is"),
         ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is none of"),
         ({"remove": "adapter_model.safetensors"}, "no weights in it"),
@@ -136,6 +140,37 @@ def test_what_cannot_be_an_adapter_stops_the_start(how, message, models, tmp_pat
         (tmp_path / "adapter" / removed).unlink()
     with pytest.raises(ValueError, match=r"pad.adapters\['mine'\]=.*" + message):
         start(models, reward_model="base", adapters={"mine": str(tmp_path / "adapter")})
+
+
+def test_a_mixture_of_experts_guides_itself(encode, compose, tmp_path):
+    """But not beside adapters that it serves: vLLM's LoRA changes experts in place."""
+    from tests.support.models import make_model
+
+    path = make_model(tmp_path / "moe", 0, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+    model, prompt = AutoModelForCausalLM.from_pretrained(path), encode(PROMPTS[0])
+    rule = {"top_k": 10, "beta": 1.0, "reference": "none"}
+    pad = {"additional_config": {"pad": {"reward_model": "base"}}, "logits_processors": PLUGIN}
+    engine = Engine("v1", path, **pad)
+    try:
+        found = engine.generate([prompt], GREEDY | {"max_tokens": 32} | guided(preference=TEXTS[0], **rule))
+    finally:
+        engine.close()
+    read = compose(prompt, TEXTS[0])
+    assert found == [oracle.generate(model, prompt, 32, reward=model, reward_prompt_ids=read, **rule)]
+    with pytest.raises(ValueError, match=r"a mixture of experts in place.*start without --enable-lora"):
+        Engine("v1", path, enable_lora=True, **pad)
+
+
+def test_an_adapter_is_not_merged_into_a_quantized_matrix(models, tmp_path):
+    make_adapter(tmp_path / "adapter", models.base, seed=1, rank=2, targets=["q_proj"])
+    merge = Merge(read_folder("pad.reward_model", str(tmp_path / "adapter"), is_merged=True))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(
+        ValueError, match=r"has \[64, 64\] in uint8 there; name the model.*unquantized, in pad.adapter_base"
+    ):
+        list(merge.apply([(name, torch.zeros(64, 64, dtype=torch.uint8))]))
+    with pytest.raises(ValueError, match="which the model that it is merged into does not have"):
+        list(merge.apply([("model.layers.0.self_attn.q_proj.qweight", torch.zeros(1))]))
 
 
 def test_a_quantized_model_guides_itself(models, encode, compose, tmp_path):

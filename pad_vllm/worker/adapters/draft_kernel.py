@@ -38,8 +38,8 @@ def draft_kernel(
     PLACES: tl.constexpr,
     USE_FP64: tl.constexpr,
 ):
-    """Draw a token of each row, and keep what it was drawn from: of a row of draft_logits only what was written last
-    is another thing than -inf."""
+    """Draw a token of each row, and keep what it was drawn from: draft_logits has the logits of these tokens, and -inf
+    everywhere else."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)
     top_k = tl.load(top_k_ptr + row)
@@ -87,7 +87,7 @@ class DraftBuffers:
     def __init__(self, draft_logits: torch.Tensor, num_places: int, use_fp64: bool) -> None:
         self.draft_logits, self.num_places, self.use_fp64 = draft_logits, num_places, use_fp64
         self.kept_ids = torch.zeros(*draft_logits.shape[:2], num_places, dtype=torch.int32, device=draft_logits.device)
-        """[max_num_reqs, num_steps, num_places]: where ``draft_logits`` may be another thing than -inf"""
+        """[max_num_reqs, num_steps, num_places]: the tokens whose ``draft_logits`` may not be -inf"""
 
     def draw(
         self,
