@@ -49,7 +49,7 @@ TYPES = {
     **dict.fromkeys(("key_ptr", "groups_ptr", "members_ptr", "starts_ptr"), "*i32"),
     **dict.fromkeys(("large_ptr", "large_starts_ptr", "wanted_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("large_scores_ptr",), "*fp32"),
-    **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "bias_ptr"), "*bf16"),
+    **dict.fromkeys(("hidden_ptr", "lm_head_ptr", "more_ptr", "bias_ptr"), "*bf16"),
     **dict.fromkeys(("soft_cap", "scale"), "fp32"),
     "no_opinion_ptr": "*i1",
     "key_offsets_ptr": "*i64",
@@ -61,6 +61,7 @@ SIZES = {"vocab_size", "num_cols", "hidden_size", "shard_size", "logits_stride",
 def configurations(K: int):
     """(name, kernel, compile-time arguments, warps), as the launcher calls them."""
     one = {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "weights_ptr": None, "no_opinion_ptr": None}
+    no_more = dict.fromkeys(("more_ptr", "more_stride", "num_more"))
     capacity = 2 * K
     sizes = fused_selection.merge_constants(SLICES * capacity, capacity)
     score = {
@@ -72,6 +73,7 @@ def configurations(K: int):
         "OVERLAP": False,
         "contexts_ptr": None,
         **one,
+        **no_more,
     }
     whole = score | {"bias_ptr": None, "NORMALIZE": True}
     mixed = {k: v for k, v in whole.items() if k not in ("contexts_ptr", "weights_ptr")} | {"HAS_MIXTURE": True}
@@ -85,6 +87,8 @@ def configurations(K: int):
     yield "score, mixed, cap", fused.score_kernel, capped, fused.SCORE_WARPS
     silent = {k: v for k, v in capped.items() if k != "no_opinion_ptr"}
     yield "score, mixed, cap, silent", fused.score_kernel, silent, fused.SCORE_WARPS
+    adapted = {name: value for name, value in whole.items() if name not in no_more}
+    yield "score, adapters", fused.score_kernel, adapted, fused.SCORE_WARPS
     few = {"FEW": fused.FEW_OF_FEW, "BLOCK_D": fused.BLOCK_D_OF_FEW}
     yield "score, few rows", fused.score_kernel, whole | few, fused.SCORE_WARPS
     sharded = score | {"bias_ptr": None, "NORMALIZE": False}
@@ -109,6 +113,7 @@ def group_configurations(K: int, sizes: dict):
     )
     score = {"K": K, "PARTS": 1, "BLOCK_M": fused_groups.BLOCK_M, "BLOCK_D": fused_groups.BLOCK_D, "HAS_BIAS": False}
     score |= {"HAS_MIXTURE": False, "HAS_SOFT_CAP": False, "bias_ptr": None, "contexts_ptr": None, "weights_ptr": None}
+    score |= dict.fromkeys(("more_ptr", "more_stride", "num_more"))
     yield "score groups", fused_groups.score_groups_kernel, score, fused_groups.SCORE_WARPS
     large = {name: value for name, value in score.items() if name != "PARTS"} | {"BLOCK_M": large_groups.BLOCK_M}
     large |= {"BLOCK_C": fused_large_groups.BLOCK_C, "BLOCK_D": fused_large_groups.BLOCK_D}

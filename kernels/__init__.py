@@ -11,19 +11,21 @@ from collections.abc import Callable
 import torch
 
 from .large_groups import find_large
-from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
+from .scoring import append_adapters, cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import compiled_top_k, pad_k
-from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from .types import Controls, Groups, HeadAdapters, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
 __all__ = [
     "Controls",
     "Groups",
+    "HeadAdapters",
     "HeadMix",
     "Mixture",
     "OutputHead",
     "OutputTokens",
     "Rows",
     "SharedVocabulary",
+    "append_adapters",
     "cap_and_scale",
     "compiled_top_k",
     "find_large",

@@ -19,12 +19,12 @@ import triton.language as tl
 
 from .controls import undo_controls
 from .fused_groups import reweight_groups_, score_groups
-from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args, sum_weights
+from .fused_scoring import capped, context_args, dot_candidates, head_args, row_args, rule_args, sum_weights
 from .fused_selection import IS_INTERPRETED, IS_NVIDIA, can_overlap, merge, select, store_candidates
 from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
 from .mixture import mix_contexts
-from .scoring import map_heads
+from .scoring import append_adapters, map_heads
 from .selection import MIN_K, pad_k
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary
 from .writing import write_guided
@@ -45,7 +45,8 @@ SCORE_REGISTERS = 128
 @triton.jit
 def score_part(
     part, num_parts, row_idx, top_k, kept, rank, hidden_ptr, hidden_stride, lm_head_ptr, lm_head_stride, bias_ptr,
-    scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap, vocab_start, shard_size, hidden_size,
+    more_ptr, more_stride, num_more, scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap, vocab_start,
+    shard_size, hidden_size,
     K: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +66,8 @@ def score_part(
             for i in range(begin, end):
                 row_hidden_ptr = hidden_ptr + tl.load(contexts_ptr + i) * hidden_stride
                 partial = dot_candidates(
-                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, FEW,
-                    BLOCK_D, HAS_BIAS,
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, more_ptr, more_stride, num_more, 1.0, local,
+                    is_mine, hidden_size, FEW, BLOCK_D, HAS_BIAS,
                 )  # fmt: skip
                 if NORMALIZE:
                     scores += tl.load(weights_ptr + i) * capped(partial, soft_cap)
@@ -76,8 +77,8 @@ def score_part(
             bias_weight = sum_weights(weights_ptr, begin, end) if HAS_MIXTURE else 1.0
             row_hidden_ptr = hidden_ptr + row_idx * hidden_stride
             scores = dot_candidates(
-                row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, bias_weight, local, is_mine, hidden_size,
-                FEW, BLOCK_D, HAS_BIAS,
+                row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, more_ptr, more_stride, num_more, bias_weight,
+                local, is_mine, hidden_size, FEW, BLOCK_D, HAS_BIAS,
             )  # fmt: skip
             if NORMALIZE and HAS_SOFT_CAP:
                 scores = capped(scores, soft_cap)
@@ -97,11 +98,14 @@ def score_kernel(
     kept_ptr,  # [R, num_parts, CAPACITY] int64, the programs' own room
     candidates_ptr,  # [R, K] int64, out
     arrivals_ptr,  # [R] int32, 0 at first
-    hidden_ptr,  # [R, hidden_size]; [C, hidden_size] for a mixture with a soft cap
+    hidden_ptr,  # [R, hidden_size + num_more]; as many times C for a mixture with a soft cap
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
     lm_head_stride,
     bias_ptr,  # [shard_size], or nothing
+    more_ptr,  # [shard_size, num_more], or nothing: the adapters' columns of lm_head
+    more_stride,
+    num_more,
     beta_ptr,  # [R] float32
     beta_stride,
     reference_ptr,  # [R] float32
@@ -151,8 +155,8 @@ def score_kernel(
             store_candidates(row_candidates_ptr, kept, rank, top_k, K)
         score_part(
             part, num_parts, row_idx, top_k, kept, rank, hidden_ptr, hidden_stride, lm_head_ptr, lm_head_stride,
-            bias_ptr, scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap, vocab_start, shard_size,
-            hidden_size, K, FEW, BLOCK_D, HAS_BIAS, HAS_MIXTURE, HAS_SOFT_CAP, NORMALIZE,
+            bias_ptr, more_ptr, more_stride, num_more, scores_ptr, contexts_ptr, weights_ptr, num_contexts, soft_cap,
+            vocab_start, shard_size, hidden_size, K, FEW, BLOCK_D, HAS_BIAS, HAS_MIXTURE, HAS_SOFT_CAP, NORMALIZE,
         )  # fmt: skip
         if NORMALIZE:
             tl.debug_barrier()  # all threads' scores are out before their program is counted
@@ -251,6 +255,7 @@ def guide_(
         return
     if head_mix is not None:
         hidden_states = map_heads(hidden_states, head_mix)
+    hidden_states = append_adapters(hidden_states, head.adapters)
     assert logits.stride(1) == hidden_states.stride(1) == head.weight.stride(1) == 1
     assert mixture is None or all(tensor.is_contiguous() for tensor in mixture)
     candidates = torch.empty(num_rows, pad_k(rows.max_top_k), dtype=torch.int64, device=logits.device)
@@ -277,7 +282,7 @@ def score_tokens(
     """Select the candidates and score each by its own row of the output head.
 
     Args:
-        hidden_states: [C, d], mapped by the value heads where there are any.
+        hidden_states: [C, d], mapped by the value heads where there are any; [C, d + Q] where the head has adapters.
         candidates: [R, K] int64, out: keys.
 
     Returns:
@@ -300,9 +305,9 @@ def score_tokens(
     scores = make(num_rows * (num_contexts if head.soft_cap and not is_whole else 1), K, device=device)
     score_kernel[(parts, num_rows)](
         *(*row_args(logits, rows), keys, keys.shape[1], kept, candidates, arrivals),
-        *(hidden_states, hidden_states.stride(0), head.weight, head.weight.stride(0), head.bias),
+        *head_args(hidden_states, head),
         *(*rule_args(rows), vocabulary.no_opinion, scores, contexts, weights, num_contexts),
-        *(head.soft_cap or 1.0, head.scale, head.vocab_start, head.weight.shape[0], hidden_states.shape[1]),
+        *(head.soft_cap or 1.0, head.scale, head.vocab_start, *head.weight.shape),
         K=K,
         FEW=few,
         **sizes,

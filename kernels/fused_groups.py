@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import fused_large_groups, large_groups
 from .fused_large_groups import score_large_kernel
-from .fused_scoring import capped, context_args, dot_candidates, row_args, rule_args
+from .fused_scoring import capped, context_args, dot_candidates, head_args, row_args, rule_args
 from .fused_selection import MERGE_WARPS, merge, select, store_candidates
 from .groups import gather_shards
 from .keys import LOWEST_KEY, from_key
@@ -92,11 +92,14 @@ def score_groups_kernel(
     large_ptr,  # [groups] int32, or nothing
     large_starts_ptr,  # [large + 1] int32, or nothing
     large_scores_ptr,  # [B, R * J] float32, of score_large_kernel, or nothing
-    hidden_ptr,  # [C, hidden_size]
+    hidden_ptr,  # [C, hidden_size + num_more]
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
     lm_head_stride,
     bias_ptr,  # [shard_size], or nothing
+    more_ptr,  # [shard_size, num_more], or nothing: the adapters' columns of lm_head
+    more_stride,
+    num_more,
     contexts_ptr,  # [R, J] int64, or nothing
     weights_ptr,  # [R, J] float32, or nothing
     num_contexts,  # J
@@ -147,8 +150,8 @@ def score_groups_kernel(
                 is_mine = (m < end) & (local >= 0) & (local < shard_size)
                 local = tl.where(is_mine, local, 0)
                 r = dot_candidates(
-                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, 1.0, local, is_mine, hidden_size, BLOCK_M,
-                    BLOCK_D, HAS_BIAS,
+                    row_hidden_ptr, lm_head_ptr, lm_head_stride, bias_ptr, more_ptr, more_stride, num_more, 1.0, local,
+                    is_mine, hidden_size, BLOCK_M, BLOCK_D, HAS_BIAS,
                 )  # fmt: skip
                 if HAS_SOFT_CAP:
                     r = capped(r, soft_cap)
@@ -305,11 +308,8 @@ def score_members(
     contexts, weights, num_contexts = context_args(mixture)
     num_all, large, of_large = num_rows * num_contexts, groups.large, None
     top_k_args = (rows.top_k, rows.top_k.stride(0))
-    head_args = (
-        *(hidden_states, hidden_states.stride(0), head.weight, head.weight.stride(0), head.bias),
-        *(contexts, weights, num_contexts),
-        *(head.soft_cap or 1.0, head.scale, head.vocab_start, head.weight.shape[0], hidden_states.shape[1]),
-    )
+    of_head, context = head_args(hidden_states, head), (contexts, weights, num_contexts)
+    sizes = (head.soft_cap or 1.0, head.scale, head.vocab_start, *head.weight.shape)
     variant = {
         "HAS_BIAS": head.bias is not None,
         "HAS_MIXTURE": mixture is not None,
@@ -319,7 +319,7 @@ def score_members(
         of_large = torch.empty(len(large.blocks), num_all, device=device)
         score_large_kernel[(len(large.blocks), triton.cdiv(num_all, fused_large_groups.BLOCK_C))](
             *(*top_k_args, row_groups, wanted, large.blocks, groups.members),
-            *(*head_args[:8], num_all, *head_args[8:], of_large),
+            *(*of_head, *context, num_all, *sizes, of_large),
             K=K,
             BLOCK_M=large_groups.BLOCK_M,
             BLOCK_C=fused_large_groups.BLOCK_C,
@@ -334,8 +334,7 @@ def score_members(
     score_groups_kernel[(num_all, rows.max_top_k, parts)](
         *(*top_k_args, row_groups, groups.members, groups.starts),
         *((large.index, large.starts, of_large) if large is not None else (None, None, None)),
-        *head_args,
-        scores,
+        *(*of_head, *context, *sizes, scores),
         K=K,
         PARTS=parts,
         BLOCK_M=BLOCK_M,

@@ -25,6 +25,31 @@ def precision(hidden_states: torch.Tensor, lm_head: torch.Tensor) -> str:
     return "tf32" if hidden_states.itemsize == lm_head.itemsize == 2 else "ieee"
 
 
+@triton.jit
+def add_products(
+    r,  # [BLOCK_C, BLOCK_M] float32
+    hidden_ptrs,  # [BLOCK_C], each of [size]
+    has,  # [BLOCK_C]
+    rows_ptr,
+    rows_stride,
+    local,  # [BLOCK_M]
+    is_mine,  # [BLOCK_M]
+    size,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,  # tf32 holds numbers of half precision as they are
+):
+    """r, and the products of hidden states with the rows ``local``; of contexts that do not have the group any."""
+    for start in range(0, size, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        there = d < size
+        h = tl.load(hidden_ptrs[:, None] + d[None, :], mask=has[:, None] & there[None, :], other=0.0)
+        w = tl.load(
+            rows_ptr + local[None, :] * rows_stride + d[:, None], mask=is_mine[None, :] & there[:, None], other=0.0
+        )
+        r = tl.dot(h.to(tl.float32), w.to(tl.float32), r, input_precision=PRECISION)
+    return r
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def score_large_kernel(
     top_k_ptr,  # [R] int64
@@ -33,11 +58,14 @@ def score_large_kernel(
     wanted_ptr,  # [large] int32: whether a row has the group
     blocks_ptr,  # [B, 4] int32
     members_ptr,  # [M] int32
-    hidden_ptr,  # [C, hidden_size]
+    hidden_ptr,  # [C, hidden_size + num_more]
     hidden_stride,
     lm_head_ptr,  # [shard_size, hidden_size]
     lm_head_stride,
     bias_ptr,  # [shard_size], or nothing
+    more_ptr,  # [shard_size, num_more], or nothing: the adapters' columns of lm_head
+    more_stride,
+    num_more,
     contexts_ptr,  # [R, J] int64, or nothing
     weights_ptr,  # [R, J] float32, or nothing
     num_contexts,  # J
@@ -52,7 +80,7 @@ def score_large_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,  # tf32 holds numbers of half precision as they are
+    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -77,20 +105,15 @@ def score_large_kernel(
             is_mine = is_member & (local >= 0) & (local < shard_size)
             local = tl.where(is_mine, local, 0)
             r = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
-            for start in range(0, hidden_size, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                there = d < hidden_size
-                h = tl.load(
-                    hidden_ptr + context[:, None] * hidden_stride + d[None, :],
-                    mask=has[:, None] & there[None, :],
-                    other=0.0,
-                )
-                w = tl.load(
-                    lm_head_ptr + local[None, :] * lm_head_stride + d[:, None],
-                    mask=is_mine[None, :] & there[:, None],
-                    other=0.0,
-                )
-                r = tl.dot(h.to(tl.float32), w.to(tl.float32), r, input_precision=PRECISION)
+            their_hidden_ptr = hidden_ptr + context * hidden_stride
+            r = add_products(
+                r, their_hidden_ptr, has, lm_head_ptr, lm_head_stride, local, is_mine, hidden_size, BLOCK_D, PRECISION
+            )
+            if more_ptr is not None:
+                r = add_products(
+                    r, their_hidden_ptr + hidden_size, has, more_ptr, more_stride, local, is_mine, num_more, BLOCK_D,
+                    PRECISION,
+                )  # fmt: skip
             if HAS_BIAS:
                 r += tl.load(bias_ptr + local, mask=is_mine, other=0.0).to(tl.float32)[None, :]
             if HAS_SOFT_CAP:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .scoring import cap_and_scale
+from .scoring import cap_and_scale, head_rows
 from .selection import MAX_LOGIT, NEG_INF, Candidates
 from .types import NO_OPINION, Groups, Mixture, OutputHead, Rows
 
@@ -133,8 +133,8 @@ def _local(head: OutputHead, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def rows_of(head: OutputHead, tokens: torch.Tensor) -> torch.Tensor:
-    """[tokens, d] float32; those in another shard are any."""
-    return head.weight[_local(head, tokens)[0]].float()
+    """[tokens, d] float32, [tokens, d + Q] where the head has adapters; those in another shard are any."""
+    return head_rows(head, _local(head, tokens)[0])
 
 
 def logits_of(head: OutputHead, products: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ import math
 import torch
 
 from .groups import reward_groups
-from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
+from .scoring import append_adapters, cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import MAX_LOGIT, NEG_INF, Candidates, select_candidates
 from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 
@@ -63,6 +63,7 @@ def guide_(
     """
     if head_mix is not None:
         hidden_states = map_heads(hidden_states, head_mix)
+    hidden_states = append_adapters(hidden_states, head.adapters)
     candidates = select_candidates(logits, rows, vocabulary.vocab_size)
     y = candidates.z if controls is None else undo_controls(candidates, controls)
     if isinstance(vocabulary, Groups):
@@ -117,7 +118,7 @@ def reward_tokens(
     """The reward of each candidate, by its own row of the output head.
 
     Args:
-        hidden_states: [C, d], mapped by the value heads where there are any.
+        hidden_states: [C, d], mapped by the value heads where there are any; [C, d + Q] where the head has adapters.
         y: [R, K] float32, z without its controls.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .types import HeadMix, Mixture, OutputHead
+from .types import HeadAdapters, HeadMix, Mixture, OutputHead
 
 
 def map_heads(hidden_states: torch.Tensor, head_mix: HeadMix) -> torch.Tensor:
@@ -13,6 +13,22 @@ def map_heads(hidden_states: torch.Tensor, head_mix: HeadMix) -> torch.Tensor:
     h = hidden_states.float()
     mapped = (torch.einsum("hij,rj->rhi", weight, h) if weight.dim() == 3 else h.unsqueeze(1) * weight) + bias
     return head_weights[:, :1] * h + torch.einsum("rh,rhi->ri", head_weights[:, 1:], mapped)
+
+
+def append_adapters(hidden_states: torch.Tensor, adapters: HeadAdapters | None) -> torch.Tensor:
+    """[C, d], any float dtype -> [C, d + Q] float32: behind each hidden state a_q . h, of its own adapter's q, and 0 of
+    the others'. The head has the columns b for it, so the product is linear, and contexts are mixed as ever."""
+    if adapters is None:
+        return hidden_states
+    h = hidden_states.float()
+    is_mine = adapters.owner == adapters.numbers.unsqueeze(1)
+    return torch.cat([h, (h @ adapters.a.T).where(is_mine, 0.0)], 1)
+
+
+def head_rows(head: OutputHead, local: torch.Tensor) -> torch.Tensor:
+    """[...] int64, rows of this shard -> [..., d] float32; [..., d + Q] where the head has adapters."""
+    weight = head.weight[local].float()
+    return weight if head.adapters is None else torch.cat([weight, head.adapters.b[local].float()], -1)
 
 
 def mix_contexts(hidden_states: torch.Tensor, mixture: Mixture) -> torch.Tensor:
@@ -26,7 +42,7 @@ def score_candidates(
     """The reward model's logits of the candidates, before soft cap and scale.
 
     Args:
-        hidden_states: [R, d], mapped by the value heads where there are any.
+        hidden_states: [R, d], mapped by the value heads where there are any; [R, d + Q] of :func:`append_adapters`.
         head: where it is one of several shards, a candidate outside it scores 0: the sum over the shards of a
             tensor-parallel group is the score.
         ids: [R, K] int64.
@@ -40,7 +56,7 @@ def score_candidates(
     mine = (local >= 0) & (local < head.weight.shape[0]) if is_sharded else None
     if is_sharded:
         local = local.where(mine, 0)
-    scores = torch.bmm(head.weight[local].float(), hidden_states.float().unsqueeze(-1)).squeeze(-1)
+    scores = torch.bmm(head_rows(head, local), hidden_states.float().unsqueeze(-1)).squeeze(-1)
     if head.bias is not None:
         scores = scores + head.bias[local].float() * (1.0 if bias_weight is None else bias_weight)
     return scores.where(mine, 0.0) if is_sharded else scores

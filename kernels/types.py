@@ -12,6 +12,20 @@ from typing import NamedTuple
 import torch
 
 
+class HeadAdapters(NamedTuple):
+    """LoRA adapters of an output head, side by side: read through adapter n, the logits are W h + sum_q b_q (a_q . h)
+    over the q in [Q] that are n's."""
+
+    a: torch.Tensor
+    """[Q, d] float32"""
+    b: torch.Tensor
+    """[V', Q], any float dtype; the adapters' scaling is in it"""
+    owner: torch.Tensor
+    """[Q] int64: the adapter of each"""
+    numbers: torch.Tensor
+    """[C] int64: the adapter that each context is read through; one that owns nothing: none"""
+
+
 class OutputHead(NamedTuple):
     """What turns the reward model's hidden states into logits, one token at a time; or this rank's shard of it."""
 
@@ -29,6 +43,8 @@ class OutputHead(NamedTuple):
     """This rank in the tensor-parallel group, and how many ranks there are"""
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Sums float32 tensors of any shape over that group; None: the head is whole"""
+    adapters: HeadAdapters | None = None
+    """None: contexts are read through the head as it is"""
 
 
 class HeadMix(NamedTuple):

@@ -17,6 +17,7 @@ from torch import nn
 from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager, create_lora_manager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
@@ -25,19 +26,21 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.platforms import current_platform
 
 from pad_vllm.errors import one_line
+from pad_vllm.kernels.types import HeadAdapters, OutputHead
 from pad_vllm.reward.kind import ADAPTER_CONFIG, adapter_config, tensor_names
 from pad_vllm.reward.rows import ContextSlot
 
 RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """What vLLM may be told that the largest rank is; ascending."""
 NOT_APART = {
-    "lm_head": "the output head, which is applied to candidates after contexts are mixed",
     "embed_tokens": "the embedding, which may be the output head too",
     "experts": "experts, which vLLM changes in place",
 }
 """What an adapter cannot change where it stays apart, and why."""
 LORA_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 """What PEFT calls the two matrices of a linear layer, and of an embedding."""
+OUTPUT_HEAD = "lm_head"
+"""The last part of its module's name in an adapter."""
 NO_ADAPTER = -1
 
 
@@ -105,7 +108,7 @@ def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -
     most = max(folder.rank for folder in folders)
     # On a CPU vLLM reads the last slot for a token without an adapter: one stays empty.
     num = len(folders) + current_platform.is_cpu()
-    targets = sorted({module.rpartition(".")[2] for folder in folders for module in folder.modules})
+    targets = sorted({_last(module) for folder in folders for module in folder.modules} - {OUTPUT_HEAD})
     return LoRAConfig(
         max_lora_rank=min(rank for rank in RANKS if rank >= most),
         max_loras=num,
@@ -123,8 +126,12 @@ def module_of(tensor_name: str) -> str:
     return name
 
 
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 class Adapters:
-    """The adapters of a reward model, in its layers.
+    """The adapters of a reward model: in its layers; those of its output head, which candidates are scored by, apart.
 
     Args:
         model: the reward model's own instance; vLLM's LoRA layers take the place of some of its modules.
@@ -154,10 +161,13 @@ class Adapters:
             raise ValueError(
                 f"pad.adapters: {type(model).__name__} takes no LoRA adapters: {one_line(error)}"
             ) from error
+        of_head: list[tuple[int, LoRALayerWeights]] = []
         for number, folder in enumerate(folders, 1):
             try:
                 lora = self._load(folder, number, vllm_config.lora_config)
+                of_head += [(number - 1, lora.loras.pop(name)) for name in [*lora.loras] if _last(name) == OUTPUT_HEAD]
                 self._check(lora)
+                self._check_head(of_head, vllm_config.model_config.get_hidden_size())
                 self.manager.add_adapter(lora)
                 self.manager.activate_adapter(number)
             except Exception as error:
@@ -168,7 +178,8 @@ class Adapters:
         self.numbers = torch.arange(-1, vllm_config.lora_config.max_loras, device=device)
         layers = self.manager.modules.values()
         stacks = [stack for layer in layers for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
-        self.num_bytes = sum(stack.nbytes for stack in stacks)
+        self._head = _side_by_side(of_head, device) if of_head else None
+        self.num_bytes = sum(tensor.nbytes for tensor in (*stacks, *(self._head or ())))
         self._selected: torch.Tensor | None = None
 
     def _load(self, folder: AdapterFolder, number: int, config: LoRAConfig) -> LoRAModel:
@@ -176,6 +187,7 @@ class Adapters:
         manager, model = self.manager, self.manager.model
         packed = manager.packed_modules_mapping
         expected = {name for module in manager.supported_lora_modules for name in packed.get(module, [module])}
+        expected.add(OUTPUT_HEAD)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         return LoRAModel.from_local_checkpoint(
             folder.path,
@@ -202,6 +214,22 @@ class Adapters:
             found, wanted = (b.shape[0], a.shape[1]), places[name]
             if found != wanted:
                 raise ValueError(f"it changes {name} as a matrix of {list(found)}, and here it is {list(wanted)}")
+
+    def _check_head(self, of_head: list[tuple[int, LoRALayerWeights]], hidden_size: int) -> None:
+        for _, weights in of_head:
+            found = weights.lora_b.shape[0], weights.lora_a.shape[1]
+            if found != (self.vocab_size, hidden_size):
+                wanted = [self.vocab_size, hidden_size]
+                raise ValueError(f"it changes {OUTPUT_HEAD} as a matrix of {list(found)}, and here it is {wanted}")
+
+    def of_head(self, head: OutputHead) -> HeadAdapters | None:
+        """Those of an output head, or of a rank's shard of it; None: there are none."""
+        if self._head is None:
+            return None
+        mine = self._head.b[head.vocab_start :][: len(head.weight)]
+        b = mine.new_zeros(len(head.weight), mine.shape[1])  # the last shard may be padded
+        b[: len(mine)] = mine
+        return self._head._replace(b=b)
 
     def _places(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Name of a layer as adapters call it -> its [out, in]."""
@@ -259,6 +287,18 @@ class ContextAdapters:
             token_slots: [num_tokens] int64, each token's.
         """
         return self.numbers[token_slots] if self.is_there and self._is_read[[*slots]].any() else None
+
+
+def _side_by_side(of_head: list[tuple[int, LoRALayerWeights]], device: torch.device) -> HeadAdapters:
+    """Of the output head, each with its adapter's number; no context is read through any yet."""
+    weights = [one for _, one in of_head]
+    ranks = torch.tensor([len(one.lora_a) for one in weights])
+    return HeadAdapters(
+        torch.cat([one.lora_a for one in weights]).float().to(device),
+        torch.cat([one.lora_b * one.scaling for one in weights], 1).to(device),
+        torch.tensor([number for number, _ in of_head]).repeat_interleave(ranks).to(device),
+        torch.tensor([NO_ADAPTER], device=device),
+    )
 
 
 def _output_sizes(layer: Any) -> list[int]:

@@ -262,7 +262,7 @@ class PagedModel:
                 "PAD needs for its candidates"
             )
         num_shards = get_tensor_model_parallel_world_size()
-        return OutputHead(
+        whole_or_shard = OutputHead(
             weight[: head.num_org_embeddings_per_partition],
             kwargs.get("embedding_bias", bias),
             processor.soft_cap,
@@ -271,6 +271,9 @@ class PagedModel:
             (get_tensor_model_parallel_rank(), num_shards),
             tensor_model_parallel_all_reduce if num_shards > 1 else None,
         )
+        if self.adapters is None:
+            return whole_or_shard
+        return whole_or_shard._replace(adapters=self.adapters.of_head(whole_or_shard))
 
     @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from pad_vllm.kernels import Mixture, map_heads, mix_contexts
+from pad_vllm.kernels import Mixture, append_adapters, map_heads, mix_contexts
 from pad_vllm.params import MAX_CONTEXTS, NEUTRAL, GuidanceParams
 from pad_vllm.reward.device import to_device
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot
@@ -94,7 +94,7 @@ class Drafter:
 
     def __init__(self, loaded: Loaded, contexts: Contexts, slots: Slots, max_model_len: int) -> None:
         self.contexts, self.slots = contexts, slots
-        self.compute_logits = loaded.model.model.compute_logits
+        self.compute_logits, self.head = loaded.model.model.compute_logits, loaded.head
         self.max_top_k, self.max_position = loaded.fit.config.max_top_k, max_model_len - 1
         self.weights = torch.zeros(slots.no_slot + 1, MAX_CONTEXTS, device=loaded.device)
         """[slots, MAX_CONTEXTS]: :func:`draft_weights`"""
@@ -154,11 +154,16 @@ class Drafter:
         dtype, slots = hidden_states.dtype, params.layout.row_slots
         if params.head_mix is not None:
             hidden_states = map_heads(hidden_states, params.head_mix)
+        hidden_size, head = hidden_states.shape[1], params.contexts.ints.of_head(self.head)
+        hidden_states = append_adapters(hidden_states, head.adapters)
         if params.contexts.mixture is not None:
             contexts = params.contexts.mixture.contexts
             mixture = Mixture(contexts, self.weights[slots, : contexts.shape[1]].contiguous())
             hidden_states = mix_contexts(hidden_states, mixture)
-        logits, base_ids = self.contexts.draftable(self.compute_logits(hidden_states.to(dtype)))
+        logits = self.compute_logits(hidden_states[:, :hidden_size].to(dtype))
+        if head.adapters is not None and head.soft_cap is None and head.all_reduce is None:  # else a draft is refused
+            logits = logits + head.scale * (hidden_states[:, hidden_size:] @ head.adapters.b.float().T)
+        logits, base_ids = self.contexts.draftable(logits)
         # What an unguided row leaves out is drawn by verification.
         most = self.max_top_k if params.num_unguided else params.rows.max_top_k
         values, ids = logits.topk(min(most, logits.shape[1]))

@@ -93,12 +93,13 @@ class Guidance:
         """
         contexts, prompt = params.contexts(), self.contexts.read(prompt_ids)
         composed = [self._compose(prompt.ids, reading.preference) for reading in contexts]
+        adapters = [self.loaded.fit.adapter_number(reading.adapter) for reading in contexts]
         if params.guides and (prompt.is_misread or any(one.is_misread for one in composed)):
             self.stats.plain_prompts += 1
             if self.loaded.fit.config.chat == "strict":
                 raise ValueError("pad.chat='strict': its prompt begins as a chat, and is none that the template writes")
         check_logit_bias(controls.logit_bias)
-        self._write_slot(slot, params, prompt.num_own, composed, list(contexts.values()), end_id)
+        self._write_slot(slot, params, prompt.num_own, composed, adapters, list(contexts.values()), end_id)
         self.contexts.begin(slot, len(prompt_ids), prompt)
         self.slots.controls.write(slot, controls, prompt_ids)
         if self.drafter is not None:
@@ -106,7 +107,6 @@ class Guidance:
         if params.guides:
             self.stats.guided_requests += 1
             self.stats.contexts += len(composed)
-        adapters = [self.loaded.fit.adapter_number(reading.adapter) for reading in contexts]
         return [
             self.engine.add(ContextSlot(place), one.ids, one.shared, params.cache_salt, adapter)
             for place, one, adapter in zip(context_slots(slot), composed, adapters, strict=False)
@@ -138,6 +138,7 @@ class Guidance:
         params: GuidanceParams,
         num_own: int,
         composed: list[Composed],
+        adapters: list[int],
         context_weights: list[float],
         end_id: int,
     ) -> None:
@@ -145,7 +146,10 @@ class Guidance:
         default = heads.default_weights if heads and params.guides else None
         weights = params.weights or default
         mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.loaded.fit.head_names))
-        contexts = [ContextInts(len(ids) - num_own, num_own, ids[-1]) for ids, *_ in composed]
+        contexts = [
+            ContextInts(len(one.ids) - num_own, num_own, one.ids[-1], adapter)
+            for one, adapter in zip(composed, adapters, strict=True)
+        ]
         ints = RequestInts(len(contexts), params.top_k, end_id)
         floats = [params.beta, params.base_weight, *mix]
         self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)

@@ -109,7 +109,7 @@ def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_
     if head.all_reduce is not None:
         return  # a rank has a shard, and the architecture is the same
     ids = torch.arange(0, head.weight.shape[0], max(head.weight.shape[0] // 64, 1), device=model.device)[None]
-    scores = score_candidates(hidden_states, head, ids)
+    scores = score_candidates(hidden_states, head._replace(adapters=None), ids)
     ours = cap_and_scale(scores, head)
     theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
     if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):

@@ -50,7 +50,7 @@ class Rule:
         self.guide_(
             logits,
             hidden_states,
-            self.head,
+            params.contexts.ints.of_head(self.head),
             rows,
             self.vocabulary,
             controls=controls,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputTokens, Rows
+from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputHead, OutputTokens, Rows
 from pad_vllm.params import MAX_CONTEXTS, MAX_LOGIT_BIAS
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.heads import ValueHeads
@@ -53,6 +53,8 @@ class ContextInts(NamedTuple):
     """Length of the base's prompt."""
     last_prompt_id: int
     """Last token of the composed prompt."""
+    adapter: int
+    """The number of the adapter that it is read through."""
 
 
 class ContextRowInts(NamedTuple):
@@ -61,6 +63,11 @@ class ContextRowInts(NamedTuple):
     offset: torch.Tensor
     prompt_len: torch.Tensor
     last_prompt_id: torch.Tensor
+    adapter: torch.Tensor
+
+    def of_head(self, head: OutputHead) -> OutputHead:
+        """``head`` as these contexts are read through it."""
+        return head if head.adapters is None else head._replace(adapters=head.adapters._replace(numbers=self.adapter))
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Slots:
         self.contexts = torch.zeros(
             num_slots * MAX_CONTEXTS, len(ContextInts._fields), dtype=torch.int64, device=device
         )
-        """[slots * MAX_CONTEXTS, 3]: :class:`ContextInts`"""
+        """[slots * MAX_CONTEXTS, 4]: :class:`ContextInts`"""
         self.context_weights = torch.zeros(num_slots, MAX_CONTEXTS, device=device)
         """[slots, MAX_CONTEXTS]: 0 where there is none"""
         self.controls = ControlSlots(num_slots, vocab_size, device)

@@ -71,10 +71,10 @@ def test_over_the_served_model_it_shares_the_weights(models, encode, compose, ru
 @pytest.mark.parametrize("how", ["compiled", "two ranks"])
 def test_compiled_and_tensor_parallel(how, models, encode, compose, monkeypatch, tmp_path):
     """(With an adapter vLLM compiles nothing on a CPU.)"""
-    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=ATTENTION + MLP)
     settings, adapters = {"enforce_eager": False}, {}
     if how == "two ranks":
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", A_CORE_EACH)
+        merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=[*ATTENTION, *MLP, "lm_head"])
         settings, adapters = {"multiprocess": True, "tensor_parallel_size": 2}, {"mine": str(tmp_path / "own")}
     pad = {"reward_model": "base", "adapters": adapters}
     engine = Engine("v1", models.base, logits_processors=PLUGIN, additional_config={"pad": pad}, **settings)
@@ -117,7 +117,7 @@ def num_own_parameters(llm) -> int:
         ({"r": 1024}, "LoRA rank 1024 is greater than max_lora_rank 512"),
         ({"peft_type": "IA3"}, "a PEFT adapter of the type IA3"),
         ({"bias": "all"}, "Adapter bias is not supported"),
-        ({"targets": ["lm_head"]}, "it changes lm_head: the output head"),
+        ({"targets": ["lm_head"], "vocab_size": 600}, r"it changes lm_head as a matrix of \[600, 64\], and here it is"),
         ({"targets": ["embed_tokens"]}, "it changes embed_tokens: the embedding"),
         ({"hidden_size": 96}, r"it changes model.layers.0.self_attn.q_proj as a matrix of \[96, 96\], and here it is"),
         ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is none of"),
@@ -130,7 +130,7 @@ def test_what_cannot_be_an_adapter_stops_the_start(how, message, models, tmp_pat
 
     how = dict(how)
     base, targets, removed = models.base, how.pop("targets", ["q_proj"]), how.pop("remove", None)
-    if how.keys() & {"hidden_size", "num_hidden_layers"}:
+    if how.keys() & {"hidden_size", "num_hidden_layers", "vocab_size"}:
         base = make_model(tmp_path / "base", seed=5, **how)
         how = {}
     make_adapter(tmp_path / "adapter", base, seed=1, rank=2, targets=targets)

@@ -33,7 +33,7 @@ class Adapted:
             "odd": {
                 "seed": 13,
                 "rank": 3,
-                "targets": ["up_proj", "o_proj"],
+                "targets": ["up_proj", "o_proj", "lm_head"],
                 "use_rslora": True,
                 "rank_pattern": {"o_proj": 12},
             },

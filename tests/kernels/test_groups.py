@@ -9,7 +9,15 @@ from pad_vllm.kernels import Groups, Mixture
 from pad_vllm.kernels import groups as in_torch
 from pad_vllm.kernels.large_groups import find_large
 from tests import oracle
-from tests.kernels.test_kernels import control, ends, interpreter, problem, run  # noqa: F401 (fixtures)
+from tests.kernels.test_kernels import (  # noqa: F401 (fixtures)
+    adapted_head,
+    control,
+    ends,
+    head_adapters,
+    interpreter,
+    problem,
+    run,
+)
 
 NEG_INF = float("-inf")
 REWARD_VOCAB = 61
@@ -106,6 +114,20 @@ def test_the_reward_does_not_see_bias_and_penalties(run):  # noqa: F811
     assert torch.equal(out[2], z[2])
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_each_context_is_read_through_an_adapter_of_the_head(soft_cap, run):  # noqa: F811
+    logits, hidden, lm_head, groups, rule = grouped(3)
+    numbers = [1, -1, 0]
+    adapters = head_adapters(REWARD_VOCAB, 16, numbers)
+    out = run(logits, hidden, lm_head, top_k=12, vocabulary=groups, adapters=adapters, soft_cap=soft_cap)
+    for i, number in enumerate(numbers):
+        r = adapted_head(lm_head, adapters, number) @ hidden[i]
+        if soft_cap is not None:
+            r = torch.tanh(r / soft_cap) * soft_cap
+        expected = oracle.guided_logits(logits[i], r, 12, 1.0, groups=rule)
+        torch.testing.assert_close(out[i], expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_whose_reward_is_not_finite_gets_its_end_token(bad, run):  # noqa: F811
     logits, hidden, lm_head, groups, plain = grouped(3)
@@ -148,14 +170,16 @@ def test_large_groups_are_read_once_for_all_rows(soft_cap, dtype, run, monkeypat
     weights = torch.tensor([[0.8, -0.5]]).repeat(num_rows, 1)
     contexts[3, 1], weights[3, 1] = 2 * num_rows, 0.0
     top_k = torch.arange(num_rows) * 2
+    adapters = head_adapters(700, 100, torch.arange(2 * num_rows + 1) % 3 - 1) if soft_cap else None
     for num_shards in (1, 2):
         out = run(
             logits, hidden, lm_head, top_k=top_k, beta=0.8, reference=weights.sum(1), bias=bias, vocabulary=groups,
-            soft_cap=soft_cap, mixture=Mixture(contexts, weights), num_shards=num_shards,
+            soft_cap=soft_cap, mixture=Mixture(contexts, weights), num_shards=num_shards, adapters=adapters,
         )  # fmt: skip
         assert torch.equal(out[0], logits[0])
         for i in range(1, num_rows):
-            r = [lm_head.float() @ hidden[c].float() + bias.float() for c in contexts[i].tolist()]
+            head_of = [adapted_head(lm_head, adapters, c % 3 - 1) if adapters else lm_head.float() for c in contexts[i]]
+            r = [one @ hidden[c].float() + bias.float() for one, c in zip(head_of, contexts[i].tolist(), strict=True)]
             r = [soft_cap * torch.tanh(r_j / soft_cap) if soft_cap else r_j for r_j in r]
             parts = {"weights": weights[i].tolist()} if i != 3 else {"weights": [weights[i, 0].item()]}
             expected = oracle.guided_logits(

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pad_vllm.kernels import Controls, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from pad_vllm.kernels import Controls, HeadAdapters, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 from pad_vllm.kernels.selection import select_candidates
 from tests import oracle
 from tests.support.engine import Worker, set_environment
@@ -50,6 +50,7 @@ def run_guide(implementation: str, logits, hidden, head, rows, vocabulary, kwarg
                 part = head._replace(
                     weight=head.weight[mine],
                     bias=None if head.bias is None else head.bias[mine],
+                    adapters=None if head.adapters is None else head.adapters._replace(b=head.adapters.b[mine]),
                     vocab_start=mine.start,
                     shard=(shard, num_shards),
                     all_reduce=(lambda scores: partial.append(scores.clone()) or scores)
@@ -80,14 +81,14 @@ def run(request):
 
     def run(
         logits, hidden, lm_head, rows=None, *, top_k, beta=1.0, reference=1.0, vocabulary=None, key_offsets=None,
-        bias=None, soft_cap=None, scale=1.0, num_shards=1, **kwargs,
+        bias=None, soft_cap=None, scale=1.0, num_shards=1, adapters=None, **kwargs,
     ):  # fmt: skip
         index = torch.arange(len(logits)) if rows is None else torch.tensor(rows, dtype=torch.int64)
         num_rows = len(index)
         top_k, beta, reference = (torch.as_tensor(value).expand(num_rows) for value in (top_k, beta, reference))
         most = int(top_k.max()) if num_rows else 1
         rows = Rows(index, top_k, beta, reference, END + torch.arange(num_rows), most, key_offsets)
-        head = OutputHead(lm_head, bias, soft_cap, scale)
+        head = OutputHead(lm_head, bias, soft_cap, scale, adapters=adapters)
         vocabulary = vocabulary or SharedVocabulary(logits.shape[1])
         arguments = (request.param, logits, hidden, head, rows, vocabulary, kwargs, num_shards)
         if request.param == "triton":
@@ -324,6 +325,56 @@ def test_rows_of_several_contexts(contexts, soft_cap, num_shards, run):
         expected = oracle.guided_logits(logits[i], r, 10, 0.8, weights=[weight for _, weight in row])
         # Each context's normalizer shifts a whole row, and no more.
         torch.testing.assert_close(out[i].log_softmax(0), expected.log_softmax(0), rtol=1e-4, atol=1e-4)
+
+
+def head_adapters(vocab_size: int, hidden_size: int, numbers, ranks=(3, 40), seed: int = 5) -> HeadAdapters:
+    """Of those ranks; more than a program multiplies at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(sum(ranks), hidden_size, generator=generator) / 4
+    b = torch.randn(vocab_size, sum(ranks), generator=generator) / 4
+    return HeadAdapters(a, b, torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)), torch.tensor(numbers))
+
+
+def adapted_head(lm_head: torch.Tensor, adapters: HeadAdapters, number: int) -> torch.Tensor:
+    """The output head with an adapter merged into it."""
+    mine = adapters.owner == number
+    return lm_head.float() + adapters.b[:, mine].float() @ adapters.a[mine]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_row_is_read_through_an_adapter_of_the_head(dtype, num_shards, run):
+    logits, hidden, lm_head = problem(4, dtype=dtype)
+    adapters = head_adapters(97, 16, [1, -1, 0, 1])
+    adapters = adapters._replace(b=adapters.b.to(dtype))
+    out = run(logits, hidden, lm_head, top_k=10, adapters=adapters, num_shards=num_shards)
+    for i, number in enumerate([1, -1, 0, 1]):
+        expected = expected_row(logits[i], hidden[i], adapted_head(lm_head, adapters, number), 10, 1.0)
+        torch.testing.assert_close(out[i], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_contexts_of_a_row_through_other_adapters_of_the_head_are_mixed(soft_cap, run):
+    """In the scores, as it comes to the same: what an adapter adds to the head is linear in what it makes of h."""
+    logits, hidden, lm_head = problem(2)
+    hidden = torch.cat([hidden, problem(3, seed=9)[1]])
+    contexts, weights, numbers = [[0, 1, 2], [3, 4, 4]], [[0.7, 0.5, -0.4], [1.0, -0.5, 0.0]], [0, 1, -1, 1, 0]
+    adapters = head_adapters(97, 16, numbers)
+    out = run(
+        logits,
+        hidden,
+        lm_head,
+        top_k=10,
+        adapters=adapters,
+        soft_cap=soft_cap,
+        mixture=Mixture(torch.tensor(contexts), torch.tensor(weights)),
+    )
+    for i in range(2):
+        r = torch.stack([adapted_head(lm_head, adapters, numbers[c]) @ hidden[c] for c in contexts[i]])
+        if soft_cap is not None:
+            r = torch.tanh(r / soft_cap) * soft_cap
+        mixed = (torch.tensor(weights[i]).unsqueeze(1) * r).sum(0)
+        torch.testing.assert_close(out[i], oracle.guided_logits(logits[i], mixed, 10, 1.0), rtol=2e-5, atol=2e-5)
 
 
 def test_mixed_heads(run):
