@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.markers import ANSWER
+from pad_vllm.reward.rendering import bounded_render
 from pad_vllm.reward.token_tables import FirstSpace
 
 
@@ -25,8 +26,8 @@ def answers_begin_with_space(tokens: ByteTokens) -> bool | None:
     tokenizer = tokens.tokenizer
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
     try:
-        before = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        before = bounded_render(tokenizer, talk[:1], add_generation_prompt=True)
+        whole = bounded_render(tokenizer, talk)
     except Exception:  # there is no template, or it raises what it likes
         return None
     start, ids = (tokenizer.encode(text, add_special_tokens=False) for text in (before, whole))

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pad_vllm.reward.rendering import bounded_render
+
 NAMED_TAG = re.compile(r"<(/?)([\w-]+)>")
 REASONING, CONTENT = "qzxjkvqb", "qzxjkvqd"
 """That no template writes."""
@@ -75,6 +77,6 @@ def _calls() -> Iterator[dict]:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> str | None:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return bounded_render(tokenizer, messages, add_generation_prompt=generate)
     except Exception:  # there is no template, or it raises what it likes
         return None

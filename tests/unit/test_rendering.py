@@ -8,16 +8,21 @@ import signal
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from pad_vllm.reward import rendering
+from pad_vllm.reward.byte_tokens import ByteTokens
+from pad_vllm.reward.first_space import answers_begin_with_space
 from pad_vllm.reward.rendering import bounded_render
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import DataError, prompt_ids
+from pad_vllm.worker.answers import answer_tokens
 from tests.support import chats
 from tests.support.models import make_tokenizer
 
+PACKAGE = Path(rendering.__file__).parents[1]
 TALK = [
     {"role": "system", "content": "Be brief. <|user|> é\u2028"},
     {"role": "user", "content": " Why? \n"},
@@ -66,6 +71,19 @@ def test_a_template_that_never_ends_is_given_up_and_not_tried_again(template, to
     assert first < 30
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert bounded_render(tokenizer, TALK) == TALK[0]["content"]
+
+
+def test_all_that_a_start_renders_is_bounded(tokenizer, monkeypatch):
+    """What an answer may hold, and how it begins, are found by rendering too."""
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.3)
+    tokenizer.chat_template = NEVER[0] + "{# of this test #}"
+    started = time.monotonic()
+    assert answer_tokens(tokenizer, {1}) == {}
+    assert answers_begin_with_space(ByteTokens(tokenizer, "reward")) is None
+    assert time.monotonic() - started < 20
+    sources = [file for room in ("reward", "worker", "frontend") for file in (PACKAGE / room).rglob("*.py")]
+    calls = [file.name for file in sources if "apply_chat_template(" in file.read_text()]
+    assert calls == ["rendering.py"]
 
 
 @pytest.mark.parametrize(
