@@ -6,10 +6,11 @@ The top-level folders ``kernels/`` and ``benchmarks/`` are installed as ``pad_vl
 
 from setuptools import find_packages, setup
 
-# The synthetic world is what tests and a benchmark train on, in a clone.
+# The synthetic world is what tests and a benchmark train on, in a clone. The demo's reward model, larger than all of
+# this, is a package of its own: demo_model/.
 ours = find_packages(include=["pad_vllm", "pad_vllm.*"], exclude=["pad_vllm.synthetic"])
 setup(
     packages=[*ours, "pad_vllm.kernels", "pad_vllm.benchmarks"],
-    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json", "data/adapter/*"]},
+    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json"]},
     package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},
 )

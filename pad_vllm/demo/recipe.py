@@ -290,12 +290,12 @@ def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     ]
     reward = _round_folder(folder, len(recipe.rounds) - 1) / "reward"
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half() for name, tensor in load_file(reward / ADAPTER_WEIGHTS.name).items()}
-    save_file(weights, target / ADAPTER_WEIGHTS.name, {"format": "pt"})
-    settings = json.loads((reward / ADAPTER_SETTINGS.name).read_text())
+    weights = {name: tensor.half() for name, tensor in load_file(reward / ADAPTER_WEIGHTS).items()}
+    save_file(weights, target / ADAPTER_WEIGHTS, {"format": "pt"})
+    settings = json.loads((reward / ADAPTER_SETTINGS).read_text())
     kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])
-    (target / ADAPTER_SETTINGS.name).write_text(json.dumps(kept, indent=1) + "\n")
+    (target / ADAPTER_SETTINGS).write_text(json.dumps(kept, indent=1) + "\n")
     record = {
         "made_by": "python -m pad_vllm.demo.recipe",
         "model": "SmolLM2-135M-Instruct",

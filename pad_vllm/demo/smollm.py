@@ -26,9 +26,8 @@ PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
 DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 1.0, "top_k": 40}
 UNTRAINED_DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-ADAPTER_WEIGHTS = Path(__file__).parent / "data" / "adapter" / "adapter_model.safetensors"
-"""Made by ``python -m pad_vllm.demo.recipe``; ``training.json`` beside it says how, and its accuracy."""
-ADAPTER_SETTINGS = ADAPTER_WEIGHTS.with_name("adapter_config.json")
+MODEL_PACKAGE = "pad_vllm_demo_model"
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 class DemoModels(NamedTuple):
@@ -57,10 +56,30 @@ def build_base(cache_dir: str | os.PathLike | None = None) -> Path:
 def build_reward(cache_dir: str | os.PathLike | None = None) -> Path:
     """The trained LoRA, a PEFT folder that names the base model's, and a ``pad.json``."""
     base = build_base(cache_dir).absolute()
+    source = adapter_folder()
     # The base's place counts: in a cache that was moved the adapter is laid out anew.
-    parts = (ADAPTER_WEIGHTS.read_bytes(), ADAPTER_SETTINGS.read_bytes(), json.dumps(DEFAULTS).encode())
-    digest = _digest(*parts, os.fsencode(base))
-    return cached(cache_dir, f"{base.name}-adapter-{digest}", lambda target: _lay_out(base, target))
+    parts = [(source / name).read_bytes() for name in (ADAPTER_WEIGHTS, ADAPTER_SETTINGS)]
+    digest = _digest(*parts, json.dumps(DEFAULTS).encode(), os.fsencode(base))
+    return cached(cache_dir, f"{base.name}-adapter-{digest}", lambda target: _lay_out(base, source, target))
+
+
+def adapter_folder() -> Path:
+    """Where the trained LoRA is: in a clone, else in the package ``pad-vllm-demo-model``. ``python -m
+    pad_vllm.demo.recipe`` makes it; its ``training.json`` says how, and how accurate it is.
+
+    Raises:
+        ValueError: it is in neither.
+    """
+    clone = Path(__file__).parents[2] / "demo_model" / MODEL_PACKAGE
+    if clone.is_dir():
+        return clone / "adapter"
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "the demo's reward model is not installed: `pip install ./demo_model` in a clone of pad-vllm, or run the "
+            "demo there (`make demo`)"
+        )
+    return Path(spec.origin).parent / "adapter"
 
 
 def build_untrained(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -103,13 +122,13 @@ def _link(base: Path, target: Path) -> None:
     write_defaults(target, UNTRAINED_DEFAULTS)
 
 
-def _lay_out(base: Path, target: Path) -> None:
+def _lay_out(base: Path, source: Path, target: Path) -> None:
     from pad_vllm.reward.folder import write_defaults
 
     target.mkdir()
     for name in TOKENIZER:
         (target / name).symlink_to(Path("..", base.name, name))
-    shutil.copy(ADAPTER_WEIGHTS, target)
-    settings = json.loads(ADAPTER_SETTINGS.read_text()) | {"base_model_name_or_path": str(base)}
-    (target / ADAPTER_SETTINGS.name).write_text(json.dumps(settings, indent=1) + "\n")
+    shutil.copy(source / ADAPTER_WEIGHTS, target)
+    settings = json.loads((source / ADAPTER_SETTINGS).read_text()) | {"base_model_name_or_path": str(base)}
+    (target / ADAPTER_SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     write_defaults(target, DEFAULTS)

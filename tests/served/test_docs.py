@@ -234,6 +234,21 @@ def test_the_offline_example(folder):
     assert "pad_persona" in out
 
 
+def test_the_demos_model_is_a_package_of_its_own(folder):
+    find = "from pad_vllm.demo.smollm import adapter_folder; print(adapter_folder())"
+    settings = {"cwd": folder / "examples", "text": True, "capture_output": True}
+    python, environ = [sys.executable, "-c", find], os.environ | {"PYTHONPATH": str(folder / "installed")}
+    run(folder, "bash", "pip install --no-deps .")
+    missing = subprocess.run(python, env=environ, **settings)
+    assert "`pip install ./demo_model` in a clone" in missing.stderr
+    install = "python -m pip --quiet install --no-deps --no-build-isolation --target installed-model ./demo_model"
+    subprocess.run(["bash", "-c", install], cwd=folder, env=environment(), check=True)
+    environ["PYTHONPATH"] += f":{folder / 'installed-model'}"
+    found = Path(subprocess.run(python, env=environ, check=True, **settings).stdout.strip())
+    assert found.is_relative_to(folder / "installed-model")
+    assert {file.name for file in found.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+
+
 def test_what_is_installed(folder):
     """The wheel has the kernels, and the entry points by which vLLM finds the plugin."""
     run(folder, "bash", "pip install --no-deps .")
@@ -243,5 +258,6 @@ def test_what_is_installed(folder):
     assert (installed / "pad_vllm" / "py.typed").exists()
     assert not (installed / "tests").exists()
     assert not (installed / "pad_vllm" / "synthetic").exists()
+    assert sum(file.stat().st_size for file in installed.rglob("*") if "__pycache__" not in file.parts) < 2 << 20
     (entry_points,) = installed.glob("pad_vllm-*.dist-info/entry_points.txt")
     assert "pad = pad_vllm:PADLogitsProcessor" in entry_points.read_text()
