@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm.reward.source import SERVED, is_same
+from pad_vllm.reward.source import is_same, source_of
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
@@ -147,9 +147,12 @@ def reward_model_drafts(vllm_config: VllmConfig) -> bool:
     if speculative is None or speculative.method != "draft_model":
         return False
     pad = (vllm_config.additional_config or {}).get("pad")
-    drafts, guides = speculative.model, pad.get("reward_model") if isinstance(pad, dict) else None
-    if not isinstance(drafts, str) or not isinstance(guides, str):
+    if not isinstance(speculative.model, str) or not isinstance(pad, dict):
+        return False
+    given = {key: value for key, value in pad.items() if value is not None}
+    try:
+        source = source_of(given, vllm_config.model_config)
+    except (KeyError, TypeError, ValueError):
         return False  # what is wrong with the configuration is said at the start
-    if guides == SERVED:
-        guides = vllm_config.model_config.model
-    return is_same(guides, drafts)
+    # A PEFT folder is no model to vLLM: there the model that it is over is named.
+    return is_same(source.reward_model, speculative.model) or is_same(source.model, speculative.model)

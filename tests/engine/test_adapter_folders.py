@@ -16,7 +16,7 @@ from pad_vllm.reward.merging import Merge
 from tests import oracle
 from tests.engine.test_engine import GREEDY, PROMPTS
 from tests.engine.test_shared_weights import ATTENTION, MLP, TEXTS
-from tests.support.engine import A_CORE_EACH, PLUGIN, Engine, guided, running_guidance
+from tests.support.engine import A_CORE_EACH, PLUGIN, Engine, guided, metric, running_guidance
 from tests.support.fixtures import Models
 from tests.support.models import make_adapter
 
@@ -58,12 +58,18 @@ def check_cases(engine: Engine, reward, models: Models, encode, compose, **asked
 
 @pytest.mark.every_release
 def test_over_the_served_model_it_shares_the_weights(models, encode, compose, runner, tmp_path):
-    """The neutral context is read through it too: it is the reward model."""
-    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=ATTENTION + MLP)
-    engine = start(models, runner, reward_model=str(tmp_path / "own"))
+    """The neutral context is read through it too: it is the reward model. And the drafter, where there is one."""
+    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=[*ATTENTION, *MLP, "lm_head"])
+    pad, drafts = {"reward_model": str(tmp_path / "own")}, {}
+    if runner == "v2":
+        drafts = {"method": "draft_model", "model": str(models.base), "num_speculative_tokens": 3}
+        drafts = {"speculative_config": drafts, "disable_log_stats": False}
+    engine = Engine(runner, models.base, logits_processors=PLUGIN, additional_config={"pad": pad}, **drafts)
     try:
         check_cases(engine, merged, models, encode, compose)
         assert engine.call(num_own_parameters) == 0
+        if drafts:
+            assert engine.call(metric, "vllm:spec_decode_num_accepted_tokens") > 20
     finally:
         engine.close()
 

@@ -250,9 +250,12 @@ def test_another_draft_model_is_vllms_own_affair(models, encode, expect):
         return SimpleNamespace(
             speculative_config=SimpleNamespace(method=method, model=str(model)),
             additional_config={"pad": {"reward_model": str(pad)}},
+            model_config=SimpleNamespace(model="served", dtype="float32", quantization=None, revision=None),
         )
 
     assert reward_model_drafts(config(models.named))
     assert reward_model_drafts(config(models.named / "..", pad=models.named.parent))
     assert not reward_model_drafts(config(models.base))
     assert not reward_model_drafts(config(models.named, method="eagle"))
+    assert not reward_model_drafts(config("base", pad="base"))  # which vLLM takes for a folder
+    assert reward_model_drafts(config("served", pad="base"))
