@@ -38,6 +38,10 @@ def dead_links(document: Path) -> list[str]:
     return dead
 
 
+def test_the_readme_is_one_that_one_reads():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     assert dead_links(ROOT / document) == []
