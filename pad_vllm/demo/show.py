@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 160
 TEMPERATURE = 0.7
+IN_PICTURE, PICTURE_WIDTH = 4, 104
+"""Users, and columns, of a picture that is read at a page's width."""
 ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
 
 
@@ -34,7 +39,7 @@ def show(
     questions: Sequence[str] = DEMO_QUESTIONS,
 ) -> None:
     """Make the models if need be, generate through vLLM, print answers and what is measured of them."""
-    console = Console(width=None if os.isatty(1) and not svg else 120, record=svg is not None)
+    console = Console(width=None if os.isatty(1) else 120)
     console.rule("[bold]pad-vllm: one model, each user's taste")
     with console.status("Making SmolLM2-135M-Instruct ..."):
         models = build(cache_dir)
@@ -45,17 +50,29 @@ def show(
     with console.status(f"{len(requests)} answers, as one batch ..."):
         answers = generate(llm, requests, {"pad_beta": beta, "pad_top_k": top_k}, seed)
     seconds = time.perf_counter() - began
-    for i, question in enumerate(questions):
-        unguided, *guided = answers[i * (len(USERS) + 1) : (i + 1) * (len(USERS) + 1)]
-        console.print(side_by_side(question, unguided, guided))
+    groups = [answers[i : i + len(USERS) + 1] for i in range(0, len(answers), len(USERS) + 1)]
+    for question, (unguided, *guided) in zip(questions, groups, strict=True):
+        console.print(side_by_side(question, unguided, dict(zip(USERS, guided, strict=True))))
+    what = f"SmolLM2-135M-Instruct, guided by a reward model made of it: beta {beta:g}, top-k {top_k}."
     console.print(
-        f"SmolLM2-135M-Instruct, guided by a reward model made of it (beta {beta:g}, top-k {top_k}): {len(answers)} "
-        f"answers in {seconds:.0f} s, users and nobody in one batch. Models in {models.base.parent}."
-        if svg is None
-        else f"SmolLM2-135M-Instruct, guided by a reward model made of it: beta {beta:g}, top-k {top_k}."
+        f"{what} {len(answers)} answers in {seconds:.0f} s, users and nobody in one batch. Models in "
+        f"{models.base.parent}."
     )
     if svg is not None:
-        console.save_svg(svg, title="make demo")
+        unguided, *guided = groups[0]
+        table = side_by_side(questions[0], unguided, dict(zip([*USERS][:IN_PICTURE], guided, strict=False)))
+        Path(svg).write_text(picture(table, what))
+
+
+def picture(table: Table, what: str) -> str:
+    """An SVG of one question's answers, which loads nothing from elsewhere."""
+    console = Console(width=PICTURE_WIDTH, record=True, file=io.StringIO())
+    console.print(table)
+    console.print(what)
+    svg = re.sub(r"\s*@font-face \{.*?\}", "", console.export_svg(title="make demo"), flags=re.S)
+    return svg.replace("Fira Code, monospace", "monospace").replace(
+        " with Rich https://www.textualize.io", " with Rich"
+    )
 
 
 def start(models: DemoModels) -> LLM:
@@ -88,16 +105,16 @@ def generate(
     return [output.outputs[0].text.strip() for output in llm.chat(chats, params, use_tqdm=False)]
 
 
-def side_by_side(question: str, unguided: str, guided: Sequence[str]) -> Table:
-    """One question's answers and what is measured of them."""
+def side_by_side(question: str, unguided: str, guided: Mapping[str, str]) -> Table:
+    """One question's answers, by user, and what is measured of them."""
     table = Table(box=SIMPLE_HEAD, title=f"[bold]{question}", title_justify="left", show_lines=True, expand=True)
     table.add_column("for", ratio=3)
     table.add_column("the answer", ratio=7)
     table.add_column("measured", ratio=3)
     before = measures_of(unguided)
     table.add_row("nobody: unguided", Text(unguided), Text("\n".join(_say(name, before) for name in DIMENSIONS)))
-    for (name, user), answer in zip(USERS.items(), guided, strict=True):
-        after = measures_of(answer)
+    for name, answer in guided.items():
+        user, after = USERS[name], measures_of(answer)
         found = Text()
         for dimension, moved in user.has(before, after).items():
             found.append(f"{_say(dimension, after)} ").append(*(("✓", "green") if moved else ("✗", "red"))).append("\n")

@@ -43,7 +43,9 @@ def test_five_users_and_nobody(tmp_path):
         assert user.what.split()[0] in out
     assert out.count("nobody: unguided") == 1
     assert out.count("words ✓") >= 1, out
-    assert "<svg" in (tmp_path / "demo.svg").read_text()
+    picture = (tmp_path / "demo.svg").read_text()
+    assert "<svg" in picture
+    assert re.findall(r"https?://[^\s\"]+", picture) == ["http://www.w3.org/2000/svg"]  # it loads nothing
 
 
 def test_users_of_one_server():
