@@ -70,9 +70,7 @@ def picture(table: Table, what: str) -> str:
     console.print(table)
     console.print(what)
     svg = re.sub(r"\s*@font-face \{.*?\}", "", console.export_svg(title="make demo"), flags=re.S)
-    return svg.replace("Fira Code, monospace", "monospace").replace(
-        " with Rich https://www.textualize.io", " with Rich"
-    )
+    return svg.replace("Fira Code, monospace", "monospace").replace(" https://www.textualize.io", "")
 
 
 def start(models: DemoModels) -> LLM:
