@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 160
 TEMPERATURE = 0.7
-IN_PICTURE, PICTURE_WIDTH = 4, 104
+IN_PICTURE, PICTURE_WIDTH = 3, 104
 """Users, and columns, of a picture that is read at a page's width."""
 ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
 
@@ -59,8 +59,8 @@ def show(
         f"{models.base.parent}."
     )
     if svg is not None:
-        unguided, *guided = groups[0]
-        table = side_by_side(questions[0], unguided, dict(zip([*USERS][:IN_PICTURE], guided, strict=False)))
+        unguided, *guided = groups[-1]
+        table = side_by_side(questions[-1], unguided, dict(zip([*USERS][:IN_PICTURE], guided, strict=False)))
         Path(svg).write_text(picture(table, what))
 
 
