@@ -121,12 +121,13 @@ def rows_of(bench: Bench, found: Records) -> list[dict[str, Any]]:
     for name, records in found.items():
         prompts = [bench.cells[record["cell"]].prompt for record in records]
         texts = [record["text"] for record in records]
-        groups = np.repeat(np.arange(len(tables.nll[name])), tables.nll[name].shape[1])
+        num_prompts, num_wishes = tables.nll[name].shape
+        groups = [str(i) for i in range(num_prompts) for _ in range(num_wishes)]
         rows.append(
             {
                 "method": name,
                 "num_answers": len(records),
-                "satisfied": bootstrap(tables.satisfied[name].ravel().tolist(), groups.astype(str).tolist()),
+                "satisfied": bootstrap(tables.satisfied[name].ravel().tolist(), groups),
                 "nll": float(tables.nll[name].mean()),
                 "loops": bootstrap([float(loops(text)) for text in texts], prompts),
                 "distinct_2": distinct(texts, 2),
