@@ -40,7 +40,7 @@ SLICES = 32
 """Of 256,000 logits."""
 TYPES = {
     **dict.fromkeys(("logits_ptr", "beta_ptr", "reference_ptr", "scores_ptr", "y_ptr", "mixed_ptr"), "*fp32"),
-    **dict.fromkeys(("penalties_ptr", "logit_bias_ptr", "weights_ptr"), "*fp32"),
+    **dict.fromkeys(("penalties_ptr", "logit_bias_ptr", "weights_ptr", "max_divergence_ptr"), "*fp32"),
     **dict.fromkeys(("rows_ptr", "top_k_ptr", "keys_ptr", "end_ids_ptr", "slots_ptr", "contexts_ptr"), "*i64"),
     **dict.fromkeys(("kept_ptr", "candidates_ptr", "out_ptr"), "*i64"),
     **dict.fromkeys(("output_rows_ptr", "output_begin_ptr", "output_end_ptr"), "*i64"),

@@ -1,7 +1,8 @@
 """The guidance step: candidate selection, reward scoring, logit reweighting. Needs torch (and triton) only.
 
 Installed as ``pad_vllm.kernels``. :mod:`.types` names what a step is told. :mod:`.reference` says what it does, in
-PyTorch, with :mod:`.selection` for its candidates and :mod:`.groups` for a reward model with another tokenizer;
+PyTorch, with :mod:`.selection` for its candidates, :mod:`.groups` for a reward model with another tokenizer and
+:mod:`.divergence` for guidance with a bound;
 :mod:`.fused` does it in Triton, with :mod:`.fused_selection` and :mod:`.fused_groups`.
 """
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .controls import undo_controls
 from .fused_groups import reweight_groups_, score_groups
-from .fused_scoring import capped, context_args, dot_candidates, head_args, row_args, rule_args, sum_weights
+from .fused_scoring import capped, context_args, dot_candidates, head_args, load_bound, row_args, rule_args, sum_weights
 from .fused_selection import IS_INTERPRETED, IS_NVIDIA, can_overlap, merge, select, store_candidates
 from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
@@ -110,6 +110,9 @@ def score_kernel(
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
+    has_bound,
+    max_divergence_ptr,  # [R] float32; anything unless has_bound
+    max_divergence_stride,
     end_ids_ptr,  # [R] int64
     no_opinion_ptr,  # [vocab_size] bool, or nothing
     scores_ptr,  # [R, K] float32 ([R, J, K] for a mixture with a soft cap, unless NORMALIZE), out
@@ -142,6 +145,7 @@ def score_kernel(
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
         beta = tl.load(beta_ptr + row_idx * beta_stride)
         reference = tl.load(reference_ptr + row_idx * reference_stride)
+        bound = load_bound(has_bound, max_divergence_ptr, max_divergence_stride, row_idx)
         end_id = tl.load(end_ids_ptr + row_idx)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # what the launches before wrote is seen from here on
@@ -164,9 +168,7 @@ def score_kernel(
                 place = tl.arange(0, K)
                 candidates = tl.load(row_candidates_ptr + place, cache_modifier=".cg")
                 scores = tl.load(scores_ptr + row_idx * K + place, cache_modifier=".cg")
-                is_candidate = candidates > LOWEST_KEY
-                z, ids = from_key(candidates)
-                write_guided(row_ptr, ids, z, z, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
+                write_guided(row_ptr, candidates, None, scores, no_opinion_ptr, beta, reference, bound, end_id, scale)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
@@ -183,6 +185,9 @@ def reweight_kernel(
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
+    has_bound,
+    max_divergence_ptr,  # [R] float32; anything unless has_bound
+    max_divergence_stride,
     end_ids_ptr,  # [R] int64
     no_opinion_ptr,  # [vocab_size] bool, or nothing
     weights_ptr,  # [R, J] float32, or nothing
@@ -199,8 +204,6 @@ def reweight_kernel(
     if tl.load(top_k_ptr + row_idx * top_k_stride) > 0:
         place = tl.arange(0, K)
         candidates = tl.load(candidates_ptr + row_idx * K + place)
-        is_candidate = candidates > LOWEST_KEY
-        z, ids = from_key(candidates)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
         if HAS_MIXTURE and HAS_SOFT_CAP:
             scores = tl.zeros([K], tl.float32)
@@ -212,11 +215,12 @@ def reweight_kernel(
                 scores = capped(scores, soft_cap)
         beta = tl.load(beta_ptr + row_idx * beta_stride)
         reference = tl.load(reference_ptr + row_idx * reference_stride)
+        bound = load_bound(has_bound, max_divergence_ptr, max_divergence_stride, row_idx)
         end_id = tl.load(end_ids_ptr + row_idx)
-        y = z
+        y = None
         if HAS_CONTROLS:
             y = tl.load(y_ptr + row_idx * K + place)
-        write_guided(row_ptr, ids, z, y, scores, is_candidate, no_opinion_ptr, beta, reference, end_id, scale)
+        write_guided(row_ptr, candidates, y, scores, no_opinion_ptr, beta, reference, bound, end_id, scale)
 
 
 def parts_of(num_rows: int, max_top_k: int) -> tuple[int, int, int]:

@@ -17,13 +17,13 @@ import triton.language as tl
 
 from . import fused_large_groups, large_groups
 from .fused_large_groups import score_large_kernel
-from .fused_scoring import capped, context_args, dot_candidates, head_args, row_args, rule_args
+from .fused_scoring import capped, context_args, dot_candidates, head_args, load_bound, row_args, rule_args
 from .fused_selection import MERGE_WARPS, merge, select, store_candidates
 from .groups import gather_shards
 from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
 from .types import Controls, Groups, Mixture, OutputHead, Rows
-from .writing import keep_shares, store_guided
+from .writing import write_rewarded
 
 BLOCK_M, BLOCK_D = 4, 512
 """Members, and elements of their rows, that a program scores at a time: most groups have one or two."""
@@ -180,6 +180,9 @@ def reweight_groups_kernel(
     beta_stride,
     reference_ptr,  # [R] float32
     reference_stride,
+    has_bound,
+    max_divergence_ptr,  # [R] float32; anything unless has_bound
+    max_divergence_stride,
     end_ids_ptr,  # [R] int64
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,11 +237,11 @@ def reweight_groups_kernel(
         log_y = y_group - y_max - tl.log(tl.sum(tl.exp(y_all - y_max), 0))
         beta = tl.load(beta_ptr + row_idx * beta_stride)
         reference = tl.load(reference_ptr + row_idx * reference_stride)
+        bound = load_bound(has_bound, max_divergence_ptr, max_divergence_stride, row_idx)
         row_ptr = logits_ptr + tl.load(rows_ptr + row_idx) * logits_stride
-        guided = z + beta * (log_r - reference * log_y)
-        if ANY_SILENT:
-            guided = keep_shares(guided, z, has_opinion)
-        store_guided(row_ptr, ids, guided, is_candidate, tl.load(end_ids_ptr + row_idx))
+        reward = log_r - reference * log_y
+        end_id = tl.load(end_ids_ptr + row_idx)
+        write_rewarded(row_ptr, ids, z, reward, is_candidate, has_opinion, ANY_SILENT, beta, bound, end_id)
 
 
 class GroupScores(NamedTuple):

@@ -18,8 +18,13 @@ def row_args(logits: torch.Tensor, rows: Rows) -> tuple[Any, ...]:
 
 
 def rule_args(rows: Rows) -> tuple[Any, ...]:
-    """A launch's, from ``beta_ptr`` to ``end_ids_ptr``."""
-    return rows.beta, rows.beta.stride(0), rows.reference, rows.reference.stride(0), rows.end_ids
+    """A launch's, from ``beta_ptr`` to ``end_ids_ptr``. Whether there is a bound is no pointer's to say, or None: the
+    first request with one would compile the kernel anew."""
+    bound = rows.beta if rows.max_divergence is None else rows.max_divergence
+    return (
+        *(rows.beta, rows.beta.stride(0), rows.reference, rows.reference.stride(0)),
+        *(int(rows.max_divergence is not None), bound, bound.stride(0), rows.end_ids),
+    )
 
 
 def head_args(hidden_states: torch.Tensor, head: OutputHead) -> tuple[Any, ...]:
@@ -36,6 +41,14 @@ def context_args(mixture: Mixture | None) -> tuple[Any, ...]:
 
 BLOCK_MORE = tl.constexpr(32)
 """Of an output head's further columns, the adapters', what a program multiplies at a time."""
+
+
+@triton.jit
+def load_bound(has_bound, max_divergence_ptr, max_divergence_stride, row_idx):
+    """A row's ``max_divergence``; inf where no row has one."""
+    return tl.load(
+        max_divergence_ptr + row_idx * max_divergence_stride, mask=has_bound != 0, other=float("inf")
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,6 +13,9 @@ is by the rule over these alone, and N keeps the probability among the candidate
 
     z'_n = z_n + logsumexp of z' over C without N - logsumexp of z over C without N      (z_n where all of C is N)
 
+Where a row's divergence has a bound (:attr:`.types.Rows.max_divergence`), :mod:`.divergence` says which smaller beta it
+gets.
+
 A row whose largest z' is no finite number gets its end token and nothing else: it is never left unguided.
 
 The guided decoding of PAD (arXiv 2410.04070), with the candidate-normalized implicit reward of its released code.
@@ -32,6 +35,7 @@ import math
 
 import torch
 
+from .divergence import bound_beta
 from .groups import reward_groups
 from .scoring import append_adapters, cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import MAX_LOGIT, NEG_INF, Candidates, select_candidates
@@ -161,7 +165,10 @@ def write_(
         reward, has_opinion: as :func:`reward_tokens` returns them.
     """
     ids, z, index, top_k = candidates.ids, candidates.z, rows.index, rows.top_k
-    guided = torch.where(z > NEG_INF, z + rows.beta.unsqueeze(1) * reward, NEG_INF)
+    beta = rows.beta
+    if rows.max_divergence is not None:
+        beta = bound_beta(z, reward, beta, rows.max_divergence, has_opinion)
+    guided = torch.where(z > NEG_INF, z + beta.unsqueeze(1) * reward, NEG_INF)
     if has_opinion is not None:
         guided = keep_shares(guided, z, has_opinion)
     largest_z = guided.amax(-1, keepdim=True)  # of a NaN and anything it is NaN

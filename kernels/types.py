@@ -86,6 +86,9 @@ class Rows(NamedTuple):
     """K >= every ``top_k``, known on the host"""
     key_offsets: torch.Tensor | None = None
     """[R] int64: where in :attr:`Groups.key` the keys of each row's candidates begin; None: at 0"""
+    max_divergence: torch.Tensor | None = None
+    """[R] float32, nats: a bound of each row's KL(softmax(z') || softmax(z)) over its candidates, to which beta gives
+    way (:mod:`.divergence`); inf: none. None: no row has one"""
     may_read: bool | None = None
     """Whether the host may look at values, and at lengths that depend on them; None: where it waits for no device. Only
     what is in PyTorch asks."""

@@ -11,6 +11,7 @@ from pad_vllm.checks import check_int, check_number, check_text, did_you_mean
 from pad_vllm.errors import one_line
 from pad_vllm.params import (
     MAX_BETA,
+    MAX_DIVERGENCE,
     PAD,
     PREFIX,
     GuidanceParams,
@@ -48,6 +49,8 @@ class PADConfig:
         chat: of a prompt that begins as a chat and is none that the chat template writes: ``auto``, it is read as plain
             text, with a warning; ``strict``, its request is refused.
         beta: guidance strength of requests that name none.
+        max_divergence: bound, in nats, of what guidance does to a token of requests that name none; None: there is
+            none.
         top_k: candidates of requests that name no number.
         max_top_k: most candidates that a request may ask for.
         reference: of requests that name none: ``base``, the implicit reward against the base model; ``neutral``,
@@ -75,6 +78,7 @@ class PADConfig:
     insert_after: str | None = None
     chat: str = "auto"
     beta: float = 1.0
+    max_divergence: float | None = None
     top_k: int = 10
     max_top_k: int = 64
     reference: str = "base"
@@ -107,6 +111,8 @@ class PADConfig:
         if self.chat not in CHATS:
             raise ValueError(f"pad.chat={self.chat!r}: must be one of {', '.join(map(repr, CHATS))}")
         check_number("pad.beta", self.beta, 0, MAX_BETA)
+        if self.max_divergence is not None:
+            check_number("pad.max_divergence", self.max_divergence, 0, MAX_DIVERGENCE)
         check_int("pad.max_top_k", self.max_top_k, 1, MAX_TOP_K)
         check_int("pad.top_k", self.top_k, 1, self.max_top_k)
         check_reference("pad.reference", self.reference)
@@ -254,11 +260,14 @@ class PADConfig:
         check_adapters(merged.adapters, self.adapters)
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
         beta = self.beta if merged.beta is None else merged.beta
+        bound = self.max_divergence if merged.max_divergence is None else merged.max_divergence
         num = max(merged.num_contexts, 1)
         texts, adapters = (one * num if len(one) == 1 else one for one in (merged.preferences, merged.adapters))
         weights = merged.preference_weights or (1 / num,) * num
         reference = merged.reference or self.reference
-        return GuidanceParams(texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt, adapters)
+        return GuidanceParams(
+            texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt, adapters, bound
+        )
 
 
 def read_pad(additional_config: Any) -> Mapping[str, Any] | None:

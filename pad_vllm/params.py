@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PREFIX = "pad_"
 MAX_BETA = 100.0
+MAX_DIVERGENCE = 1000.0
+"""Nats; far more than any guidance moves a token by, so it lifts a server's bound."""
 MAX_PREFERENCES = 8
 """Of one request; and adapters."""
 MAX_CONTEXTS = MAX_PREFERENCES + 1
@@ -145,6 +147,9 @@ class PAD:
             asks for no guidance.
         adapter: name of one of the server's adapters of the reward model, or up to eight of them. Context i reads
             preference i (or the only one, or none) through adapter i (or the only one).
+        max_divergence: a bound, in nats, of each token's KL divergence from the guided to the unguided distribution
+            over the candidates: guidance is as strong as that lets it, up to ``beta``. 0: the base
+            model on its top-k.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -163,6 +168,7 @@ class PAD:
     reference: str | None = None
     cache_salt: str | None = None
     adapter: str | tuple[str, ...] | None = None
+    max_divergence: float | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
@@ -175,6 +181,9 @@ class PAD:
             check_text("pad_persona", self.persona)
         if self.beta is not None:
             normalize("beta", check_number("pad_beta", self.beta, 0, MAX_BETA))
+        if self.max_divergence is not None:
+            bound = check_number("pad_max_divergence", self.max_divergence, 0, MAX_DIVERGENCE)
+            normalize("max_divergence", bound)
         if self.top_k is not None:
             check_int("pad_top_k", self.top_k, 1)
         if self.weights is not None:
@@ -295,6 +304,8 @@ class GuidanceParams:
     cache_salt: str | None = None
     adapters: tuple[str, ...] = ()
     """One for each context; or none"""
+    max_divergence: float | None = None
+    """None: no bound"""
 
     @property
     def guides(self) -> bool:

@@ -28,6 +28,13 @@ Candidates N that the reward model has no opinion of, as ``</think>`` where it d
 the rule over these alone, and N keeps the probability among the candidates that the base gave it:
 
     z'_n = z_n + logsumexp of z' over C without N - logsumexp of z over C without N      (z_n where all of C is N)
+
+A bound (``max_divergence``, nats): in place of beta there is the largest of 0, beta / 2^16, 2 beta / 2^16, ..., beta
+for which
+
+    KL(softmax of z' over C || softmax of z over C) < max_divergence
+
+which grows with each of these (:func:`bounded_beta`), so bisection finds it; 0 where there is none.
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ from typing import NamedTuple
 import torch
 
 NEG_INF = float("-inf")
+NUM_HALVINGS = 16
 
 
 class Groups(NamedTuple):
@@ -65,6 +73,7 @@ def guided_logits(
     r_0: torch.Tensor | None = None,
     groups: Groups | None = None,
     no_opinion: Collection[int] = (),
+    max_divergence: float = math.inf,
 ) -> torch.Tensor:
     """z' of one position. z, y: [vocab] float, the base model's logits; y None: it is z. r: [vocab], the reward model's
     logits, or such for each preference. weights None: 1/m each. r_0: [vocab], where reference is ``neutral``.
@@ -98,9 +107,32 @@ def guided_logits(
         assert reference == "none"
     if groups is not None:
         reward = reward[[distinct.index(key) for key in keys]]
+    if max_divergence < math.inf:  # N keeps its share: the divergence over C is so much of that over C without N
+        share = torch.exp(torch.logsumexp(z[candidates], dim=0) - torch.logsumexp(z[best], dim=0))
+        beta = bounded_beta(z[candidates], reward, beta, float(max_divergence / share))
     guided[candidates] = z[candidates] + beta * reward
     guided[silent] += torch.logsumexp(guided[candidates], dim=0) - torch.logsumexp(z[candidates], dim=0)
     return guided
+
+
+def bounded_beta(z: torch.Tensor, reward: torch.Tensor, beta: float, most: float) -> float:
+    """The largest multiple of beta / 2^16, up to beta, whose divergence is below ``most``.
+
+    d/db KL(softmax(z + b reward) || softmax(z)) = b Var(reward) under softmax(z + b reward), so it grows with |b|."""
+
+    def keeps_to_it(b: float) -> bool:
+        log_q, log_p = torch.log_softmax(z + b * reward, dim=0), torch.log_softmax(z, dim=0)
+        divergence = sum(torch.exp(log_q) * (log_q - log_p))
+        return bool(divergence < most) and most > 0
+
+    if keeps_to_it(beta):
+        return beta
+    bounded, step = 0.0, beta
+    for _ in range(NUM_HALVINGS):
+        step = step / 2
+        if keeps_to_it(bounded + step):
+            bounded = bounded + step
+    return bounded
 
 
 def logsumexp_each(values: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
@@ -160,6 +192,7 @@ def generate(
     no_opinion: Mapping[int, int] | None = None,
     force: Callable[[list[int]], int | None] | None = None,
     adapted: Sequence | None = None,
+    max_divergence: float = math.inf,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
     are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
@@ -187,7 +220,7 @@ def generate(
             r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
             of_first = groups is not None and groups.first is not None and not output
             now = groups.first if of_first else groups
-            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, now, no_opinion or ())
+            z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, now, no_opinion or (), max_divergence)
         if behind is not None:
             z = behind(z)
         forced = force(output) if force is not None else None

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from pad_vllm.reading import read_json
 
 DEFAULTS_FILE = "pad.json"
-DEFAULT_KEYS = ("prompt_template", "insert_after", "reference", "beta", "top_k")
+DEFAULT_KEYS = ("prompt_template", "insert_after", "reference", "beta", "max_divergence", "top_k")
 """Keys of the server's configuration for which a reward model may bring its own defaults."""
 
 

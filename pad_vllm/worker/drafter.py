@@ -12,6 +12,10 @@ these, as of the base model's, only the request's top k are drafted, so that dra
 from the vocabulary. Whatever is drafted from, verification makes the output's distribution that of guidance without
 drafts (Leviathan et al., arXiv 2211.17192).
 
+Where a request has a bound, its drafts keep to it too: their candidates are those of what stands in for y, and they
+move away from that no further. Where nothing but the contexts' mean stands in, as with one preference and the base
+reference, drafts do not move away from it at all, and the bound changes nothing.
+
 Unguided requests are drafted as well, from a context without a preference, by the same model.
 
 A reward model with another tokenizer drafts those base tokens of which one token of its own is the whole, as nearly all
@@ -20,9 +24,11 @@ of a text are. A token's rows are not one then (:mod:`.other_tokens`), and verif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pad_vllm.kernels import Mixture, append_adapters, map_heads, mix_contexts
@@ -34,11 +40,20 @@ from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams, Slots
 
 
+class Bound(NamedTuple):
+    """What holds drafts back."""
+
+    stand_in: torch.Tensor
+    """[R, K] logits: what stands in for the base model's"""
+    max_divergence: torch.Tensor
+    """[R] float32; inf: of a row that is drafted as if there were none"""
+
+
 class Proposals(NamedTuple):
     """What each row's draft is drawn from."""
 
     values: torch.Tensor
-    """[R, K] logits in descending order, before ``scale``"""
+    """[R, K] logits in descending order, before ``scale``; of a row with a bound, by that of its ``stand_in``"""
     ids: torch.Tensor
     """[R, K] int64"""
     base_ids: torch.Tensor | None
@@ -51,6 +66,8 @@ class Proposals(NamedTuple):
     """[R] int64, of requests"""
     places: torch.Tensor
     """[R] int64, of requests in the batch"""
+    bound: Bound | None = None
+    """None: of no row"""
 
 
 Sample = Callable[[int, Proposals, torch.Tensor], torch.Tensor]
@@ -60,26 +77,38 @@ UNGUIDED = GuidanceParams((), (1.0,), None, beta=0.0, top_k=0, reference="none")
 """Of a request that has a context to be drafted from, and whose rows are left alone."""
 
 
+def stand_in_weights(params: GuidanceParams) -> list[float]:
+    """What stands in for the base model's logits: a weight for each of ``params.contexts()``, 1 in sum."""
+    contexts = params.contexts()
+    total = sum(contexts.values())
+    if NEUTRAL in contexts and len(contexts) > 1:
+        return [float(reading == NEUTRAL) for reading in contexts]
+    if total > 0:
+        return [weight / total for weight in contexts.values()]
+    return [1 / len(contexts)] * len(contexts)
+
+
 def draft_weights(params: GuidanceParams) -> tuple[list[float], float]:
     """What a draft's logits are made of.
 
     Returns:
         A weight for each of ``params.contexts()``, 1 in sum, and what their mixture is multiplied with.
     """
-    contexts = params.contexts()
-    total = sum(contexts.values())
-    if NEUTRAL in contexts and len(contexts) > 1:
-        stand_in = dict.fromkeys(contexts, 0.0) | {NEUTRAL: 1.0}
-    elif total > 0:
-        stand_in = {reading: weight / total for reading, weight in contexts.items()}
-    else:
-        stand_in = dict.fromkeys(contexts, 1 / len(contexts))
-    rest = 1 - params.beta * params.base_weight
-    weights = [rest * stand_in[reading] + params.beta * weight for reading, weight in contexts.items()]
+    stand_in, rest = stand_in_weights(params), 1 - params.beta * params.base_weight
+    weights = [
+        rest * own + params.beta * weight for own, weight in zip(stand_in, params.contexts().values(), strict=True)
+    ]
     scale = sum(weights)
     if scale <= 0:
-        return list(stand_in.values()), 1.0
+        return stand_in, 1.0
     return [weight / scale for weight in weights], scale
+
+
+def can_be_held_back(params: GuidanceParams) -> bool:
+    """Whether drafts move away from what stands in for the base model, and have a bound."""
+    weights, scale = draft_weights(params)
+    moved = [scale * weight - own for weight, own in zip(weights, stand_in_weights(params), strict=True)]
+    return params.max_divergence is not None and max(map(abs, moved)) > 1e-6
 
 
 class Drafter:
@@ -99,8 +128,14 @@ class Drafter:
         self.weights = torch.zeros(slots.no_slot + 1, MAX_CONTEXTS, device=loaded.device)
         """[slots, MAX_CONTEXTS]: :func:`draft_weights`"""
         self.scale = torch.ones(slots.no_slot + 1, device=loaded.device)
+        self.stand_in = torch.zeros_like(self.weights)
+        """[slots, MAX_CONTEXTS]: :func:`stand_in_weights`"""
+        self.host_held_back: np.ndarray = np.zeros(slots.no_slot + 1, bool)
+        """:func:`can_be_held_back`"""
         self._params: RowParams | None = None
-        self._row_scale = self.scale  # [R], of the rows of _params
+        # Of the rows of _params, [R] each:
+        self._row_scale = self.scale
+        self._max_divergence: torch.Tensor | None = None
 
     @torch.inference_mode()
     def warm_up(self, hidden_states: torch.Tensor, num_rows: int) -> Proposals:
@@ -109,17 +144,21 @@ class Drafter:
 
         ``hidden_states``: [1, hidden_size].
         """
-        logits, base_ids = self.contexts.draftable(self.compute_logits(hidden_states.expand(num_rows, -1)))
-        values, ids = logits.topk(min(self.max_top_k, logits.shape[1]))
-        places = torch.arange(num_rows, device=ids.device)
-        return Proposals(values, ids, base_ids, torch.zeros_like(places), self.scale[places], places, places)
+        places = torch.arange(num_rows, device=hidden_states.device)
+        dtype, no_bound = hidden_states.dtype, torch.full_like(self.scale[places], math.inf)
+        hidden_states = append_adapters(hidden_states, self.head.adapters).expand(num_rows, -1)
+        values, ids, base_ids, bound = self._largest(
+            hidden_states, hidden_states.clone(), dtype, no_bound, self.max_top_k
+        )
+        return Proposals(values, ids, base_ids, torch.zeros_like(places), self.scale[places], places, places, bound)
 
     def begin(self, slot: RequestSlot, params: GuidanceParams) -> None:
         """A request begins in a slot."""
-        weights, scale = draft_weights(params)
-        weights += [0.0] * (MAX_CONTEXTS - len(weights))
-        self.weights[slot] = to_device(weights, self.weights.device, torch.float32)
-        self.scale[slot] = scale
+        weights, self.scale[slot] = draft_weights(params)
+        unused = [0.0] * (MAX_CONTEXTS - len(weights))
+        for mix, column in ((weights, self.weights), (stand_in_weights(params), self.stand_in)):
+            column[slot] = to_device([*mix, *unused], column.device, torch.float32)
+        self.host_held_back[slot] = can_be_held_back(params)
 
     def draft(self, batch: GuidedBatch, num_drafts: int, sample: Sample) -> bool:
         """Draft tokens for requests, behind the last token of each.
@@ -138,6 +177,8 @@ class Drafter:
             return True
         if self._params is None or self._params.layout is not layout:
             self._params, self._row_scale = RowParams(layout, self.slots, 1), self.scale[layout.row_slots]
+            is_any_held = self.host_held_back[layout.slots].any()
+            self._max_divergence = self._params.rows.max_divergence if is_any_held else None
         params = self._params
         # Behind the last position nothing is verified.
         further = torch.arange(num_drafts, device=layout.row_slots.device).unsqueeze(1)
@@ -154,17 +195,49 @@ class Drafter:
         dtype, slots = hidden_states.dtype, params.layout.row_slots
         if params.head_mix is not None:
             hidden_states = map_heads(hidden_states, params.head_mix)
-        hidden_size, head = hidden_states.shape[1], params.contexts.ints.of_head(self.head)
-        hidden_states = append_adapters(hidden_states, head.adapters)
+        head = params.contexts.ints.of_head(self.head)
+        stand_in = hidden_states = append_adapters(hidden_states, head.adapters)
         if params.contexts.mixture is not None:
             contexts = params.contexts.mixture.contexts
-            mixture = Mixture(contexts, self.weights[slots, : contexts.shape[1]].contiguous())
-            hidden_states = mix_contexts(hidden_states, mixture)
-        logits = self.compute_logits(hidden_states[:, :hidden_size].to(dtype))
-        if head.adapters is not None and head.soft_cap is None and head.all_reduce is None:  # else a draft is refused
-            logits = logits + head.scale * (hidden_states[:, hidden_size:] @ head.adapters.b.float().T)
-        logits, base_ids = self.contexts.draftable(logits)
+            mixed = [
+                mix_contexts(hidden_states, Mixture(contexts, weights[slots, : contexts.shape[1]].contiguous()))
+                for weights in (self.weights, *([] if self._max_divergence is None else [self.stand_in]))
+            ]
+            hidden_states, stand_in = mixed[0], mixed[-1]
         # What an unguided row leaves out is drawn by verification.
         most = self.max_top_k if params.num_unguided else params.rows.max_top_k
-        values, ids = logits.topk(min(most, logits.shape[1]))
-        return Proposals(values, ids, base_ids, params.rows.top_k, self._row_scale, slots, params.rows.index)
+        values, ids, base_ids, bound = self._largest(hidden_states, stand_in, dtype, self._max_divergence, most)
+        return Proposals(values, ids, base_ids, params.rows.top_k, self._row_scale, slots, params.rows.index, bound)
+
+    def _largest(
+        self,
+        hidden_states: torch.Tensor,
+        stand_in: torch.Tensor,
+        dtype: torch.dtype,
+        max_divergence: torch.Tensor | None,
+        most: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Bound | None]:
+        """``values``, ``ids``, ``base_ids`` and ``bound`` of :class:`Proposals`, K at ``most``.
+
+        Args:
+            hidden_states: [R, hidden_size], of the draft, but for its scale; with what adapters of the head append.
+            stand_in: [R, hidden_size], of what stands in for the base model; not read where there is no bound.
+            dtype: of the reward model.
+            max_divergence: [R] float32, or None.
+        """
+        logits, base_ids = self.contexts.draftable(self._logits(hidden_states, dtype))
+        most = min(most, logits.shape[1])
+        if max_divergence is None:
+            values, ids = logits.topk(most)
+            return values, ids, base_ids, None
+        y = self.contexts.draftable(self._logits(stand_in, dtype))[0]
+        ids = torch.where((max_divergence < math.inf).unsqueeze(1), y, logits).topk(most).indices
+        return logits.gather(1, ids), ids, base_ids, Bound(y.gather(1, ids), max_divergence)
+
+    def _logits(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[R, d], or [R, d + Q] of :func:`~pad_vllm.kernels.append_adapters` -> [R, vocabulary]."""
+        size, head = self.head.weight.shape[1], self.head
+        logits = self.compute_logits(hidden_states[:, :size].to(dtype))
+        if head.adapters is None or head.soft_cap is not None or head.all_reduce is not None:
+            return logits  # with the head as it is, drafts may be refused
+        return logits + head.scale * (hidden_states[:, size:] @ head.adapters.b.float().T)

@@ -6,6 +6,7 @@ tokens are, :mod:`.contexts` what these are to the reward model.
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -28,7 +29,7 @@ from pad_vllm.worker.loading import Loaded, load
 from pad_vllm.worker.other_tokens import OtherTokens
 from pad_vllm.worker.rule import Rule
 from pad_vllm.worker.same_tokens import SameTokens
-from pad_vllm.worker.slots import ContextInts, RequestInts, RowParams, SamplingControls, Slots
+from pad_vllm.worker.slots import ContextInts, RequestFloats, RequestInts, RowParams, SamplingControls, Slots
 
 
 class Guidance:
@@ -145,14 +146,15 @@ class Guidance:
         heads = self.loaded.heads
         default = heads.default_weights if heads and params.guides else None
         weights = params.weights or default
-        mix = (0.0, *weights) if weights else (1.0, *[0.0] * len(self.loaded.fit.head_names))
+        backbone, head_weights = (0.0, weights) if weights else (1.0, (0.0,) * len(self.loaded.fit.head_names))
         contexts = [
             ContextInts(len(one.ids) - num_own, num_own, one.ids[-1], adapter)
             for one, adapter in zip(composed, adapters, strict=True)
         ]
         ints = RequestInts(len(contexts), params.top_k, end_id)
-        floats = [params.beta, params.base_weight, *mix]
-        self.slots.write(slot, ints, floats, contexts, context_weights, weights is not None)
+        bound = math.inf if params.max_divergence is None else params.max_divergence
+        floats = RequestFloats(params.beta, params.base_weight, bound, backbone)
+        self.slots.write(slot, ints, floats, head_weights, contexts, context_weights, weights is not None)
 
     def free(self, contexts: list[Context]) -> None:
         """A request left the batch."""

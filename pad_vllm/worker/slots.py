@@ -6,7 +6,8 @@ other. The last slot stands for no request: a row of it is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,28 @@ class RequestInts(NamedTuple):
     """0: leave the row alone."""
     end_id: int
     """The token that ends the request."""
+
+
+class RequestFloats(NamedTuple):
+    """Numbers of a request; behind them stand the weights of the value heads."""
+
+    beta: float
+    reference: float
+    """How much of the base model's log probability the reward is held against."""
+    max_divergence: float
+    """inf: no bound"""
+    backbone: float
+    """Weight of the reward model's own hidden state."""
+
+
+class RequestFlags(NamedTuple):
+    """What a step may leave out where none of its requests has it."""
+
+    mixes: bool
+    """Several contexts, or one of another weight than 1."""
+    uses_heads: bool
+    """Weights of value heads."""
+    has_bound: bool
 
 
 class RowInts(NamedTuple):
@@ -97,8 +120,8 @@ class Slots:
         num_heads = len(heads.names) if heads else 0
         self.ints = torch.zeros(num_slots, len(RequestInts._fields), dtype=torch.int64, device=device)
         """[slots, 3]: :class:`RequestInts`"""
-        self.floats = torch.zeros(num_slots, 3 + num_heads, device=device)
-        """[slots, 3 + H]: beta, reference, weight of the backbone's own hidden state, weights of the heads"""
+        self.floats = torch.zeros(num_slots, len(RequestFloats._fields) + num_heads, device=device)
+        """[slots, 4 + H]: :class:`RequestFloats`, weights of the heads"""
         self.contexts = torch.zeros(
             num_slots * MAX_CONTEXTS, len(ContextInts._fields), dtype=torch.int64, device=device
         )
@@ -107,11 +130,11 @@ class Slots:
         """[slots, MAX_CONTEXTS]: 0 where there is none"""
         self.controls = ControlSlots(num_slots, vocab_size, device)
         self.host_num_contexts: np.ndarray = np.zeros(num_slots, np.int64)
-        self.host_mixes: np.ndarray = np.zeros(num_slots, bool)
+        self.host_flags: np.ndarray = np.zeros((num_slots, len(RequestFlags._fields)), bool)
+        """[slots, 3]: :class:`RequestFlags`"""
         self.host_offset: np.ndarray = np.zeros(num_slots * MAX_CONTEXTS, np.int64)
         self.host_prompt_len: np.ndarray = np.zeros(num_slots, np.int64)
         self.host_top_k: np.ndarray = np.zeros(num_slots, np.int64)
-        self.host_uses_heads: np.ndarray = np.zeros(num_slots, bool)
 
     @property
     def no_slot(self) -> RequestSlot:
@@ -122,29 +145,34 @@ class Slots:
         self,
         slot: RequestSlot,
         ints: RequestInts,
-        floats: list[float],
+        floats: RequestFloats,
+        head_weights: Sequence[float],
         contexts: list[ContextInts],
         weights: list[float],
         uses_heads: bool,
     ) -> None:
         """
         Args:
-            floats: see :attr:`floats`.
+            head_weights: one for each value head.
             contexts: as many as ``ints`` says, each with its part in the reward in ``weights``.
             uses_heads: whether the request's heads have weights.
         """
         device, first = self.ints.device, context_slots(slot).start
         places = slice(first, first + len(contexts))
         self.ints[slot] = to_device(list(ints), device, torch.int64)
-        self.floats[slot] = to_device(floats, device, torch.float32)
+        self.floats[slot] = to_device([*floats, *head_weights], device, torch.float32)
         self.contexts[places] = to_device(np.array(contexts, np.int64), device, torch.int64)
         unused = [0.0] * (MAX_CONTEXTS - len(weights))
         self.context_weights[slot] = to_device([*weights, *unused], device, torch.float32)
-        self.host_num_contexts[slot], self.host_mixes[slot] = len(contexts), weights != [1.0]
+        self.host_num_contexts[slot] = len(contexts)
+        self.host_flags[slot] = RequestFlags(weights != [1.0], uses_heads, floats.max_divergence < math.inf)
         self.host_offset[places] = [context.offset for context in contexts]
         self.host_prompt_len[slot] = contexts[0].prompt_len
         self.host_top_k[slot] = ints.top_k
-        self.host_uses_heads[slot] = uses_heads
+
+    def flags(self, slots: np.ndarray) -> RequestFlags:
+        """Whether any of these has it; ``slots``: int64."""
+        return RequestFlags(*self.host_flags[slots].any(0).tolist())
 
     def head_mix(self, head_weights: torch.Tensor) -> HeadMix | None:
         """Of contexts with these weights, [context rows, 1 + H]; None where there are no heads."""
@@ -191,23 +219,26 @@ class RowParams:
     def __init__(self, layout: Layout, slots: Slots, max_rows_per_request: int) -> None:
         self.layout = layout
         ints = RowInts(*(column.contiguous() for column in slots.ints[layout.row_slots].unbind(1)))
-        floats = slots.floats[layout.row_slots]
+        floats, flags = slots.floats[layout.row_slots], slots.flags(layout.slots)
         beta, reference = floats[:, 0].contiguous(), floats[:, 1].contiguous()
+        max_divergence = floats[:, 2].contiguous() if flags.has_bound else None
         self.host_prompt_len = slots.host_prompt_len[layout.slots]
         host_top_k = slots.host_top_k[layout.slots]
-        self.rows = Rows(layout.logits_rows, ints.top_k, beta, reference, ints.end_id, int(host_top_k.max()))
+        most = int(host_top_k.max())
+        self.rows = Rows(
+            layout.logits_rows, ints.top_k, beta, reference, ints.end_id, most, max_divergence=max_divergence
+        )
         """What the guidance step is told of them"""
         self.num_unguided = int((host_top_k == 0).sum())
         """Requests that are only drafted for."""
         self.penalize = bool(slots.controls.host_penalizes[layout.slots].any())
         self.control = self.penalize or bool(slots.controls.host_biases[layout.slots].any())
         self.contexts = ContextRowParams(layout, slots, ints.num_contexts, max_rows_per_request)
-        self.head_weights = floats[:, 2:]
+        self.head_weights = floats[:, RequestFloats._fields.index("backbone") :]
         """[context rows, 1 + H]"""
         if self.contexts.layout_rows is not None:
             self.head_weights = self.head_weights[self.contexts.layout_rows]
-        uses_heads = slots.host_uses_heads[layout.slots].any()
-        self.head_mix = slots.head_mix(self.head_weights) if uses_heads else None
+        self.head_mix = slots.head_mix(self.head_weights) if flags.uses_heads else None
 
 
 class ContextRowParams:
@@ -227,7 +258,7 @@ class ContextRowParams:
         self.layout_rows: torch.Tensor | None = None
         """[context rows] int64: the layout's row of each; None: one for each"""
         self.mixture: Mixture | None = None
-        if slots.host_mixes[layout.slots].any():
+        if slots.flags(layout.slots).mixes:
             self._expand(layout, slots, num_contexts, max_rows_per_request)
         self.ints = ContextRowInts(*(column.contiguous() for column in slots.contexts[self.row_slots].unbind(1)))
         self.host_offset = slots.host_offset[self.slots]

@@ -155,13 +155,14 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
     typical = fits.typical_context(base_max_model_len)
     logger.info(
-        "PAD guidance by %s: reference %s (%s), beta %g, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
+        "PAD guidance by %s: reference %s (%s), beta %g%s, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
         "Reward model: %s, KV cache of %s tokens (%.2f GiB), %.1f requests of a typical %d tokens, "
         "%.1f of the full %d.",
         config.reward_model,
         config.reference,
         config.why_reference,
         config.beta,
+        "" if config.max_divergence is None else f" within {config.max_divergence:g} nats a token",
         config.top_k,
         config.max_top_k,
         len(config.personas),

@@ -62,11 +62,17 @@ def plain_engine(models: Models):
 
 
 MODES = ["preference", "prompt", "weights", "both"]
+BOUNDED = [
+    {"preference": PREFERENCES[0], "beta": 2.5, "max_divergence": 0.3},
+    {"preference": PREFERENCES, "reference": "neutral", "beta": 2.5, "max_divergence": 0.05, "top_k": 20},
+    {"preference": PREFERENCES, "preference_weights": [1, -1], "reference": "none", "max_divergence": 0.02},
+]
 
 
 def every_mode(encode, expect, max_tokens: int, thin: bool = False) -> tuple[list, list, list]:
     """Prompts, parameters and the oracle's answers: every k and beta, with and without preference and head, guided
-    and unguided mixed. ``thin``: each k with each beta, and each of them with each mode, but not all three."""
+    and unguided mixed; and with a bound. ``thin``: each k with each beta, and each of them with each mode, but not all
+    three."""
     prompts, params, expected = [], [], []
     cases = list(itertools.product(TOP_K, BETA, MODES))
     if thin:
@@ -85,6 +91,10 @@ def every_mode(encode, expect, max_tokens: int, thin: bool = False) -> tuple[lis
             prompts.append(prompt)
             params.append(GREEDY | {"max_tokens": max_tokens})
             expected.append(expect(prompt, guided=False)[:max_tokens])
+    for prompt, asked in zip(map(encode, PROMPTS), BOUNDED, strict=False):
+        prompts.append(prompt)
+        params.append(GREEDY | {"max_tokens": max_tokens} | guided(**asked))
+        expected.append(expect(prompt, **asked)[:max_tokens])
     return prompts, params, expected
 
 
@@ -235,6 +245,7 @@ BAD_REQUESTS = [
     ({"pad_beta": "strong"}, "pad_beta='strong': must be a number"),
     ({"pad_beta": -1}, "pad_beta=-1: must be between 0 and 100"),
     ({"pad_beta": float("nan")}, "pad_beta=nan"),
+    ({"pad_max_divergence": -1}, "pad_max_divergence=-1: must be between 0 and 1000"),
     ({"pad_top_k": 65}, "pad_top_k=65: must be between 1 and 64"),
     ({"pad_top_k": 0}, "pad_top_k=0: must be at least 1"),
     ({"pad_top_k": True}, "pad_top_k=True: must be an integer"),

@@ -62,6 +62,7 @@ MODES = [
     {"preference": ("kind", "formal"), "preference_weights": (1.0, -0.5)},
     {"preference": ("kind", "formal", "b"), "reference": "neutral"},
     {"preference": "brief", "reference": "none"},
+    {"preference": ("kind", "formal"), "reference": "neutral", "max_divergence": 0.1},
 ]
 
 

@@ -25,6 +25,7 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"preference": ["formal", "kind"], "preference_weights": [1, -0.5]},
     {"preference": ["formal", "kind", "brief"], "reference": "none"},
     {"preference": "kind", "reference": "neutral"},
+    {"preference": ["formal", "kind"], "reference": "neutral", "max_divergence": 0.1},
     {"weights": list(MIX)},
     {"weights": list(MIX), "preference": ["formal", "kind"]},
 )

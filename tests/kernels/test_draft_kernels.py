@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests import oracle
 from tests.support.engine import Worker, set_environment
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,38 @@ def test_a_draft_is_drawn_from_what_is_kept(interpreter, with_base_ids, keep):
                 assert tokens[row] == ids[row, 0]  # greedy
         torch.testing.assert_close(draft_logits, expected)
         assert drafts[places, step].tolist() == tokens.tolist()
+
+
+def draw_bound(values, stand_in, max_divergence, scale, top_k) -> torch.Tensor:
+    """``draft_logits`` of a draft of rows with these bounds; ids are places."""
+    from pad_vllm.worker.adapters.draft_kernel import DraftBuffers
+    from pad_vllm.worker.drafter import Bound, Proposals
+
+    buffers = DraftBuffers(torch.full((NUM_SLOTS, NUM_STEPS, V), float("-inf")), PLACES, use_fp64=False)
+    rows = torch.arange(len(values))
+    ids, bound = torch.arange(values.shape[1]).repeat(len(values), 1), Bound(stand_in, max_divergence)
+    proposals = Proposals(values, ids, None, top_k, scale, rows, rows, bound)
+    drafts = torch.zeros(NUM_SLOTS, NUM_STEPS, dtype=torch.int64)
+    nothing = torch.zeros(NUM_SLOTS)
+    buffers.draw(1, proposals, rows, nothing, nothing.long(), drafts, rows, keep=True)
+    return buffers.draft_logits[: len(values), 1, : values.shape[1]]
+
+
+def test_drafts_keep_to_a_bound(interpreter):
+    """On the way from what stands in for the base model to the draft, as far as the bound lets them; K is no power of
+    2, and a row without a bound goes all the way."""
+    generator = torch.Generator().manual_seed(1)
+    stand_in = torch.randn(4, 6, generator=generator).sort(descending=True).values
+    values, scale = torch.randn(4, 6, generator=generator), torch.tensor([1.0, 1.5, 3.0, 2.0])
+    bounds, top_k = torch.tensor([float("inf"), 0.1, 0.02, 0.0]), torch.tensor([0, 6, 3, 4])
+    found = interpreter.run(draw_bound, values, stand_in, bounds, scale, top_k)
+    for row in range(4):
+        k = int(top_k[row]) or 6
+        z, full = stand_in[row, :k], values[row, :k] * scale[row]
+        share = 1.0 if row == 0 else oracle.bounded_beta(z, full - z, 1.0, bounds[row].item())
+        assert row == 0 or share < 1
+        torch.testing.assert_close(found[row, :k], z + share * (full - z), rtol=1e-4, atol=1e-4)
+        assert found[row, k:].isneginf().all()
 
 
 def write(row_slots, positions, token_ids, table, block_size, copies_table, num_rows: int) -> tuple[torch.Tensor, ...]:

@@ -216,6 +216,7 @@ def test_a_cancelled_stream_leaves_nothing(encode, expect, server, client):
         ({"pad_persona": "ters"}, "pad_persona='ters': no such persona; did you mean 'terse'? known: mixed, terse"),
         ({"pad_beta": 101}, "pad_beta=101: must be between 0 and 100"),
         ({"pad_beta": "1"}, "pad_beta='1': must be a number, not str"),
+        ({"pad_max_divergence": -0.5}, "pad_max_divergence=-0.5: must be between 0 and 1000"),
         ({"pad_top_k": 21}, "pad_top_k=21: must be between 1 and 20"),
         ({"pad_weights": [1, 2]}, f"pad_weights: 2 weights for 3 value heads ({', '.join(HEADS)})"),
         ({"pad_preference": "word " * 400}, "tokens, at most"),

@@ -225,7 +225,7 @@ def make_personas(world: World, rng: random.Random) -> dict[str, dict[str, Any]]
         "terse": {"preference": texts[0], "beta": 1.5},
         "mixed": {"weights": _weights(rng, len(HEADS)), "top_k": 20},
         "two": {"preference": texts[1:3], "preference_weights": [1.0, -0.5], "reference": "none"},
-        "neutral": {"preference": texts[3:5], "reference": "neutral", "beta": 0.7},
+        "neutral": {"preference": texts[3:5], "reference": "neutral", "beta": 0.7, "max_divergence": 0.2},
     }
 
 
@@ -277,6 +277,8 @@ def _ask(rng: random.Random, personas: Sequence[str], texts: list[str]) -> dict[
         asked["beta"] = rng.choice([0.0, 0.0, 0.3, 0.7, 1.0, 1.5, 2.5])
     if rng.random() < 0.5:
         asked["top_k"] = rng.choice([1, 2, 5, 20, 50, 64])
+    if rng.random() < 0.2:
+        asked["max_divergence"] = rng.choice([0.0, 0.05, 0.3, 1.0])
     if rng.random() < 0.3:
         asked["reference"] = rng.choice(["base", "neutral", "none"])
     if "persona" not in asked and rng.random() < 0.2:
@@ -453,7 +455,7 @@ class Judge:
                 "head": world.head(tuple(asked["weights"])) if "weights" in asked else None,
                 "groups": groups,
                 "neutral_prompt_ids": prompt.read,
-            } | {key: asked[key] for key in ("beta", "top_k", "reference") if key in asked}
+            } | {key: asked[key] for key in ("beta", "top_k", "reference", "max_divergence") if key in asked}
         if allowed := controls.get("allowed_token_ids"):
             more = {"mask": _only(allowed)} | more
         oracle.generate(

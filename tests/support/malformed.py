@@ -7,7 +7,7 @@ import string
 from typing import Any
 
 from pad_vllm.checks import MAX_WEIGHT
-from pad_vllm.params import MAX_BETA, MAX_PREFERENCE_CHARS
+from pad_vllm.params import MAX_BETA, MAX_DIVERGENCE, MAX_PREFERENCE_CHARS
 
 GOOD = {"pad_preference": "concise", "pad_beta": 1.0, "pad_top_k": 5}
 """A good set on any server; one of its members is spoiled."""
@@ -16,12 +16,14 @@ GOOD = {"pad_preference": "concise", "pad_beta": 1.0, "pad_top_k": 5}
 def malformed(rng: random.Random, num_heads: int, max_top_k: int) -> dict[str, Any]:
     """Arguments of which at least one is wrong, as ``vllm_xargs`` could carry them: text, numbers, lists of them."""
     good = {key: value for key, value in GOOD.items() if rng.random() < 0.5}
-    kind = rng.choice([_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona, _bad_mix, _bad_salt])
+    kinds = [_unknown_key, _bad_text, _bad_beta, _bad_top_k, _bad_weights, _bad_persona, _bad_mix, _bad_salt]
+    kind = rng.choice([*kinds, _bad_bound])
     return good | kind(rng, num_heads, max_top_k)
 
 
 def _unknown_key(rng: random.Random, *_: int) -> dict[str, Any]:
     known = ["preference", "persona", "weights", "beta", "top_k", "preference_weights", "reference", "cache_salt"]
+    known += ["max_divergence"]
     key = list("pad_" + rng.choice(known))
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(4, len(key) + 1)
@@ -63,6 +65,11 @@ def _bad_beta(rng: random.Random, *_: int) -> dict[str, Any]:
         10.0 ** rng.randint(3, 300),
     ]
     return {"pad_beta": rng.choice([rng.choice(numbers), _bad_number(rng)])}
+
+
+def _bad_bound(rng: random.Random, *_: int) -> dict[str, Any]:
+    numbers = [-rng.random() - 1e-6, MAX_DIVERGENCE + rng.random() + 1e-3, True, 10.0 ** rng.randint(4, 300)]
+    return {"pad_max_divergence": rng.choice([rng.choice(numbers), _bad_number(rng)])}
 
 
 def _bad_top_k(rng: random.Random, _: int, max_top_k: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 from pad_vllm.worker.compatibility import beta_warning
 
 OWN = {"prompt_template": "{preference}: {prompt}", "insert_after": "<|user|>", "beta": 0.5, "top_k": 20}
+OWN["max_divergence"] = 0.3
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def test_the_served_model_is_not_asked_for_at_a_hub(models, monkeypatch):
         ('{"max_top_k": 3}', "pad.json: max_top_k: a reward model's defaults are prompt_template, insert_after"),
         ('{"beta": "strong"}', "pad.json: pad.beta='strong'"),
         ('{"prompt_template": "{prompt}"}', "pad.json: pad.prompt_template='{prompt}': must contain {preference}"),
+        ('{"max_divergence": -1}', "pad.json: pad.max_divergence=-1: must be between 0 and 1000"),
         ('{"top_k": 65}', "pad.json: pad.top_k=65: must be between 1 and 64"),
     ],
 )

@@ -16,13 +16,14 @@ def config(**pad) -> PADConfig:
 
 
 def test_pad_and_extra_args_say_the_same():
-    pad = PAD(preference="concise", persona="a", weights=[1, 0.5], beta=2, top_k=5)
+    pad = PAD(preference="concise", persona="a", weights=[1, 0.5], beta=2, top_k=5, max_divergence=1)
     extra_args = {
         "pad_preference": "concise",
         "pad_persona": "a",
         "pad_weights": [1.0, 0.5],
         "pad_beta": 2.0,
         "pad_top_k": 5,
+        "pad_max_divergence": 1.0,
     }
     assert pad.extra_args() == extra_args
     assert PAD.from_extra_args(extra_args | {"other_plugin": object()}) == pad
@@ -77,6 +78,11 @@ def test_sampling_params_refuses(processors, extra_args, message):
         ({"beta": True}, "pad_beta=True: must be a number, not bool"),
         ({"beta": float("inf")}, "pad_beta=inf: must be between 0 and 100"),
         ({"beta": 10**400}, "must be between 0 and 100"),
+        ({"max_divergence": -0.1}, "pad_max_divergence=-0.1: must be between 0 and 1000"),
+        ({"max_divergence": float("inf")}, "pad_max_divergence=inf: must be between 0 and 1000"),
+        ({"max_divergence": float("nan")}, "pad_max_divergence=nan: must be between"),
+        ({"max_divergence": "1"}, "pad_max_divergence='1': must be a number, not str"),
+        ({"max_divergence": False}, "pad_max_divergence=False: must be a number, not bool"),
         ({"top_k": 2.0}, "pad_top_k=2.0: must be an integer, not float"),
         ({"top_k": -3}, "pad_top_k=-3: must be at least 1"),
         ({"weights": 0.5}, "pad_weights=0.5: must be a list"),
@@ -124,6 +130,15 @@ def test_personas_defaults_and_overrides():
     assert config(personas=personas).resolve(None) is None
 
 
+def test_a_requests_bound_stands_over_its_personas_and_the_servers():
+    personas = {"held": {"preference": "brief", "max_divergence": 0}, "free": {"preference": "brief"}}
+    server = config(personas=personas, max_divergence=0.5)
+    asked = [PAD(persona="held"), PAD(persona="free"), PAD(persona="held", max_divergence=2), PAD(max_divergence=1000)]
+    assert [server.resolve(one).max_divergence for one in asked] == [0.0, 0.5, 2.0, 1000.0]
+    assert config(personas=personas).resolve(PAD(persona="free")).max_divergence is None
+    assert PAD(max_divergence=0.1).asks_for_guidance
+
+
 @pytest.mark.parametrize(
     ("pad", "message"),
     [
@@ -131,6 +146,8 @@ def test_personas_defaults_and_overrides():
         ({"reward_model": None}, "pad.reward_model is missing"),
         ({"reward_model": 7}, "pad.reward_model=7: must be a string"),
         ({"beta": "1"}, "pad.beta='1': must be a number"),
+        ({"max_divergence": -1}, "pad.max_divergence=-1: must be between 0 and 1000"),
+        ({"personas": {"a": {"max_divergence": "x"}}}, r"pad.personas\['a'\]: pad_max_divergence='x'"),
         ({"top_k": 65}, "pad.top_k=65: must be between 1 and 64"),
         ({"chat": "loose"}, "pad.chat='loose': must be one of 'auto', 'strict'"),
         ({"max_top_k": 4096}, "pad.max_top_k=4096: must be between 1 and 1024"),

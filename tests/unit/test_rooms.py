@@ -26,6 +26,7 @@ IN_SEVERAL_FILES = {
     "install": "puts a room's patches into vLLM",
     "PARAMETERS": "of vLLM's functions, as pad-vllm calls them",
     "guide_ mix_contexts undo_controls score_groups keep_shares": "a part of the step, in PyTorch and in Triton",
+    "bound_beta": "the strength that keeps to a bound, in PyTorch and in Triton",
     "BLOCK BLOCK_D BLOCK_M COUNTS ROW_POINTERS WARPS SCORE_WARPS REWEIGHT_WARPS": "a launch's, each for its kernels",
     "Cell": "a user and a prompt, as the harness asks for them",
     "prompting": "the method of the tables that has the preference in the prompt",

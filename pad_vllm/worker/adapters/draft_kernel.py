@@ -6,10 +6,14 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
 
+from pad_vllm.kernels.writing import bound_beta
 from pad_vllm.worker.drafter import Proposals
 
-COUNTS = ["num_places", "step", "num_steps", "keep", "drafts_stride"]
-ROW_POINTERS = ["values_ptr", "ids_ptr", "top_k_ptr", "scale_ptr", "slots_ptr", "positions_ptr", "places_ptr"]
+COUNTS = ["num_places", "step", "num_steps", "keep", "drafts_stride", "has_bound"]
+ROW_POINTERS = [
+    *("values_ptr", "ids_ptr", "top_k_ptr", "scale_ptr", "slots_ptr", "positions_ptr", "places_ptr"),
+    *("stand_in_ptr", "max_divergence_ptr"),
+]
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
@@ -20,6 +24,9 @@ def draft_kernel(
     base_ids_ptr,  # [W] int64, or nothing
     top_k_ptr,  # [R] int64
     scale_ptr,  # [R] float32
+    has_bound,
+    stand_in_ptr,  # [R, num_places]; anything unless has_bound
+    max_divergence_ptr,  # [R] float32; anything unless has_bound
     slots_ptr,  # [R] int64
     positions_ptr,  # [R] int64
     temperature_ptr,  # [S] float32
@@ -48,7 +55,13 @@ def draft_kernel(
     ids = tl.load(ids_ptr + row * num_places + place, mask=place < num_places, other=0)
     if base_ids_ptr is not None:
         ids = tl.load(base_ids_ptr + ids)
-    logits = (values * tl.load(scale_ptr + row)).to(draft_logits_ptr.dtype.element_ty)
+    guided = values * tl.load(scale_ptr + row)
+    max_divergence = tl.load(max_divergence_ptr + row, mask=has_bound != 0, other=float("inf"))
+    if max_divergence < float("inf"):
+        y = tl.load(stand_in_ptr + row * num_places + place, mask=is_there, other=float("-inf")).to(tl.float32)
+        way = tl.where(is_there, guided - y, 0.0)
+        guided = y + bound_beta(y, way, is_there, is_there, tl.full([], 1.0, tl.float32), max_divergence) * way
+    logits = guided.to(draft_logits_ptr.dtype.element_ty)
     slot = tl.load(slots_ptr + row)
     if keep != 0:
         kept_ptr = kept_ids_ptr + (slot * num_steps + step) * PLACES + place
@@ -112,11 +125,12 @@ class DraftBuffers:
         Returns:
             [R] int64.
         """
-        values, logits = proposals.values, self.draft_logits
+        values, logits, bound = proposals.values, self.draft_logits, proposals.bound
         tokens = positions.new_empty(len(positions))
         draft_kernel[(len(positions),)](
             *(values, proposals.ids, values.shape[1], proposals.base_ids),
-            *(proposals.top_k, proposals.scale, proposals.slots, positions, temperature, seeds),
+            *(proposals.top_k, proposals.scale, int(bound is not None), *(bound or (values, proposals.scale))),
+            *(proposals.slots, positions, temperature, seeds),
             *(step, logits.shape[1], int(keep), logits, logits.stride(0), logits.shape[2], self.kept_ids),
             *(places, drafts, drafts.stride(0), tokens),
             PLACES=self.num_places,
