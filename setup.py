@@ -10,6 +10,10 @@ from setuptools import find_packages, setup
 ours = find_packages(include=["pad_vllm", "pad_vllm.*"], exclude=["pad_vllm.synthetic"])
 setup(
     packages=[*ours, "pad_vllm.kernels", "pad_vllm.benchmarks"],
-    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json", "data/adapter/*"]},
+    package_data={
+        "pad_vllm": ["py.typed"],
+        "pad_vllm.demo": ["data/*.json", "data/adapter/*"],
+        "pad_vllm.playground": ["page/*"],
+    },
     package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},
 )
