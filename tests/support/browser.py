@@ -24,6 +24,7 @@ TIMEOUT = 60
 KEYS = {  # name -> code, number, what it types
     "Enter": ("Enter", 13, "\r"),
     "Escape": ("Escape", 27, ""),
+    "Backspace": ("Backspace", 8, ""),
     "Tab": ("Tab", 9, ""),
     "ArrowUp": ("ArrowUp", 38, ""),
     "ArrowDown": ("ArrowDown", 40, ""),

@@ -81,7 +81,7 @@ function offer() {
   const known = new Set(about?.arguments ?? []);
   fill($("persona"), [["", default_persona ? `the server’s: ${default_persona}` : "none"], ...personas.map((name) => [name, name])]);
   $("persona-field").hidden = !personas.length;
-  fill($("reference"), [["", `the server’s: ${defaults.reference ?? "?"}`], ...references.map((name) => [name, name])]);
+  fill($("reference"), [["", `the server’s${defaults.reference ? `: ${defaults.reference}` : ""}`], ...references.map((name) => [name, name])]);
   $("divergence-field").hidden = !known.has("pad_max_divergence");
   $("heads").hidden = !heads.length;
   if ($("head-rows").dataset.of !== heads.join("\n")) $("head-rows").replaceChildren(...heads.map(headRow));
@@ -218,19 +218,21 @@ function streamed(body) {
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
+/** Texts, numbers, and lists and objects of them: JSON and Python write them alike. */
+function literal(value) {
+  if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
+  if (typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([name, one]) => `${literal(name)}: ${literal(one)}`).join(", ")}}`;
+}
+
 function asCurl(body) {
   const key = upstream.has_key ? ` \\\n  -H "Authorization: Bearer $VLLM_API_KEY"` : "";
-  const fields = Object.entries(body).map(([name, value]) => `  ${JSON.stringify(name)}: ${JSON.stringify(value)}`);
+  const fields = Object.entries(body).map(([name, value]) => `  ${literal(name)}: ${literal(value)}`);
   const json = quoted(`{\n${fields.join(",\n")}\n}`);
   return `curl ${upstream.server}${path()} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d ${json}`;
 }
 
 function asPython(body) {
-  const literal = (value) => {
-    if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
-    if (value && typeof value === "object") return `{${Object.entries(value).map(([k, v]) => `${literal(k)}: ${literal(v)}`).join(", ")}}`;
-    return JSON.stringify(value);
-  };
   const { vllm_xargs: xargs, ...rest } = body;
   const lines = Object.entries(rest).map(([name, value]) => `    ${name}=${literal(value)},`);
   if (xargs) lines.push(`    extra_body={"vllm_xargs": ${literal(xargs)}},`);
