@@ -12,7 +12,7 @@ import ipaddress
 import json
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -184,16 +184,18 @@ class Playground:
         headers = {"Content-Type": answer.headers["Content-Type"], "Cache-Control": "no-store"}
         response = web.StreamResponse(status=answer.status, headers=headers)
         await response.prepare(request)
-        while True:
-            try:
-                piece = await answer.content.readany()
-            except (ClientError, OSError) as error:  # worded as vLLM's own in a stream
-                event = json.dumps(error_body(502, self._left(error)))
-                await response.write(f"\n\ndata: {event}\n\n".encode())
-                return response
-            if not piece:
-                return response
-            await response.write(piece)
+        with contextlib.suppress(ConnectionResetError):  # of a client that left: so does this, and the server stops
+            async for piece in self._pieces(answer):
+                await response.write(piece)
+        return response
+
+    async def _pieces(self, answer: ClientResponse) -> AsyncIterator[bytes]:
+        """Of a stream; where it breaks off, an event at its end says so, worded as vLLM's own are."""
+        try:
+            while piece := await answer.content.readany():
+                yield piece
+        except (ClientError, OSError) as error:
+            yield f"\n\ndata: {json.dumps(error_body(502, self._left(error)))}\n\n".encode()
 
     def _left(self, error: BaseException) -> str:
         return f"the server at {self._server} left in the middle of its answer: {why(error)}"

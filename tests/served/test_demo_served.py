@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pad_vllm.demo.users import USERS
 from tests.served.test_playground import run
@@ -68,7 +69,7 @@ def run_served_demo(picture: str | None) -> tuple[str, dict[str, Any]]:
 
 def ask_in_playground(browser: Browser, url: str, picture: str | None) -> dict[str, Any]:
     """Two sliders for a question: both answers, and a picture of them."""
-    browser.resize(1280, 800)
+    browser.resize(1280, 800, scale=1.5 if picture else 1)
     browser.prefer("light")
     browser.open(url)
     browser.wait("document.querySelector('#server').textContent.includes('guided by')")
@@ -92,6 +93,7 @@ def ask_in_playground(browser: Browser, url: str, picture: str | None) -> dict[s
     browser.evaluate("scrollTo(0, 0)")
     if picture:
         browser.screenshot(Path(picture))
+        Image.open(picture).quantize(64).save(picture, optimize=True)
     return {
         "rows": browser.evaluate("[...document.querySelectorAll('#rows output')].map(o => o.textContent)"),
         "errors": browser.evaluate("[...document.querySelectorAll('.error')].map(e => e.textContent).join('')"),

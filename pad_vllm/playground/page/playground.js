@@ -36,8 +36,11 @@ function describe(models) {
   const kinds = {
     served: "itself", served_adapter: "an adapter over it", merged_adapter: "another model with an adapter", model: "another model",
   };
-  return `${where}, guided by ${kinds[about.reward_model.kind]}: ${about.reward_model.name}. pad-vllm ${about.version ?? ""}`;
+  return `${where}, guided by ${kinds[about.reward_model.kind]}: ${nameOf(about.reward_model.name)}. pad-vllm ${about.version ?? ""}`;
 }
+
+/** Of a path its end; a hub's id as it stands. */
+const nameOf = (model) => (/^[./~]/.test(model) ? model.replace(/\/+$/, "").split("/").pop() : model);
 
 async function getJSON(path) {
   const response = await reach(path);
@@ -208,10 +211,16 @@ function bodyOf(xargs) {
   return body;
 }
 
+// How many to ask for, so that the likeliest token is told beside the one that was sampled: vLLM counts that in chats only.
+const TOP_OF_CHATS = 2;
+const TOP_OF_TEXTS = 1;
+const mostLogprobs = () => (about?.max_logprobs == null || about.max_logprobs < 0 ? TOP_OF_CHATS : about.max_logprobs);
+
 /** What makes the stream show tokens: their log-probabilities, and the likeliest. */
 function streamed(body) {
-  const most = Math.min(1, about?.max_logprobs < 0 ? 1 : about?.max_logprobs ?? 1);
-  return { ...body, stream: true, ...(isChat() ? { logprobs: true, top_logprobs: most } : { logprobs: most }) };
+  const most = mostLogprobs();
+  const shown = isChat() ? { logprobs: true, top_logprobs: Math.min(TOP_OF_CHATS, most) } : { logprobs: Math.min(TOP_OF_TEXTS, most) };
+  return { ...body, stream: true, ...shown };
 }
 
 // ---------------------------------------------------------------- requests to copy
@@ -285,22 +294,23 @@ async function copy(button) {
 
 // ---------------------------------------------------------------- an answer
 
-/** The tokens of a stream's event: text, log-probability, and the likeliest token's. */
+/** The tokens of a stream's event: text, log-probability, and the likeliest token's where the server tells it. */
 function tokensOf(choice) {
   const found = choice.logprobs;
   if (!found) return [];
   if (found.content) {
-    return found.content.map((token) => ({ text: token.token, logprob: token.logprob, top: best(token.top_logprobs ?? []) }));
+    const isTold = mostLogprobs() >= TOP_OF_CHATS;
+    return found.content.map((token) => ({ text: token.token, logprob: token.logprob, top: isTold ? best(token.top_logprobs ?? []) : null }));
   }
-  return (found.tokens ?? []).map((text, i) => ({
-    text,
-    logprob: found.token_logprobs[i],
-    top: best(Object.entries(found.top_logprobs?.[i] ?? {}).map(([token, logprob]) => ({ token, logprob }))),
-  }));
+  const isTold = mostLogprobs() >= TOP_OF_TEXTS;
+  return (found.tokens ?? []).map((text, i) => {
+    const tops = Object.entries(found.top_logprobs?.[i] ?? {}).map(([token, logprob]) => ({ token, logprob }));
+    return { text, logprob: found.token_logprobs[i], top: isTold ? best(tops) : null };
+  });
 }
 
 const best = (tokens) => tokens.reduce((a, b) => (a && a.logprob >= b.logprob ? a : b), null);
-const isFirst = (token) => !token.top || token.top.logprob <= token.logprob;
+const isFirst = (token) => token.top.logprob <= token.logprob;
 
 class Answer {
   constructor(id) {
@@ -336,10 +346,17 @@ class Answer {
     this.all.push(...tokens);
     this.waiting.push(...tokens);
     if (text) {
+      // Token by token, where their texts are the event's; a part of a character has none, and goes with the next.
       const isSplit = this.waiting.map((token) => token.text).join("") === text;
-      if (isSplit) for (const token of this.waiting) this.append(token.text, [token]);
-      else this.append(text, this.waiting); // several tokens of one text, or none at all
-      this.waiting = [];
+      let group = [];
+      for (const token of this.waiting) {
+        group.push(token);
+        if (!isSplit || !token.text) continue;
+        this.append(token.text, group);
+        group = [];
+      }
+      if (!isSplit) this.append(text, group);
+      this.waiting = isSplit ? group : [];
     }
     if (choice.finish_reason) this.end(choice.finish_reason);
     this.measure();
@@ -364,7 +381,7 @@ class Answer {
 
   /** Why it ended; tokens without text, as an end-of-turn token, are shown now. */
   end(reason) {
-    for (const token of this.waiting) this.append(token.text, [token], "unseen");
+    for (const token of this.waiting) this.append(token.text || "◌", [token], "unseen");
     this.waiting = [];
     this.finish = reason;
     this.measure();
@@ -380,7 +397,7 @@ class Answer {
     const num = this.all.length;
     if (num) parts.push(`${num} token${num > 1 ? "s" : ""}`);
     if (this.last > this.first) parts.push(`${((1000 * (num - this.numFirst)) / (this.last - this.first)).toFixed(1)} tokens/s`);
-    if (num && isLog()) {
+    if (num && isLog() && this.all.every((token) => token.top)) {
       const others = this.all.filter((token) => !isFirst(token)).length;
       parts.push(`${Math.round((100 * others) / num)}% not its first choice`);
     }
@@ -418,11 +435,12 @@ const percent = (logprob) => {
   const p = 100 * Math.exp(logprob);
   return p >= 0.1 ? `${p.toFixed(p >= 10 ? 0 : 1)}%` : p >= 0.001 ? `${p.toFixed(3)}%` : "under 0.001%";
 };
-const shown = (text) => `“${text.replaceAll("\n", "↵")}”`;
+const shown = (text) => (text ? `“${text.replaceAll("\n", "↵")}”` : "a part of a character");
 
 /** What the served model thought of a token. */
 function sentence(token) {
   if (!isLog()) return `${shown(token.text)}: ${token.logprob} (${about.logprobs_mode})`;
+  if (!token.top) return `${shown(token.text)}: ${percent(token.logprob)}.`;
   const whose = isRaw() ? "The model’s own first choice" : "The guided first choice";
   const first = isFirst(token) ? "It is the first choice." : `${whose}: ${shown(token.top.token)}, ${percent(token.top.logprob)}.`;
   return `${shown(token.text)}: ${percent(token.logprob)}. ${first}`;
