@@ -1,5 +1,5 @@
 # make demo    SmolLM2 answers through vLLM for users of different tastes, side by side
-# make serve-demo    the same over HTTP: users of one server, their answers streamed side by side
+# make serve-demo    the same over HTTP: users of one server, their answers streamed side by side, and the playground
 # make picture    docs/playground.png: the playground beside that server, in Chromium
 # make quick    lint, and the tests that start no engine: in under two minutes
 # make test    lint, every test, and on the other releases of vLLM those that depend on vLLM

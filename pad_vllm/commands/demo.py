@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     parser.add_argument("--svg", metavar="FILE", help="write what is shown to a picture, too")
     parser.add_argument(
-        "--serve", action="store_true", help="over HTTP: two users of one server, and nobody, side by side"
+        "--serve",
+        action="store_true",
+        help="over HTTP: two users of one server, and nobody, side by side, and the playground",
     )
 
 
