@@ -24,7 +24,7 @@ from tests.support.browser import MISSING, Browser, find_chromium
 from tests.support.engine import Worker
 
 QUESTION = "How do I get better at chess?"
-SLIDERS = {"Use very simple words.": 1.0, "Give me long, detailed answers.": -1.0}
+SLIDERS = {"Be cheerful and warm.": 1.2, "Give me long, detailed answers.": -1.0}
 
 
 def run_demo(*arguments: str) -> str:
@@ -79,9 +79,11 @@ def ask_in_playground(browser: Browser, url: str, picture: str | None) -> dict[s
             browser.click("#add")
         browser.type(".row .text", text, nth=i)
         browser.evaluate(f"document.querySelectorAll('.row .weight')[{i}].focus()")
-        browser.press("ArrowLeft", times=round(10 * (1 - weight)))
+        steps = round(10 * (weight - 1))
+        browser.press("ArrowRight" if steps > 0 else "ArrowLeft", times=abs(steps))
     browser.evaluate("document.querySelector('details').open = true")
-    browser.type("#max_tokens", "80")
+    for field, value in {"max_tokens": "100", "temperature": "0.7", "seed": "1"}.items():
+        browser.type(f"#{field}", value)
     browser.evaluate("document.querySelector('details').open = false")
     browser.evaluate("scrollTo(0, 0)")
     run(browser)
@@ -136,7 +138,7 @@ def test_users_of_one_server(pytestconfig):
     assert seen["about"]["defaults"]["reference"] == "neutral"
     if find_chromium():
         assert seen["errors"] == ""
-        assert seen["rows"] == ["+1.0", "\N{MINUS SIGN}1.0"]
+        assert seen["rows"] == ["+1.2", "\N{MINUS SIGN}1.0"]
         assert len(seen["unguided"]) > 100
         assert seen["guided"] != seen["unguided"]
         assert len(seen["guided"].split()) > 3
