@@ -194,6 +194,7 @@ def test_plain_text_by_a_persona_and_heads_and_requests_to_copy(page, server, tm
             assert printed.decode() == f"{expected}\n"
 
 
+@pytest.mark.one_release
 def test_a_stream_is_shown_as_it_comes_and_stops(page, server):
     page.type("#max_tokens", str(LONG))
     page.type(".row .text", "formal")
@@ -266,6 +267,7 @@ CONTRAST = """(selector) => {
 }"""
 
 
+@pytest.mark.one_release
 def test_it_can_be_used_on_a_phone_by_keys_and_in_the_dark(page):
     page.resize(360, 740, is_phone=True)
     page.type("#max_tokens", "40")
@@ -297,6 +299,7 @@ def test_it_can_be_used_on_a_phone_by_keys_and_in_the_dark(page):
     assert len([name for name in reached if name.startswith("token")]) == 1  # of all the tokens of one answer
 
 
+@pytest.mark.one_release
 def test_a_server_that_is_not_there(browser, server):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
@@ -310,6 +313,7 @@ def test_a_server_that_is_not_there(browser, server):
         assert "own server is gone" in page.text("#guided .error")
 
 
+@pytest.mark.one_release
 def test_a_server_that_ends_while_it_answers(page, server):
     """The last of these tests: it ends the server."""
     page.type("#max_tokens", str(LONG))
