@@ -1,5 +1,6 @@
 # make demo    SmolLM2 answers through vLLM for users of different tastes, side by side
-# make serve-demo    the same over HTTP: users of one server, their answers streamed side by side
+# make serve-demo    the same over HTTP: users of one server, their answers streamed side by side, and the playground
+# make picture    docs/playground.png: the playground beside that server, in Chromium
 # make quick    lint, and the tests that start no engine: in under two minutes
 # make test    lint, every test, and on the other releases of vLLM those that depend on vLLM
 # make vllm-0.33    another release beside .venv; `VLLM=0.33 make test` then runs every test on it, and VLLM=0.33 any other
@@ -34,13 +35,16 @@ endif
 INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve-demo quick test soak fuzz alignment bench families lint format requirements vllm-newest clean
+.PHONY: demo serve-demo picture quick test soak fuzz alignment bench families lint format requirements vllm-newest clean
 
 demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
 
 serve-demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo --serve
+
+picture: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/served/test_demo_served.py -k one_server --picture docs/playground.png
 
 quick: lint $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow" tests/unit tests/kernels

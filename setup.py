@@ -11,6 +11,10 @@ from setuptools import find_packages, setup
 ours = find_packages(include=["pad_vllm", "pad_vllm.*"], exclude=["pad_vllm.synthetic"])
 setup(
     packages=[*ours, "pad_vllm.kernels", "pad_vllm.benchmarks"],
-    package_data={"pad_vllm": ["py.typed"], "pad_vllm.demo": ["data/*.json"]},
+    package_data={
+        "pad_vllm": ["py.typed"],
+        "pad_vllm.demo": ["data/*.json"],
+        "pad_vllm.playground": ["page/*"],
+    },
     package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},
 )

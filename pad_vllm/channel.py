@@ -87,6 +87,8 @@ class Announcement:
     num_texts: tuple[int, ...] = ()
     num_adapters: tuple[int, ...] = ()
     """Of each persona's list of preferences, or of adapters; 0: it has no list."""
+    about: dict[str, Any] | None = None
+    """Of its guidance, for clients alone: :func:`pad_vllm.worker.start.about_guidance`."""
 
     @property
     def guides_all(self) -> bool:
@@ -189,9 +191,8 @@ def _leave(folder: Path) -> None:
     os.close(_locks.pop(folder))
     _remove_if_left(folder)
     # Engines of this process's own end with it, and may not come to remove anything.
-    engines = [engine for path, engine in announced().items() if path.parent == folder]
-    names = {without_rank(engine.instance_id) for engine in engines}
-    if engines and names <= _served:
+    names = {without_rank(engine.instance_id) for path, engine in announced().items() if path.parent == folder}
+    if names and names <= _served:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -390,8 +391,7 @@ def _read(name: str, opened: int, folder: Path) -> Announcement | None:
 @functools.lru_cache(maxsize=64)
 def _parse(path: Path, _stamp: tuple[int, int, int]) -> Announcement:
     with _opened_folder(path.parent) as folder, open(_open_file(path.name, folder), "rb") as file:
-        record: dict[str, Any] = json.load(file)
-    record = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        record: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(file).items()}
     return Announcement(**record)
 
 

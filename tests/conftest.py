@@ -10,6 +10,10 @@ TIERS = ("engine", "kernels", "served", "training", "unit")
 """The folders of the tests, and the markers that these give; those whose files take longest first."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--picture", help="a PNG file, for what test_demo_served.py sees of the playground")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Of parallel workers the process that starts them runs no test, and need not import torch first."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):

@@ -1,4 +1,4 @@
-"""``pad-vllm demo --serve``: an OpenAI-compatible server on loopback, and its users, side by side."""
+"""``pad-vllm demo --serve``: an OpenAI-compatible server on loopback, its users, side by side, and the playground."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pad_vllm.demo.measures import measures_of
 from pad_vllm.demo.show import ENGINE, MAX_TOKENS, TEMPERATURE
 from pad_vllm.demo.smollm import DemoModels, build
 from pad_vllm.demo.users import DEMO_QUESTIONS, USERS
+from pad_vllm.playground.server import playground
 
 MODEL = "smollm2"
 SERVED_USERS = ("Omar", "Noor")
@@ -31,7 +32,9 @@ START_SECONDS = 300
 
 
 def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) -> int:
-    """Start the server, ask it the same questions for users and for nobody, print answers as they come, and stop it.
+    """Start the server, ask it the same questions for users and for nobody, and print answers as they come.
+
+    The playground is beside it, and where somebody sits at the terminal, both stay until Enter.
 
     Returns:
         Exit status: 0 where everybody was answered.
@@ -50,7 +53,9 @@ def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) 
         console.print("The server's personas, of which a client names one, or none:")
         for name, user in users.items():
             console.print(f"  [bold]{name}[/]: {user.say()}")
-        with start_server(console, models, config, Path(folder, "log")) as base_url:
+        log = Path(folder, "log")
+        with start_server(console, models, config, log) as base_url, playground(base_url) as page:
+            console.print(f"The playground, for prompts and preferences of your own: [bold]{page}", soft_wrap=True)
             for question in DEMO_QUESTIONS:
                 settings = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE, "seed": seed}
                 asked = stream_side_by_side(
@@ -58,13 +63,23 @@ def serve(beta: float, top_k: int, seed: int = 0, cache_dir: str | None = None) 
                 )
                 for name, answer in asyncio.run(asked).items():
                     texts[name].append(answer)
+            print_measures(console, texts)
+            if sys.stdin.isatty():
+                console.print(f"The playground stays: [bold]{page}[/]  Enter ends it, and the server.", soft_wrap=True)
+                with contextlib.suppress(KeyboardInterrupt):
+                    sys.stdin.readline()
+    return 0 if all(answer for own in texts.values() for answer in own) else 1
+
+
+def print_measures(console: Console, texts: dict[str, list[str]]) -> None:
+    """What each user's answers have more, or less, of than nobody's."""
     before = measures_of("\n\n".join(texts[NOBODY]))
-    for name, user in users.items():
+    for user in SERVED_USERS:
+        name = user.lower()
         after = measures_of("\n\n".join(texts[name]))
-        for dimension, moved in user.has(before, after).items():
+        for dimension, moved in USERS[user].has(before, after).items():
             mark = "[green]✓[/]" if moved else "[red]✗[/]"
             console.print(f"{name}: {dimension} {before[dimension]:.1f} > {after[dimension]:.1f} {mark}")
-    return 0 if all(answer for own in texts.values() for answer in own) else 1
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Every patch of vLLM's API server: what it would drop, guidance among it, before it asks any plugin.
 
 That is: arguments that stand elsewhere than in ``vllm_xargs`` (:mod:`.http`), all arguments on the way to beam search,
-and all requests that would be answered by log-probabilities where everybody was to be guided.
+and all requests that would be answered by log-probabilities where everybody was to be guided. And one path more, which
+says what the server's guidance is (:mod:`.about`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pad_vllm.checks import shown, shown_name
-from pad_vllm.frontend import admission, engines
+from pad_vllm.frontend import about, admission, engines
 from pad_vllm.frontend.http import RefuseMisplaced, misplaced, unguided
 from pad_vllm.params import PREFIX, is_ours
 
@@ -46,7 +47,7 @@ def install() -> None:
     for package, name, method, path in ENDPOINTS:
         serving_class = getattr(sys.modules.get(f"vllm.entrypoints.{package}.serving"), name, None)
         _wrap(serving_class, method, functools.partial(_refuse_at, path))
-    _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_middleware)
+    _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_to_app)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
@@ -117,8 +118,11 @@ def _refuse_at(path: str, answer: Callable) -> Callable:
     return checked
 
 
-def _add_middleware(init: Callable) -> Callable:
+def _add_to_app(init: Callable) -> Callable:
     def add(args, app, *rest, **kwargs):
+        from starlette.routing import Route
+
+        app.router.routes.append(Route(about.PATH, about.send_about, methods=["GET"]))
         app.add_middleware(RefuseMisplaced)  # first, so that vLLM's own stand before it: authentication is theirs
         return init(args, app, *rest, **kwargs)
 

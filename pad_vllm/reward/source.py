@@ -38,6 +38,14 @@ class Source(NamedTuple):
         return self.revision if self.model == self.reward_model else None
 
     @property
+    def kind(self) -> str:
+        """For clients: ``served``, the served model itself; ``served_adapter``, an adapter over it;
+        ``merged_adapter``, one merged into another model; or ``model``."""
+        if self.is_served:
+            return "served_adapter" if self.is_adapter else "served"
+        return "merged_adapter" if self.is_adapter else "model"
+
+    @property
     def tokenizer(self) -> tuple[str, str | None]:
         """Path or hub id, and revision, of its tokenizer."""
         names = ("tokenizer.json", "tokenizer_config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from pad_vllm.channel import Announcement
+from pad_vllm.config import PADConfig
 from pad_vllm.kernels import Groups, Mixture, OutputTokens, compiled_top_k
 from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.worker.batch import Layout
@@ -132,7 +134,16 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         adapters=tuple(config.adapters),
         num_texts=tuple(num_listed(persona.preference) for persona in personas.values()),
         num_adapters=tuple(num_listed(persona.adapter) for persona in personas.values()),
+        about=about_guidance(config),
     )
+
+
+def about_guidance(config: PADConfig) -> dict[str, Any]:
+    """What a client may want to know of an engine's guidance, and no request is checked by."""
+    return {
+        "reward_model": {"name": config.reward_model, "kind": config.source.kind},
+        "defaults": {"beta": config.beta, "top_k": config.top_k, "reference": config.reference},
+    }
 
 
 def describe_weights(loaded: Loaded) -> str:

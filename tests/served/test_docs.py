@@ -8,10 +8,12 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,8 @@ def test_every_command_runs(folder, document):
                 subprocess.run(
                     ["make", "--dry-run", "demo", "quick", "test"], cwd=ROOT, check=True, capture_output=True
                 )
+            elif body.startswith("pad-vllm playground"):
+                look_at_playground(folder, body, server)
             elif "--speculative-config" in body:
                 serve_with_drafts(folder, body)
             elif body.startswith("vllm serve"):
@@ -239,6 +243,24 @@ def serve_with_drafts(folder: Path, body: str) -> None:
         server.close()
 
 
+def look_at_playground(folder: Path, body: str, server: TypedServer | Server | None) -> None:
+    """Its page, and what it says of the document's server, or that there is none."""
+    port = PORT if server is None else server.port
+    line = body.rstrip().replace(f"localhost:{PORT}", f"127.0.0.1:{port}") + " --port 0"
+    command = ["bash", "-c", f"exec {line}"]
+    process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        page = re.search(r": (http://\S+/) ", process.stdout.readline())[1]
+        with urllib.request.urlopen(page, timeout=60) as answer:
+            assert b"<title>pad-vllm playground</title>" in answer.read()
+        if server is not None:
+            with urllib.request.urlopen(f"{page}v1/pad", timeout=60) as answer:
+                assert json.load(answer)["guides"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
 def test_the_offline_example(folder):
     out = run(folder, "bash", "python examples/offline.py")
     assert [json.loads(f"[{n}]")[0] for n in re.findall(r"'pad_beta': ([\d.]+)", out)] == [0.8]
@@ -266,6 +288,7 @@ def test_what_is_installed(folder):
     installed = folder / "installed"
     assert (installed / "pad_vllm" / "kernels" / "fused.py").exists()
     assert (installed / "pad_vllm" / "demo" / "serve.py").exists()
+    assert (installed / "pad_vllm" / "playground" / "page" / "playground.js").exists()
     assert (installed / "pad_vllm" / "py.typed").exists()
     assert not (installed / "tests").exists()
     assert not (installed / "pad_vllm" / "synthetic").exists()

@@ -1,0 +1,1 @@
+"""A page to try guidance with, beside any server that runs the plugin."""
