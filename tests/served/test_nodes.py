@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from tests.support.nodes import Node, another_server, check_answers, complete, own_address
+from tests.support.nodes import (
+    Node,
+    another_server,
+    check_answers,
+    check_own_alone,
+    complete,
+    guided_requests,
+    own_address,
+)
 from tests.support.server import Process, Server, free_port
 
 FLAGS = ("--max-model-len", "256", "--return-tokens-as-token-ids")
-
-
-def guided_requests(server: Server) -> dict[str, float]:
-    """Of each engine, under ``/metrics``."""
-    text = server.get("/metrics")[1]
-    shown = re.findall(r'^pad_guided_requests_total\{engine="(\d)",model_name="base"\} (\S+)$', text, re.M)
-    return {engine: float(number) for engine, number in shown}
-
-
-def check_own_alone(server: Server) -> None:
-    """Another server's engines, in the same folder, are none of this one's."""
-    asked = {"prompt": "a", "max_tokens": 1, "vllm_xargs": {"pad_persona": "theirs"}}
-    status, answer = server.post("/v1/completions", asked)
-    assert status == 400
-    assert "pad_persona='theirs': no such persona" in answer["error"]["message"]
 
 
 @pytest.fixture(scope="module")

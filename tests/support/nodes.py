@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -122,3 +123,18 @@ def check_answers(server: Server, models: Models, encode: Any, expect: Any, **bo
         out = complete(server, prompt, vllm_xargs=xargs, **body)
         assert out == expect(prompt, max_tokens=MAX_TOKENS, **asked), xargs
     assert complete(server, prompt, **body) == models.ask(tuple(prompt), None, None, False, max_tokens=MAX_TOKENS)
+
+
+def guided_requests(server: Server) -> dict[str, float]:
+    """Of each engine, under ``/metrics``."""
+    text = server.get("/metrics")[1]
+    shown = re.findall(r'^pad_guided_requests_total\{engine="(\d)",model_name="base"\} (\S+)$', text, re.M)
+    return {engine: float(number) for engine, number in shown}
+
+
+def check_own_alone(server: Server) -> None:
+    """Another server's engines, in the same folder, are none of this one's."""
+    asked = {"prompt": "a", "max_tokens": 1, "vllm_xargs": {"pad_persona": "theirs"}}
+    status, answer = server.post("/v1/completions", asked)
+    assert status == 400
+    assert "pad_persona='theirs': no such persona" in answer["error"]["message"]
