@@ -3,13 +3,16 @@ this runs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from importlib.util import find_spec
 
+import psutil
 import pytest
 
 from pad_vllm.channel import ANNOUNCE_DIR
@@ -52,6 +55,11 @@ class Started:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def num_ranks(self) -> int:
+        """Of vLLM's ranks that this node of Ray's runs."""
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        return sum("RayWorkerProc" in " ".join(process.cmdline()) for process in processes)
+
     def close(self) -> None:
         self._process.terminate()
         try:
@@ -67,47 +75,46 @@ def server(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("ray")
     shared = root / "shared" / "pad"
     nodes = [Node(root, rank) for rank in (0, 1)]
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     common = os.environ | OFFLINE | {"PYTHONPATH": install(root / "plugin"), "VLLM_CPU_KVCACHE_SPACE": "1"}
     common |= {"RAY_ADDRESS": address, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     common |= {"PYTHONDONTWRITEBYTECODE": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     common.pop(ANNOUNCE_DIR, None)
-    head = [f"--port={address.partition(':')[2]}", "--head", "--include-dashboard=false"]
-    head += [f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]  # a socket's path has room for few characters
+    sessions = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # a socket's path must be short
+    head = [f"--port={port}", "--head", "--include-dashboard=false", f"--temp-dir={sessions.name}"]
     started: list = []
     try:
         for node, arguments in zip(nodes, (head, [f"--address={address}"]), strict=True):
             started.append(Started([*RAY, *arguments], node, common | node.environment))
-            wait_for_nodes(address, len(started), common)
+            wait_for_port(port)
         server = TypedServer(
             *(models.base, nodes[0], "--max-model-len", "256", "--return-tokens-as-token-ids", "--seed", "0"),
             *("--tensor-parallel-size", "2", "--distributed-executor-backend", "ray", *nodes[0].pad(models.named)),
             environment=common | nodes[0].environment | {ANNOUNCE_DIR: str(shared)},
         )
         started.append(server)
-        server.shared = shared
+        server.shared, server.nodes = shared, started[:2]
         yield server
     finally:
         for each in reversed(started):
             each.close()
+        sessions.cleanup()
 
 
-def wait_for_nodes(address: str, number: int, environment: dict[str, str]) -> None:
-    code = f"import ray; ray.init({address!r}, logging_level='ERROR'); print(len(ray.nodes()))"
+def wait_for_port(port: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        if found.stdout.strip() == str(number):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
             return
-        time.sleep(1)
-    raise RuntimeError(f"Ray has no {number} nodes: {found.stdout}{found.stderr[-2000:]}")
+        time.sleep(0.3)
+    raise RuntimeError("Ray's head did not come up")
 
 
 def test_tensor_parallel_over_two_ray_nodes_equals_the_oracle(models, encode, expect, server):
     check_answers(server, models, encode, expect)
     assert guided_requests(server) == {"0": 4.0}
     assert len(list(server.shared.glob("*.json"))) == 2
-    log = server.log.read_text()
-    assert "RayWorkerProc" in log
+    assert [node.num_ranks() for node in server.nodes] == [1, 1]
     with another_server(server.shared):
         check_own_alone(server)

@@ -49,7 +49,8 @@ class Node:
         self.folder = root / f"node{rank}"
         self.log = self.folder / "log"
         # A socket's path has room for few characters.
-        self.temporary = tempfile.mkdtemp(prefix=f"n{rank}-")
+        self._temporary = tempfile.TemporaryDirectory(prefix=f"n{rank}-", ignore_cleanup_errors=True)
+        self.temporary = self._temporary.name
         for name in ("cache", "home"):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "personas.yaml").write_text(PERSONAS)
