@@ -71,7 +71,7 @@ class Announcement:
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
     data_parallel_address: str = ""
-    """Where the server's machines meet, if it has several; which its frontends know on all of them."""
+    """Where the server's machines would meet; which its frontends know on all of them."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
     base_tokenizer: dict[str, Any] | None = None
@@ -97,12 +97,12 @@ class Announcement:
 
 
 def data_parallel_address(vllm_config: VllmConfig) -> str:
-    """Where the machines of a data-parallel server meet; "" where it has one."""
+    """Where the machines of a data-parallel server meet, or would: engines of dense models do not know of each other,
+    since vLLM sets their ``data_parallel_size`` to 1. "" where that is this machine."""
     parallel = vllm_config.parallel_config
     address = parallel.data_parallel_master_ip
-    if parallel.data_parallel_size == 1 or address in ("localhost", "::1", "0.0.0.0") or address.startswith("127."):
-        return ""
-    return f"{address}:{parallel.data_parallel_rpc_port}"
+    is_here = address in ("localhost", "::1", "0.0.0.0") or address.startswith("127.")
+    return "" if is_here else f"{address}:{parallel.data_parallel_rpc_port}"
 
 
 _locks: dict[Path, int] = {}

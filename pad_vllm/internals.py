@@ -64,6 +64,7 @@ PARAMETERS = {
 MEMBERS = {
     "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper": ("compiled", "vllm_config"),
     "vllm.config:CompilationConfig": ("static_forward_context", "static_all_moe_layers"),
+    "vllm.distributed.kv_transfer:kv_transfer_state": ("_KV_CONNECTOR_AGENT",),
     "vllm.lora.model_manager:LoRAModelManager": (
         *("add_adapter", "activate_adapter", "modules", "packed_modules_mapping", "supported_lora_modules"),
         "punica_wrapper_mapping",
@@ -133,7 +134,7 @@ MEMBERS = {
     "vllm.entrypoints.openai.responses.protocol:ResponsesRequest": ("to_sampling_params", "vllm_xargs", "cache_salt"),
     "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens": ("serve_tokens",),
 }
-"""Class -> the methods and fields that we use."""
+"""Class or module -> the methods and fields that we use."""
 
 
 def parameters() -> dict[str, tuple[str, ...]]:
@@ -213,7 +214,8 @@ def _takes(function: Any, parameter: str) -> bool:
     return parameter in inspect.signature(function).parameters
 
 
-def _has(cls: type, member: str) -> bool:
-    if hasattr(cls, member) or any(member in vars(base).get("__annotations__", {}) for base in cls.__mro__):
+def _has(cls: Any, member: str) -> bool:
+    bases = getattr(cls, "__mro__", ())  # none of a module
+    if hasattr(cls, member) or any(member in vars(base).get("__annotations__", {}) for base in bases):
         return True
     return bool(re.search(rf"self\.{member}(:| =|\[:\] =)", inspect.getsource(cls)))  # assigned when an object is made

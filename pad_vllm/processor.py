@@ -76,7 +76,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if num_before != num_giving_way(found):
             return  # loaded by entry point and by name: the listed one does the work, where it stands
 
-        config = PADConfig.from_additional_config(vllm_config.additional_config, vllm_config.model_config)
+        config = self._read_config()
         if config is not None:
             internals.check_version()
             if ANNOUNCE_DIR not in os.environ:
@@ -89,6 +89,20 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if config is not None:
                 raise ValueError(f"pad cannot run on this vLLM: {one_line(error)}") from error
             announce(Announcement(configured=False), self)  # and change nothing
+
+    def _read_config(self) -> PADConfig | None:
+        vllm_config = self.vllm_config
+
+        def read() -> PADConfig | None:
+            return PADConfig.from_additional_config(vllm_config.additional_config, vllm_config.model_config)
+
+        if vllm_config.parallel_config.tensor_parallel_size == 1:
+            return read()
+        try:
+            from pad_vllm.worker.ranks import read_alike
+        except ImportError:  # of a newer vLLM: whoever guides comes upon it once more
+            return read()
+        return read_alike(read)
 
     def _start(self, config: PADConfig | None, device_or_req_states: Any, sees_base_logits: bool) -> None:
         # Here, so that what moved in a newer vLLM cannot stop an engine that has not asked for guidance.

@@ -75,8 +75,9 @@ def prompt_of_this_request() -> Sequence[int] | None:
 
 def server(vllm_config: VllmConfig) -> Server:
     # A frontend that balances nothing beyond its machine has no engines of others.
-    address = "" if vllm_config.parallel_config.local_engines_only else data_parallel_address(vllm_config)
-    return mark_served(vllm_config.instance_id), address
+    parallel = vllm_config.parallel_config
+    is_alone = parallel.local_engines_only or parallel.data_parallel_size == 1
+    return mark_served(vllm_config.instance_id), "" if is_alone else data_parallel_address(vllm_config)
 
 
 def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:

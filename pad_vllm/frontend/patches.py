@@ -2,7 +2,7 @@
 
 That is: arguments that stand elsewhere than in ``vllm_xargs`` (:mod:`.http`), all arguments on the way to beam search,
 and all requests that would be answered by log-probabilities where everybody was to be guided. And one path more, which
-says what the server's guidance is (:mod:`.about`).
+says what the server's guidance is (:mod:`.about`); and ``pad_*`` under the ``/metrics`` of several API processes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from prometheus_client import multiprocess
+
 from pad_vllm.checks import shown, shown_name
-from pad_vllm.frontend import about, admission, engines
+from pad_vllm.frontend import about, admission, collector, engines
 from pad_vllm.frontend.http import RefuseMisplaced, misplaced, unguided
 from pad_vllm.params import PREFIX, is_ours
 
@@ -48,6 +50,7 @@ def install() -> None:
         serving_class = getattr(sys.modules.get(f"vllm.entrypoints.{package}.serving"), name, None)
         _wrap(serving_class, method, functools.partial(_refuse_at, path))
     _wrap(sys.modules.get("vllm.entrypoints.launchers.app"), "init_entrypoints_middleware", _add_to_app)
+    _wrap(multiprocess.MultiProcessCollector, "collect", _add_metrics)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
@@ -127,3 +130,14 @@ def _add_to_app(init: Callable) -> Callable:
         return init(args, app, *rest, **kwargs)
 
     return add
+
+
+def _add_metrics(collect: Callable) -> Callable:
+    """Several API processes answer from files that each of them writes its own counts into. The engines' numbers are in
+    none of them: whoever answers reads the boards."""
+
+    def collect_all(self):
+        yield from collect(self)
+        yield from collector.Collector().collect()
+
+    return collect_all

@@ -86,6 +86,7 @@ def derive_vllm_config(
         num_gpu_blocks_override=None,
         kv_cache_memory_bytes=None,
         kv_sharing_fast_prefill=False,
+        kv_offloading_size=None,  # of which vLLM would make a KV connector
     )
     # Resolved by the engine core for the base model; the reward model's is resolved for its own back ends.
     cache_config.kv_cache_layout = None

@@ -2,8 +2,7 @@
 
 The numbers arise in the engine's workers, and ``/metrics`` is answered by the frontend, to which vLLM carries only its
 own. So the first rank of an engine writes them to a memory-mapped file beside its announcement, which a collector in
-the frontend reads when it is asked. A server of several API processes collects in another way, from
-``PROMETHEUS_MULTIPROC_DIR``: there the engine writes what prometheus_client itself would.
+the frontend reads when it is asked.
 """
 
 from __future__ import annotations
@@ -20,18 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge
 from vllm import envs
 from vllm.logger import init_logger
 
 from pad_vllm.channel import make_stats
-from pad_vllm.stats import GAUGES, HELP, LABELS, NAMES, Stats
+from pad_vllm.stats import NAMES, Stats
 
 logger = init_logger(f"vllm.{__name__}")
 
-MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
-MULTIPROCESS_INTERVAL = 1.0
-"""Seconds between two writes for a server of several API processes."""
 KEEP_INTERVAL = 3600.0
 """Seconds between two signs of life for those who tidy folders of temporary files by age."""
 
@@ -53,8 +48,6 @@ class Board:
         if interval > 0:
             _every(interval, closed, _Logger(self.values, labels[1]).log)
         _every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
-        if os.environ.get(MULTIPROCESS_DIR):
-            _every(MULTIPROCESS_INTERVAL, closed, _Multiprocess(self.values, labels).write)
 
     def show(self, stats: Stats) -> None:
         _pack_into(self.values, 0, *_read(stats))
@@ -105,29 +98,3 @@ class _Logger:
                 stats.prefix_hit_tokens - last.prefix_hit_tokens,
             )
         self.last, self.last_time = stats, now
-
-
-class _Multiprocess:
-    """prometheus_client's own metrics, which its files carry to all API processes."""
-
-    def __init__(self, values: np.ndarray, labels: tuple[str, str]) -> None:
-        self.values, self.last = values, Stats()
-        registry = CollectorRegistry()
-        self.metrics: dict[str, Any] = {}
-        for name, text in HELP.items():
-            metric: Gauge | Counter
-            if name in GAUGES:
-                metric = Gauge(f"pad_{name}", text, LABELS, registry=registry, multiprocess_mode="mostrecent")
-            else:
-                metric = Counter(f"pad_{name}", text, LABELS, registry=registry)
-            self.metrics[name] = metric.labels(*labels)
-
-    def write(self) -> None:
-        stats = Stats(*self.values.tolist())
-        for name, metric in self.metrics.items():
-            value = getattr(stats, name)
-            if name in GAUGES:
-                metric.set(value)
-            else:
-                metric.inc(value - getattr(self.last, name))
-        self.last = stats

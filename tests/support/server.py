@@ -57,10 +57,16 @@ def serve(
         atexit._run_exitfuncs()  # multiprocessing's own processes end without
 
 
-class Server:
-    """``vllm serve`` with ``args``. ``environment`` is added to this process's. Not ``preloaded``: it imports vLLM
-    in this environment (where Prometheus's client keeps counts, it decides when it is imported). ``folder``: from where
-    it is started."""
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Process:
+    """``vllm serve MODEL`` with ``args``, whatever it serves. ``environment`` is added to this process's. Not
+    ``preloaded``: it imports vLLM in this environment (where Prometheus's client keeps counts, it decides when it is
+    imported). ``folder``: from where it is started."""
 
     def __init__(
         self,
@@ -69,20 +75,32 @@ class Server:
         *args: str,
         runner: str = "v1",
         preloaded: bool = True,
-        timeout: float = 180,
         folder: Path | None = None,
         **environment: str,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        arguments = [str(model), "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"]
-        arguments += ["--dtype", "float32", "--enforce-eager", "--seed", "0", *args]
+        arguments = [str(model), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--seed", "0"]
         self.log = log
         context = Preloaded(runner) if preloaded else multiprocessing.get_context("spawn")
         environment = dict(os.environ) | OFFLINE | environment
-        self._process = context.Process(target=serve, args=(arguments, log, runner, preloaded, environment, folder))
+        self._process = context.Process(
+            target=serve, args=([*arguments, *args], log, runner, preloaded, environment, folder)
+        )
         self._process.start()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join(30)
+        if self._process.is_alive():
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.join()
+
+
+class Server(Process):
+    """One that answers HTTP, on a port of its own; made once it does."""
+
+    def __init__(self, model: Any, log: Path, *args: str, timeout: float = 180, **settings: Any) -> None:
+        self.port = free_port()
+        super().__init__(model, log, "--host", "127.0.0.1", "--port", str(self.port), *args, **settings)
         try:
             wait_until_healthy(self._process.is_alive, self.port, log, timeout)
         except BaseException:
@@ -110,10 +128,3 @@ class Server:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.join(30)
-        if self._process.is_alive():
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.join()

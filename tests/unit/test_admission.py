@@ -287,10 +287,11 @@ def test_several_api_servers_know_their_engines_by_the_launch(serves, monkeypatc
 
 
 def test_engines_on_other_machines_are_known_by_where_the_server_meets(serves):
-    """A frontend of another machine than its engines' does not know their ids."""
+    """A frontend of another machine than its engines' does not know their ids; and an engine of a dense model does not
+    know that it is one of several."""
     owners = (
-        announce(Announcement(True, personas=("bob",)), engine_config("there", "10.0.0.1", 2)),
-        announce(GUIDED, engine_config("elsewhere", "10.0.0.2", 2)),
+        announce(Announcement(True, personas=("bob",)), engine_config("there", "10.0.0.1")),
+        announce(GUIDED, engine_config("elsewhere", "10.0.0.2")),
     )
     serves(engine_config("here", "10.0.0.1", 2))
     validate(pad_persona="bob")
