@@ -14,16 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the sampling")
     parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
-<<<<<<< HEAD
     parser.add_argument("--svg", metavar="FILE", help="write the last question's first answers to a picture, too")
-    parser.add_argument(
-        "--serve", action="store_true", help="over HTTP: two users of one server, and nobody, side by side"
-    )
-=======
-    parser.add_argument("--svg", metavar="FILE", help="write what is shown to a picture, too")
     served = "over HTTP: two users of one server, and nobody, side by side, and the playground"
     parser.add_argument("--serve", action="store_true", help=served)
->>>>>>> w-b
 
 
 def run(serve: bool, svg: str | None, **settings) -> int:

@@ -123,7 +123,7 @@ class Drafter:
 
     def __init__(self, loaded: Loaded, contexts: Contexts, slots: Slots, max_model_len: int) -> None:
         self.contexts, self.slots = contexts, slots
-        self.compute_logits, self.head = loaded.model.model.compute_logits, loaded.head
+        self.loaded = loaded
         self.max_top_k, self.max_position = loaded.fit.config.max_top_k, max_model_len - 1
         self.weights = torch.zeros(slots.no_slot + 1, MAX_CONTEXTS, device=loaded.device)
         """[slots, MAX_CONTEXTS]: :func:`draft_weights`"""
@@ -146,7 +146,7 @@ class Drafter:
         """
         places = torch.arange(num_rows, device=hidden_states.device)
         dtype, no_bound = hidden_states.dtype, torch.full_like(self.scale[places], math.inf)
-        hidden_states = append_adapters(hidden_states, self.head.adapters).expand(num_rows, -1)
+        hidden_states = append_adapters(hidden_states, self.loaded.head.adapters).expand(num_rows, -1)
         values, ids, base_ids, bound = self._largest(
             hidden_states, hidden_states.clone(), dtype, no_bound, self.max_top_k
         )
@@ -195,7 +195,7 @@ class Drafter:
         dtype, slots = hidden_states.dtype, params.layout.row_slots
         if params.head_mix is not None:
             hidden_states = map_heads(hidden_states, params.head_mix)
-        head = params.contexts.ints.of_head(self.head)
+        head = params.contexts.ints.of_head(self.loaded.head)
         stand_in = hidden_states = append_adapters(hidden_states, head.adapters)
         if params.contexts.mixture is not None:
             contexts = params.contexts.mixture.contexts
@@ -236,8 +236,8 @@ class Drafter:
 
     def _logits(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[R, d], or [R, d + Q] of :func:`~pad_vllm.kernels.append_adapters` -> [R, vocabulary]."""
-        size, head = self.head.weight.shape[1], self.head
-        logits = self.compute_logits(hidden_states[:, :size].to(dtype))
+        head, size = self.loaded.head, self.loaded.head.weight.shape[1]
+        logits = self.loaded.model.model.compute_logits(hidden_states[:, :size].to(dtype))
         if head.adapters is None or head.soft_cap is not None or head.all_reduce is not None:
             return logits  # with the head as it is, drafts may be refused
         return logits + head.scale * (hidden_states[:, size:] @ head.adapters.b.float().T)
