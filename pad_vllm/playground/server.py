@@ -113,8 +113,10 @@ class Playground:
         app.router.add_get("/server.json", self._describe_server)
         for add in (app.router.add_get, app.router.add_post):
             add("/v1/{path:.*}", self._pass_on)
+        # A connection each: one that was kept may have been closed by the server, and a POST is not sent twice.
+        connector = TCPConnector(limit=0, force_close=True)
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-        self._session = ClientSession(connector=TCPConnector(limit=0), timeout=timeout)
+        self._session = ClientSession(connector=connector, timeout=timeout)
         # A client that left ends its request, and so the server's.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_SECONDS)
         try:

@@ -85,7 +85,7 @@ def run(page: Browser) -> None:
         "{attributes: true})); }; 0"
     )
     page.press("Enter", CONTROL)
-    assert page.evaluate("window.hasRun")
+    assert page.evaluate("window.hasRun", timeout=240)
 
 
 def tokens(page: Browser, side: str) -> list[dict[str, Any]]:

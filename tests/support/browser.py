@@ -77,14 +77,14 @@ class Browser:
         os.close(self._read)
         self._profile.cleanup()
 
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
+    def send(self, method: str, timeout: float = TIMEOUT, **params: Any) -> dict[str, Any]:
         """A command's result; RuntimeError where the browser refuses it, or does not answer."""
         self._next_id += 1
         message = {"id": self._next_id, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + timeout
         while True:
             answer = self._receive(deadline)
             if answer.get("id") == self._next_id:
@@ -110,9 +110,10 @@ class Browser:
         self.send("Page.navigate", url=url)
         self.wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
-    def evaluate(self, expression: str) -> Any:
+    def evaluate(self, expression: str, timeout: float = TIMEOUT) -> Any:
         """The value of JavaScript on the page, awaited; AssertionError where it throws."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        asked = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        found = self.send("Runtime.evaluate", timeout, **asked)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

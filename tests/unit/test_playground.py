@@ -133,6 +133,7 @@ def test_requests_are_passed_on_with_the_key_which_the_page_does_not_see(page, u
     assert (method, path, body) == ("POST", "/api/v1/a%2Fb?c=%20d", sent)
     assert (headers["Authorization"], headers["Content-Type"]) == (f"Bearer {KEY}", "application/json")
     assert "Cookie" not in headers
+    assert upstream.asked[0][2]["Connection"] == "close"  # one that was kept may break as the next request is sent
     assert get(page, "/v1/refused") == (400, '{"error": {"message": "pad_beta=101: must be between 0 and 100"}}')
 
 
