@@ -148,7 +148,7 @@ TOOLS := .tools/bin
 	touch $@
 
 site: .tools/installed
-	$(TOOLS)/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/python -m mkdocs build --strict
 
 # The wheel is built from the source distribution, which so has all that it takes. The demo's reward model is a wheel of
 # its own; nothing else of it is published.
