@@ -98,6 +98,7 @@ def main(wheels: Sequence[str]) -> None:
             )
 
         pad = {"reward_model": "reward-model", "reference": "base"}
+        run("python", "-c", "from pad_vllm.demo.smollm import adapter_folder; print(adapter_folder())")
         run("pad-vllm", "check")
         run("pad-vllm", "check", json.dumps(pad), "--model", "base-model", "--max-model-len", "256")
         (folder / "guide.py").write_text(GUIDE)

@@ -14,6 +14,7 @@ import tomllib
 import yaml
 
 import pad_vllm
+from pad_vllm.cli import main
 from release import contents
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +65,11 @@ def test_what_does_not_belong_is_named(archives, tmp_path):
     assert len(found) == len(strangers) + 2 + 1 + 1  # and py.typed's line names nothing
 
 
-def test_one_version(archives):
+def test_one_version(archives, capsys):
     version = pad_vllm.__version__
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{version}\n"
     assert {archive.name for archive in archives} == {
         f"pad_vllm-{version}.tar.gz",
         f"pad_vllm-{version}-py3-none-any.whl",
