@@ -8,8 +8,8 @@ from typing import Any
 INTRODUCTION = """\
 # Families
 
-Which of these families can guide which. `make families` writes this page. It takes the families' own tokenizers and chat
-templates, and models with random weights. So the page says what a start finds, and whether engines give the oracle's
+Which of these families can guide which. `make families` writes this page. It takes the families' own tokenizers and
+chat templates, and models with random weights. So the page says what a start finds, and whether engines give the oracle's
 tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)). The
 figures are in [families.json](../benchmarks/results/families.json). [tokenizers.md](tokenizers.md) says what groups and
 pieces are.
@@ -18,8 +18,8 @@ TEMPLATES_INTRODUCTION = """
 ## Chat templates
 
 A preference belongs at the end of the leading system message, or at the start of the first message where the template
-writes none. *right*: the preference stands there, and nothing else changed. *none*: the template has no such thing. *not
-read*: transformers encodes a text and does not decode the same one. The text has code, tags, emoji and five scripts.
+writes none. *right*: the preference stands there, and nothing else changed. *none*: the template has no such thing.
+*not read*: transformers encodes a text and does not decode the same one. The text has code, tags, emoji and five scripts.
 """
 ENGINES_INTRODUCTION = """
 ## Engine and oracle
@@ -34,8 +34,8 @@ Candidates are the tokens of the base that guided requests may generate; the col
 of the reward model's tokens, two, and so on. [tokenizers.md](tokenizers.md#what-it-costs) says how long the tables take
 to make. Chats: whether the reward model reads conversations of the base's template (a system message or none, several
 turns, tools, another day, thinking switched off, markers of other families in a user's text) as its own template would
-have written them. *With header*: it also reads what the base's template writes by itself before the system text, such as
-the day.
+have written them. *With header*: it also reads what the base's template writes by itself before the system text, such
+as the day.
 """
 CASES = {
     "system": "system message",
