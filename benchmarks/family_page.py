@@ -9,8 +9,8 @@ INTRODUCTION = """\
 # Families
 
 Which of these families can guide which. `make families` writes this page. It takes the families' own tokenizers and
-chat templates, and models with random weights. So the page says what a start finds, and whether engines give the oracle's
-tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)). The
+chat templates, and models with random weights. So the page says what a start finds, and whether engines give the
+oracle's tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)). The
 figures are in [families.json](../benchmarks/results/families.json). [tokenizers.md](tokenizers.md) says what groups and
 pieces are.
 """
@@ -19,7 +19,8 @@ TEMPLATES_INTRODUCTION = """
 
 A preference belongs at the end of the leading system message, or at the start of the first message where the template
 writes none. *right*: the preference stands there, and nothing else changed. *none*: the template has no such thing.
-*not read*: transformers encodes a text and does not decode the same one. The text has code, tags, emoji and five scripts.
+*not read*: transformers encodes a text and does not decode the same one. The text has code, tags, emoji and five
+scripts.
 """
 ENGINES_INTRODUCTION = """
 ## Engine and oracle
