@@ -10,9 +10,9 @@ INTRODUCTION = """\
 
 Which of these families can guide which. `make families` writes this page. It takes the families' own tokenizers and
 chat templates, and models with random weights. So the page says what a start finds, and whether engines give the
-oracle's tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)). The
-figures are in [families.json](../benchmarks/results/families.json). [tokenizers.md](tokenizers.md) says what groups and
-pieces are.
+oracle's tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)).
+The figures are in [families.json](../benchmarks/results/families.json). [tokenizers.md](tokenizers.md) says what groups
+and pieces are.
 """
 TEMPLATES_INTRODUCTION = """
 ## Chat templates
