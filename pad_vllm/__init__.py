@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from pad_vllm.params import PAD, SamplingParams
     from pad_vllm.processor import PADLogitsProcessor
 
+__version__ = "0.2.0"
+
 __all__ = ["PAD", "PADLogitsProcessor", "SamplingParams"]
 
 _HOME = {

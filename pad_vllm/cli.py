@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pad_vllm import __version__
+
 COMMANDS = {
     "demo": ("demo", "vLLM answers the same prompts for users of different tastes"),
     "playground": ("playground", "a page to try guidance with, beside a server that runs"),
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="pad-vllm", description="Personalized alignment at decoding time inside vLLM."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pad_vllm import internals, releases
+from pad_vllm import __version__, internals, releases
 from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
@@ -51,6 +52,7 @@ def print_report(
         os.environ.setdefault(key, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     report = Report()
+    report.line("pad-vllm", lambda: f"{__version__}; Python {platform.python_version()}")
     report.line("vLLM", check_vllm)
     report.line("internals", check_internals)
     report.line("device", describe_device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import pad_vllm
 from pad_vllm import internals, releases
 from pad_vllm.cli import main
 from pad_vllm.commands.check import print_report
@@ -34,6 +35,7 @@ def test_the_command(models, config, capsys):
     printed = capsys.readouterr().out
     assert (ended.value.code, "FAILED" in printed) == (0, False), printed
     for words in (
+        f"pad-vllm: {pad_vllm.__version__}; Python 3.",
         f"vLLM: {releases.version()}",
         "names that pad-vllm binds to, all there",
         "guidance kernels: reference",
