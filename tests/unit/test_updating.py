@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import stat
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -160,45 +158,31 @@ def test_who_takes_no_lock_loses_nothing_either(file, monkeypatch):
     assert found["ada"]["preference"] == ADA["pad_preference"]
 
 
-CODE = """
-import sys
-from pad_vllm.updating import update_personas
-print("ready", flush=True)
-sys.stdin.readline()
-for i in range(6):
-    update_personas(sys.argv[1], f"{sys.argv[2]}{i}", {"pad_preference": f"text {i}", "pad_beta": i / 10})
-update_personas(sys.argv[1], "both", {"pad_preference": sys.argv[2]})
-"""
+def update_six(path: Path, who: str, all_ready) -> None:
+    all_ready.wait(60)
+    for i in range(6):
+        update_personas(path, f"{who}{i}", {"pad_preference": f"text {i}", "pad_beta": i / 10})
+    update_personas(path, "both", {"pad_preference": who})
 
 
 @pytest.mark.parametrize("name", ["new.json", "new.yaml"])
 def test_of_updates_at_once_none_is_lost(tmp_path, name):
     """From the first, which makes the file; and who reads finds a whole version at any time."""
-    path, seen, stop = tmp_path / name, [], threading.Event()
-    writers = [
-        subprocess.Popen([sys.executable, "-c", CODE, str(path), who], stdin=-1, stdout=-1, text=True) for who in "xy"
-    ]
-
-    def read() -> None:
-        while not stop.is_set():
-            if path.exists():
-                seen.append(len(read_file("", str(path))))
-            time.sleep(0.002)
-
+    path, seen, fork = tmp_path / name, [], multiprocessing.get_context("fork")
+    all_ready = fork.Barrier(4)
+    writers = [fork.Process(target=update_six, args=(path, who, all_ready)) for who in "xyz"]
     for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
-    reader = threading.Thread(target=read)
-    reader.start()
-    for writer in writers:
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    assert [writer.wait(120) for writer in writers] == [0, 0]
-    stop.set()
-    reader.join()
+        writer.start()
+    all_ready.wait(60)
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            seen.append(len(read_file("", str(path))))
+        time.sleep(0.002)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
     found = read_file("", str(path))
-    assert set(found) == {"both"} | {f"{who}{i}" for who in "xy" for i in range(6)}
+    assert set(found) == {"both"} | {f"{who}{i}" for who in "xyz" for i in range(6)}
     assert found["y5"] == {"preference": "text 5", "beta": 0.5}
-    assert found["both"]["preference"] in ("x", "y")
+    assert found["both"]["preference"] in ("x", "y", "z")
     assert seen == sorted(seen)
     assert len(seen) > 3
     assert os.listdir(tmp_path) == [name]
