@@ -2,7 +2,8 @@
 
 vLLM hands a frontend nothing of a logits processor in an engine's worker. So an engine that starts announces what it
 accepts in a file of a folder whose name every process finds in its environment: the ``vllm.general_plugins`` hook puts
-it there before vLLM starts the others. Beside the announcement lie the numbers of :class:`~pad_vllm.stats.Stats`.
+it there before vLLM starts the others. Beside the announcement lie the numbers of :class:`~pad_vllm.stats.Stats`,
+and the personas (:mod:`pad_vllm.personas`), which may change.
 
 Other users may share the machine, and its temporary directory. So a folder counts, and a file in it, only where it is
 one's own and nobody else may write it; a file is opened without following links and without waiting, and what it says
@@ -58,15 +59,12 @@ class Announcement:
     """What an engine accepts. ``configured`` false: it runs without a reward model and accepts no guidance."""
 
     configured: bool
-    personas: tuple[str, ...] = ()
     head_names: tuple[str, ...] = ()
     max_top_k: int = 0
     max_preference_tokens: int = 0
     tokenizer: dict[str, Any] | None = None
     """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
     prompt_template: str = ""
-    num_preferences: tuple[int, ...] = ()
-    """Contexts of each persona."""
     default_persona: str | None = None
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
@@ -78,15 +76,10 @@ class Announcement:
     """As ``tokenizer``, of the base model, where that is another one."""
     max_context_len: int = 0
     """Tokens that a context of the reward model holds; 0: nobody says."""
-    num_preference_tokens: tuple[int, ...] = ()
-    """That the longest preference of each persona adds to a prompt."""
     chat: str = "auto"
     insert_after: str | None = None
     launch: str = ""
     adapters: tuple[str, ...] = ()
-    num_texts: tuple[int, ...] = ()
-    num_adapters: tuple[int, ...] = ()
-    """Of each persona's list of preferences, or of adapters; 0: it has no list."""
     about: dict[str, Any] | None = None
     """Of its guidance, for clients alone: :func:`pad_vllm.worker.start.about_guidance`."""
 
@@ -161,8 +154,8 @@ def _join(folder: Path) -> int:
     """The file descriptor of the lock of a folder, which is made where it is missing."""
     for _ in range(JOIN_TRIES):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), _opened_folder(folder) as opened:
-            lock = _open_file(OWNER, opened, os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), opened_folder(folder) as opened:
+            lock = open_own_file(OWNER, opened, os.O_RDWR | os.O_CREAT)
             try:
                 with _without_locks():
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -205,9 +198,9 @@ def _sweep(root: Path) -> None:
 def _remove_if_left(folder: Path) -> None:
     """Remove a folder of our making, unless somebody holds a lock in it: a process that knows it, or an engine."""
     try:
-        with _opened_folder(folder, os.O_NOFOLLOW) as opened, contextlib.ExitStack() as files:
+        with opened_folder(folder, os.O_NOFOLLOW) as opened, contextlib.ExitStack() as files:
             for name in (OWNER, *(name for name in os.listdir(opened) if name.endswith(".json"))):
-                file = _open_file(name, opened)
+                file = open_own_file(name, opened)
                 files.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held, or where there are no locks
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +220,7 @@ def _without_locks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened_folder(folder: Path, flags: int = 0) -> Iterator[int]:
+def opened_folder(folder: Path, flags: int = 0) -> Iterator[int]:
     """Its file descriptor; OSError unless it is one's own, and nobody else may write it."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
     try:
@@ -237,7 +230,7 @@ def _opened_folder(folder: Path, flags: int = 0) -> Iterator[int]:
         os.close(opened)
 
 
-def _open_file(name: str, folder: int, flags: int = os.O_RDONLY) -> int:
+def open_own_file(name: str, folder: int, flags: int = os.O_RDONLY) -> int:
     """The descriptor of a file in an opened folder; OSError unless it is regular, one's own, and nobody else may write
     it. Never waits, as opening another's FIFO would."""
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -260,11 +253,11 @@ def _check_own(status: os.stat_result, name: str) -> None:
         raise PermissionError(f"others may write {name} (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w")
 
 
-def _write(name: str, folder: int, content: bytes) -> int:
+def write_whole(name: str, folder: int, content: bytes) -> int:
     """The descriptor of a new file with a lock that is held until it is closed, or its process and all forked from it
     have ended. The file is there as a whole, or not at all."""
     part = f"{name}.part"
-    file = _open_file(part, folder, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    file = open_own_file(part, folder, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with _without_locks():
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,8 +303,8 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
         folder = Path(os.environ[ANNOUNCE_DIR])
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.json"
-        with _opened_folder(folder) as opened:
-            file = _write(path.name, opened, json.dumps(asdict(announcement)).encode())
+        with opened_folder(folder) as opened:
+            file = write_whole(path.name, opened, json.dumps(asdict(announcement)).encode())
     except OSError as error:
         if not announcement.configured:
             return None  # without it, the frontend refuses guidance all the same
@@ -321,8 +314,8 @@ def announce(announcement: Announcement, engine: object) -> Path | None:
     def withdraw() -> None:
         os.close(file)
         if os.getpid() == owner:
-            path.unlink(missing_ok=True)
-            stats_path(path).unlink(missing_ok=True)
+            for beside in path.parent.glob(f"{path.stem}.*"):  # and itself
+                beside.unlink(missing_ok=True)
 
     weakref.finalize(engine, withdraw)
     return path
@@ -341,8 +334,8 @@ def make_stats(announcement: Path, num_bytes: int) -> Path:
     """
     path = stats_path(announcement)
     try:
-        with _opened_folder(path.parent) as folder:
-            os.close(_write(path.name, folder, bytes(num_bytes)))
+        with opened_folder(path.parent) as folder:
+            os.close(write_whole(path.name, folder, bytes(num_bytes)))
     except OSError as error:
         raise ValueError(f"pad cannot show its numbers. {_what_to_change(error)}") from error
     return path
@@ -351,7 +344,7 @@ def make_stats(announcement: Path, num_bytes: int) -> Path:
 def read_stats(announcement: Path) -> bytes:
     """What an engine's first rank shows. OSError where there is no such file: of another rank, or just withdrawn."""
     path = stats_path(announcement)
-    with _opened_folder(path.parent) as folder, open(_open_file(path.name, folder), "rb") as file:
+    with opened_folder(path.parent) as folder, open(open_own_file(path.name, folder), "rb") as file:
         return file.read()
 
 
@@ -361,7 +354,7 @@ def announced() -> dict[Path, Announcement]:
         return {}
     folder = Path(os.environ[ANNOUNCE_DIR])
     try:
-        with _opened_folder(folder) as opened:
+        with opened_folder(folder) as opened:
             names = sorted(name for name in os.listdir(opened) if name.endswith(".json"))
             found = {folder / name: _read(name, opened, folder) for name in names}
     except OSError as error:
@@ -374,7 +367,7 @@ def announced() -> dict[Path, Announcement]:
 def _read(name: str, opened: int, folder: Path) -> Announcement | None:
     """A living engine's announcement; None for one withdrawn, left by an engine that was killed, or unreadable."""
     try:
-        file = _open_file(name, opened)
+        file = open_own_file(name, opened)
         try:
             status = os.fstat(file)
             stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
@@ -390,7 +383,7 @@ def _read(name: str, opened: int, folder: Path) -> Announcement | None:
 
 @functools.lru_cache(maxsize=64)
 def _parse(path: Path, _stamp: tuple[int, int, int]) -> Announcement:
-    with _opened_folder(path.parent) as folder, open(_open_file(path.name, folder), "rb") as file:
+    with opened_folder(path.parent) as folder, open(open_own_file(path.name, folder), "rb") as file:
         record: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(file).items()}
     return Announcement(**record)
 

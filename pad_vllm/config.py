@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,12 +14,12 @@ from pad_vllm.params import (
     MAX_BETA,
     MAX_DIVERGENCE,
     PAD,
-    PREFIX,
     GuidanceParams,
     check_adapters,
     check_persona,
     check_reference,
 )
+from pad_vllm.personas import read_personas
 from pad_vllm.reading import read_json, read_yaml
 from pad_vllm.reward.folder import DEFAULTS_FILE, files_beside, locate_defaults, read_defaults
 from pad_vllm.reward.heads import locate_heads
@@ -58,7 +59,7 @@ class PADConfig:
             ``additional_config`` says nothing it is ``base`` for a reward model that was made for guidance (it has a
             ``pad.json`` or value heads beside it), and ``neutral`` for any other.
         personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out), or
-            the path of a JSON or YAML file of them.
+            the path of a JSON or YAML file of them, of which new versions are taken while the server runs.
         default_persona: persona of requests that ask for nothing.
         kv_cache_memory_bytes: size of the reward model's KV cache; derived when absent.
         max_num_batched_tokens: most tokens in one forward of the reward model; at most 2048 when absent.
@@ -96,6 +97,8 @@ class PADConfig:
     """Whose weights it has"""
     why_reference: str = field(default="as configured", init=False, compare=False)
     """Of the start's summary."""
+    personas_file: str | None = field(default=None, init=False, compare=False)
+    """Where the personas are from; while the engine runs, it is looked at (:mod:`pad_vllm.worker.watch`)."""
 
     def __post_init__(self) -> None:
         names = ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision")
@@ -123,7 +126,11 @@ class PADConfig:
             raise ValueError(f"pad.trust_remote_code={self.trust_remote_code!r}: must be true or false")
         object.__setattr__(self, "source", Source(self.reward_model, self.reward_model, self.revision))
         object.__setattr__(self, "adapters", check_paths("pad.adapters", self.adapters))
-        object.__setattr__(self, "personas", self._read_personas(self.personas))
+        personas: Any = self.personas
+        if isinstance(personas, str):
+            object.__setattr__(self, "personas_file", os.path.abspath(personas))
+            personas = read_file("pad.personas", personas)
+        object.__setattr__(self, "personas", read_personas(personas, self.max_top_k, self.adapters))
         if self.default_persona is not None:
             check_persona(self.default_persona, self.personas, "pad.default_persona")
 
@@ -211,43 +218,20 @@ class PADConfig:
                 f"one is not read through another; set pad.reward_model to {SERVED!r} and name it in pad.adapters"
             )
 
-    def _read_personas(self, personas: Any) -> dict[str, PAD]:
-        if isinstance(personas, str):
-            personas = read_file("pad.personas", personas)
-        if not isinstance(personas, Mapping):
-            raise ValueError(f"pad.personas={personas!r}: must be an object of name -> request arguments")
-        read: dict[str, PAD] = {}
-        for name, arguments in personas.items():
-            key = f"pad.personas[{name!r}]"
-            check_text("pad.personas: a name", name)
-            if not isinstance(arguments, Mapping) or not arguments:
-                raise ValueError(f"{key}={arguments!r}: must be an object with at least one request argument")
-            prefixed = {k if str(k).startswith(PREFIX) else f"{PREFIX}{k}": v for k, v in arguments.items()}
-            try:
-                if len(prefixed) < len(arguments):
-                    raise ValueError("an argument is given both with and without its prefix")
-                persona = PAD.from_extra_args(prefixed) or PAD()
-                if persona.persona is not None:
-                    raise ValueError("pad_persona: a persona cannot name another")
-                if persona.top_k is not None:
-                    check_int("pad_top_k", persona.top_k, 1, self.max_top_k)
-                persona.over(PAD())  # weights without preferences
-                check_adapters(persona.adapters, self.adapters)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-            read[name] = persona
-        return read
-
     @property
     def example_preference(self) -> str:
         """A text to show where preferences stand: of the first persona that has one."""
         texts = (text for persona in self.personas.values() for text in persona.preferences)
         return next(texts, "Be concise.")
 
-    def resolve(self, asked: PAD | None) -> GuidanceParams | None:
+    def resolve(self, asked: PAD | None, admitted: PAD | None = None) -> GuidanceParams | None:
         """What a request gets: its own fields over its persona's (or the default one's) over the configuration's.
 
         Returns None for a request that asks for nothing where there is no default persona.
+
+        Args:
+            asked: the request's own.
+            admitted: its persona, as admission sent it along; where it sent none, that of the start is taken.
 
         Raises:
             ValueError: an unknown persona, weights for another number of preferences, or top_k over ``max_top_k``.
@@ -255,7 +239,9 @@ class PADConfig:
         name = self.default_persona if asked is None or asked.persona is None else asked.persona
         if name is None and (asked is None or not asked.asks_for_guidance):
             return None
-        persona = self.personas[check_persona(name, self.personas)] if name is not None else PAD()
+        persona = admitted or PAD()
+        if admitted is None and name is not None:
+            persona = self.personas[check_persona(name, self.personas)]
         merged = asked.over(persona) if asked is not None else persona
         check_adapters(merged.adapters, self.adapters)
         top_k = self.top_k if merged.top_k is None else check_int("pad_top_k", merged.top_k, 1, self.max_top_k)
@@ -301,9 +287,16 @@ def read_file(key: str, path: str) -> Any:
         ValueError: naming ``key``, the file and, where there is one, the line.
     """
     try:
-        text = Path(path).read_text("utf-8")
-        return read_json(text) if path.endswith(".json") else read_yaml(text)
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{key}={path!r}: cannot be read ({error.strerror})") from None
+    return parse_file(key, path, content)
+
+
+def parse_file(key: str, path: str, content: bytes) -> Any:
+    """As :func:`read_file`, of what has been read."""
+    try:
+        text = content.decode("utf-8")
+        return read_json(text) if path.endswith(".json") else read_yaml(text)
     except ValueError as error:
         raise ValueError(f"{key}={path!r}: {one_line(error)}") from None

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import vllm
 
 PREFIX = "pad_"
+ADMITTED = f"{PREFIX}admitted"
+"""Key of what admission itself adds to a request's arguments (:class:`pad_vllm.personas.Admitted`)."""
 MAX_BETA = 100.0
 MAX_DIVERGENCE = 1000.0
 """Nats; far more than any guidance moves a token by, so it lifts a server's bound."""
@@ -245,7 +247,7 @@ class PAD:
         Raises:
             ValueError: an unknown ``pad_*`` key, or a value with the wrong type or out of range.
         """
-        given = {key: value for key, value in (extra_args or {}).items() if is_ours(key)}
+        given = {key: value for key, value in (extra_args or {}).items() if is_ours(key) and key != ADMITTED}
         known = {PREFIX + field.name for field in fields(cls)}
         for key, value in given.items():
             if key not in known:

@@ -161,12 +161,14 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.reward.derive import is_first_rank
         from pad_vllm.worker.board import Board
         from pad_vllm.worker.start import announcement
+        from pad_vllm.worker.watch import watch_personas
 
         accepted = announcement(guidance.loaded, self.vllm_config)
         path = announce(accepted, self)
         if path is not None and is_first_rank():
             assert self.adapter is not None
-            self.adapter.board = Board(path, accepted.labels)
+            self.adapter.board = board = Board(path, accepted.labels)
+            watch_personas(guidance.loaded.fit, path, board, guidance.stats)
 
     def is_argmax_invariant(self) -> bool:
         return self.adapter is None and not self._is_pending
@@ -192,7 +194,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return logits
 
 
-def refuse_unless_silent(asked: PAD | None) -> GuidanceParams | None:
+def refuse_unless_silent(asked: PAD | None, admitted: PAD | None = None) -> GuidanceParams | None:
     """``resolve`` of an engine without a reward model."""
     if asked is not None and asked.asks_for_guidance:
         raise ValueError("this engine runs without a reward model")

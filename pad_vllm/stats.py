@@ -25,13 +25,15 @@ class Stats:
     drafted_tokens: float = 0
     steps_without_drafts: float = 0
     plain_prompts: float = 0
+    personas_errors: float = 0
     running_requests: float = 0
     running_contexts: float = 0
     kv_cache_usage_perc: float = 0
+    personas_version: float = 0
 
 
 NAMES = tuple(field.name for field in fields(Stats))
-GAUGES = ("running_requests", "running_contexts", "kv_cache_usage_perc")
+GAUGES = ("running_requests", "running_contexts", "kv_cache_usage_perc", "personas_version")
 HELP = {
     "guided_requests": "Requests that began to be guided.",
     "guided_tokens": "Rows of logits that were guided: generated tokens, and drafts that were verified.",
@@ -47,8 +49,11 @@ HELP = {
     "steps_without_drafts": "Steps in which it drafted nothing: its KV cache had no room, or it failed.",
     "plain_prompts": "Guided requests whose prompt begins as a chat and was read as plain text, as it is none that the "
     "chat template writes.",
+    "personas_errors": "Versions of the personas' file that were broken, and changed nothing.",
     "running_requests": "Guided requests in the last step that guided any.",
     "running_contexts": "Contexts of these requests.",
     "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "
     "until their slots are reused.",
+    "personas_version": "The personas that requests get: the first 48 bits of their SHA-256, so that equal numbers are "
+    "equal personas.",
 }

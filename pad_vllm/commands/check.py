@@ -151,7 +151,7 @@ def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
 
 
 def describe_config(config: PADConfig) -> str:
-    apart = ("personas", "prompt_template", "reference", "why_reference", "source")
+    apart = ("personas", "prompt_template", "reference", "why_reference", "source", "personas_file")
     given = {k: v for k, v in asdict(config).items() if v not in (None, {}) and k not in apart}
     given["reference"] = f"{config.reference} ({config.why_reference})"
     personas = "".join(

@@ -8,6 +8,10 @@ from typing import Any
 
 from pad_vllm.commands.options import assignments, given
 from pad_vllm.params import MAX_PREFERENCES
+from pad_vllm.updating import update_personas
+
+NAME = "new-user"
+"""Of a persona that nobody names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights over these LoRA adapters, named as in the server's configuration, and not over heads",
     )
     parser.add_argument("--heads", help="file of heads, where it is not beside the model")
-    parser.add_argument("--name", default="new-user", help="of the persona (default %(default)s)")
+    parser.add_argument("--name", help=f"of the persona (default {NAME})")
+    parser.add_argument(
+        "--update",
+        metavar="FILE",
+        help="write the persona into this JSON or YAML file, beside the others: a server that has its personas from it "
+        "takes it without a restart",
+    )
     parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
     parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
     parser.add_argument("--prompt-template", help="default: as the reward model's pad.json says")
     parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
 
 
-def run(name, columns, prompt_template, attributes, adapters, **settings) -> int:
+def run(name, update, columns, prompt_template, attributes, adapters, **settings) -> int:
     from pad_vllm.training.fit import fit
     from pad_vllm.training.mixture import fit_adapters, mixture_of
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
+    if update is not None and name is None:
+        raise ValueError(f"--update={update!r}: say whose persona it is by --name")
     settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
     if adapters:
         what, found = "adapters", fit_adapters(**settings, adapters=assignments("--adapters", adapters))
@@ -65,5 +77,8 @@ def run(name, columns, prompt_template, attributes, adapters, **settings) -> int
             why = f"at most {MAX_PREFERENCES} are served" if len(found.names) > MAX_PREFERENCES else "their weight is 0"
             print(f"{num_left_out} of {len(found.names)} {what} are left out: {why}.")
         print("\n".join(f"{weight:+.2f}  {text}" for text, weight in sliders.items()))
-    print(f"For the server's personas:\n{json.dumps({name: persona})}")
+    print(f"For the server's personas:\n{json.dumps({name or NAME: persona})}")
+    if update is not None:
+        update_personas(update, name, persona)
+        print(f"{name!r} is in {update}.")
     return 0

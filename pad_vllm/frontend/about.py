@@ -30,15 +30,16 @@ def about_server(vllm_config: VllmConfig | None) -> dict[str, Any]:
         "guides": False,
         "arguments": [f"{PREFIX}{field.name}" for field in fields(PAD)],
     }
-    own = [engine for engine in engines.own(vllm_config).values() if engine.configured]
+    announced = engines.own(vllm_config)
+    own = [(path, engine) for path, engine in announced.items() if engine.configured]
     if not own or (vllm_config is not None and admission.drops_processors(vllm_config)):
         return told
-    engine = own[0]  # the engines of one server have one configuration
+    path, engine = own[0]  # the engines of one server have one configuration
     model = None if vllm_config is None else vllm_config.model_config
     return told | {
         "guides": True,
         **(engine.about or {}),
-        "personas": list(engine.personas),
+        "personas": list(engines.personas_of(announced)[path].arguments),
         "default_persona": engine.default_persona,
         "heads": list(engine.head_names),
         "adapters": list(engine.adapters),

@@ -19,14 +19,15 @@ from pad_vllm.config import read_pad
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import engines
 from pad_vllm.params import (
+    ADMITTED,
     MAX_LOGIT_BIAS,
     PAD,
     check_adapters,
     check_logit_bias,
     check_num_chars,
-    check_persona,
     check_weights,
 )
+from pad_vllm.personas import Admitted, Personas
 from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.template import PromptTemplate
 
@@ -51,54 +52,93 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def validate(sampling_params: SamplingParams) -> None:
-    """Refuse a request whose guidance is malformed, or which no engine of this frontend could guide.
+    """Refuse a request whose guidance is malformed, or which no engine of this frontend could guide; and send its
+    persona along with it, as it is now.
 
     Raises:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
     """
-    asked = PAD.from_extra_args(sampling_params.extra_args)
+    extra_args = dict(sampling_params.extra_args or {})
+    before = extra_args.pop(ADMITTED, None)
+    if before is not None and not isinstance(before, Admitted):
+        raise ValueError(f"{ADMITTED}={shown(before)}: no such argument; a persona is named by pad_persona")
+    asked = PAD.from_extra_args(extra_args)
     vllm_config, prompt_ids = engines.of_this_request(), engines.prompt_of_this_request()
+    # An API server checks a request twice, and its persona is that of the first time. Whoever calls an engine in Python
+    # may give the same parameters again much later.
+    kept = before if engines.is_serving() else None
     if asked is None or not asked.asks_for_guidance:
-        _validate_unasked(sampling_params, vllm_config, prompt_ids)
-        return
+        admitted = _validate_unasked(sampling_params, asked, vllm_config, prompt_ids, kept)
+    else:
+        check_logit_bias(sampling_params.logit_bias)
+        admitted = _validate_asked(asked, vllm_config, prompt_ids, kept)
+    if admitted is not None:
+        sampling_params.extra_args = {**extra_args, ADMITTED: admitted}
+    elif before is not None:
+        sampling_params.extra_args = extra_args
+
+
+def _validate_asked(
+    asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int] | None, kept: Admitted | None
+) -> Admitted | None:
+    """The request's persona, if it has one."""
     check_num_chars(asked.preferences)
-    check_logit_bias(sampling_params.logit_bias)
-    own = list(engines.own(vllm_config).values())
+    own = engines.own(vllm_config)
     if not own or (vllm_config is not None and drops_processors(vllm_config)):
         raise ValueError(
             f"{', '.join(asked.extra_args())}: no engine has announced PAD guidance to this frontend, so the request "
             f"would go unguided. {NOT_LOADED}"
         )
-    errors = []
-    for engine in own:
+    personas, errors = engines.personas_of(own), []
+    for path, engine in own.items():
         try:
-            return check_request(engine, asked, vllm_config, prompt_ids)
+            admitted = kept or _persona(engine, personas[path], asked)
+            check_request(engine, asked, admitted, vllm_config, prompt_ids)
+            return admitted
         except ValueError as error:
             errors.append(error)
     raise errors[0]
 
 
+def _persona(engine: Announcement, personas: Personas, asked: PAD) -> Admitted | None:
+    """The request's own, or the default one, as it is now. Raises ValueError for one that there is not."""
+    if asked.persona is not None and engine.configured:
+        return personas.admit(asked.persona)
+    name = engine.default_persona
+    return None if name is None or name not in personas.arguments else personas.admit(name)
+
+
 def _validate_unasked(
-    sampling_params: SamplingParams, vllm_config: VllmConfig | None, prompt_ids: Sequence[int] | None
-) -> None:
-    """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be."""
-    for engine in engines.own(vllm_config).values():
-        if engine.guides_all and prompt_ids is not None:
-            check_prompt(engine, PAD(), vllm_config, prompt_ids)
+    sampling_params: SamplingParams,
+    asked: PAD | None,
+    vllm_config: VllmConfig | None,
+    prompt_ids: Sequence[int] | None,
+    kept: Admitted | None,
+) -> Admitted | None:
+    """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be. Returns the
+    default persona, if there is one."""
+    own = engines.own(vllm_config)
+    guiding = {path: engine for path, engine in own.items() if engine.guides_all}
+    personas, admitted = engines.personas_of(own) if guiding else {}, kept
+    for path, engine in guiding.items():
+        admitted = admitted or _persona(engine, personas[path], PAD())
+        if prompt_ids is not None:
+            check_prompt(engine, asked or PAD(), admitted, vllm_config, prompt_ids)
     is_beam, bias = is_beam_search(sampling_params), sampling_params.logit_bias or ()
-    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guides_all(vllm_config):
+    if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guiding:
         check_logit_bias(sampling_params.logit_bias)
         raise ValueError(
             "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
             "every request (pad.default_persona)"
         )
     if vllm_config is None or not drops_processors(vllm_config):
-        return
+        return admitted
     pad = read_pad(vllm_config.additional_config)
     if pad is not None and pad.get("default_persona") is not None:
         raise ValueError(
             f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
         )
+    return admitted
 
 
 def drops_processors(vllm_config: VllmConfig) -> bool:
@@ -114,17 +154,20 @@ def guides_all(vllm_config: VllmConfig | None) -> bool:
 def check_request(
     announcement: Announcement,
     asked: PAD,
+    admitted: Admitted | None = None,
     vllm_config: VllmConfig | None = None,
     prompt_ids: Sequence[int] | None = None,
 ) -> None:
-    """Raise ValueError if an engine cannot do what a request asks; of a prompt, where it is known."""
+    """Raise ValueError if an engine cannot do what a request asks; of a prompt, where it is known.
+
+    Args:
+        admitted: its persona, or the default one.
+    """
     if not announcement.configured:
         raise ValueError(
             f"{', '.join(asked.extra_args())}: this server runs without a reward model; start it with "
             '--additional-config \'{"pad": {"reward_model": ...}}\''
         )
-    if asked.persona is not None:
-        check_persona(asked.persona, announcement.personas)
     if asked.top_k is not None:
         check_int("pad_top_k", asked.top_k, 1, announcement.max_top_k)
     if asked.weights is not None:
@@ -135,62 +178,53 @@ def check_request(
         _template_of(announcement.tokenizer, announcement, vllm_config).check_preferences(asked.preferences)
     if asked.adapter is not None:
         check_adapters(asked.adapters, announcement.adapters)
-    asked.over(_like_persona(announcement, asked))  # lists and weights of other lengths
+    _merged(asked, admitted)  # lists and weights of other lengths
     if prompt_ids is not None:
-        check_prompt(announcement, asked, vllm_config, prompt_ids)
+        check_prompt(announcement, asked, admitted, vllm_config, prompt_ids)
 
 
-def _like_persona(announcement: Announcement, asked: PAD) -> PAD:
-    """As many preferences and adapters as the request's persona has."""
-    num_contexts, num_texts, num_adapters = (
-        _of_persona(announcement, asked, numbers)
-        for numbers in (announcement.num_preferences, announcement.num_texts, announcement.num_adapters)
-    )
-    texts: str | tuple[str, ...] | None = None
-    if num_texts or (num_contexts > 1 and not num_adapters):
-        texts = ("a text",) * (num_texts or num_contexts)
-    elif num_contexts and not num_adapters:
-        texts = "a text"
-    return PAD(preference=texts, adapter=("a name",) * num_adapters or None)
+def _merged(asked: PAD, admitted: Admitted | None) -> PAD:
+    """A request with what its persona says besides."""
+    persona = None if admitted is None else PAD.from_extra_args(admitted["arguments"])
+    return asked.over(persona or PAD())
 
 
 def check_prompt(
-    announcement: Announcement, asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int]
+    announcement: Announcement,
+    asked: PAD,
+    admitted: Admitted | None,
+    vllm_config: VllmConfig | None,
+    prompt_ids: Sequence[int],
 ) -> None:
     """Raise ValueError for a prompt that the engine would not guide. The worker decides what cannot be told here."""
     if announcement.chat == "strict" and vllm_config is not None:
         is_misread = _misreads(announcement, vllm_config)
-        if (announcement.base_tokenizer or _reads_preference(announcement, asked)) and is_misread(prompt_ids):
+        if (announcement.base_tokenizer or _reads_preference(_merged(asked, admitted))) and is_misread(prompt_ids):
             raise ValueError(
                 "the prompt: pad.chat='strict', and it begins as a chat, and with no message that the chat template "
                 "writes; send messages that the template renders, or plain text"
             )
     if announcement.max_context_len:
-        check_prompt_len(announcement, asked, vllm_config, prompt_ids)
+        check_prompt_len(announcement, asked, admitted, vllm_config, prompt_ids)
 
 
-def _reads_preference(announcement: Announcement, asked: PAD) -> bool:
+def _reads_preference(merged: PAD) -> bool:
     """Whether the reward model reads a preference for a request: one of weight 0 is not read."""
-    texts, weights = asked.preferences, asked.preference_weights
-    if not texts:
-        num_own = _of_persona(announcement, asked, announcement.num_preferences)
-        return num_own > 0 and (weights is None or any(weights))
-    weights = weights or (1.0,) * len(texts)
+    texts = merged.preferences
+    weights = merged.preference_weights or (1.0,) * len(texts)
     texts = texts * len(weights) if len(texts) == 1 else texts  # of several adapters
     totals = dict.fromkeys(texts, 0.0)
-    for text, weight in zip(texts, weights, strict=True):
+    for text, weight in zip(texts, weights, strict=bool(texts)):
         totals[text] += weight
     return any(totals.values())
 
 
-def _of_persona(announcement: Announcement, asked: PAD, numbers: Sequence[int]) -> int:
-    """The entry of ``numbers``, one for each persona, of the request's persona; 0 where it has none."""
-    name = announcement.default_persona if asked.persona is None else asked.persona
-    return 0 if name is None else dict(zip(announcement.personas, numbers, strict=False)).get(name, 0)
-
-
 def check_prompt_len(
-    announcement: Announcement, asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int]
+    announcement: Announcement,
+    asked: PAD,
+    admitted: Admitted | None,
+    vllm_config: VllmConfig | None,
+    prompt_ids: Sequence[int],
 ) -> None:
     """Raise ValueError for a prompt whose longest context the reward model has too few positions for.
 
@@ -198,7 +232,7 @@ def check_prompt_len(
     counts exactly, and ends what does not fit.
     """
     most, num_prompt = announcement.max_context_len, len(prompt_ids)
-    added = _of_persona(announcement, asked, announcement.num_preference_tokens)
+    added = 0 if admitted is None else admitted["num_tokens"]
     if asked.preferences and announcement.tokenizer is not None:
         template = _template_of(announcement.tokenizer, announcement, vllm_config)
         added = max(map(template.num_added_tokens, asked.preferences))

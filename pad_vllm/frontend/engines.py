@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pad_vllm.channel import LAUNCH, Announcement, announced, data_parallel_address, mark_served, without_rank
 from pad_vllm.config import read_pad
+from pad_vllm.personas import Personas, personas_shown
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 8
 """Between vLLM's input processor and this module there are fewer."""
+
+NO_PERSONAS = Personas()
 
 Server = tuple[str, str]
 """An engine's ``instance_id`` without its data-parallel rank, and its ``data_parallel_address``."""
@@ -97,6 +100,25 @@ def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
     if mine or addresses:
         return mine
     return {path: engine for path, engine in found.items() if engine.launch == os.environ.get(LAUNCH)} or found
+
+
+def is_serving() -> bool:
+    """Whether this is done for a request of an API server's, whose parameters are its own."""
+    return _serving.get() is not None
+
+
+def personas_of(own: Mapping[Path, Announcement]) -> dict[Path, Personas]:
+    """What requests get of the personas, by the engines' files: for all engines of a server what the first of them
+    shows, so that it is one version whichever frontend admits a request and whichever engine guides it."""
+    found: dict[str, Personas] = {}
+
+    def server_of(path: Path) -> str:
+        return own[path].data_parallel_address or without_rank(own[path].instance_id) or path.stem
+
+    for path in sorted(own, key=lambda path: (own[path].labels[1].zfill(8), path)):
+        if server_of(path) not in found and (personas := personas_shown(path)) is not None:
+            found[server_of(path)] = personas
+    return {path: found.get(server_of(path), NO_PERSONAS) for path in own}
 
 
 def may_run_code(tokenizer: Mapping[str, Any], vllm_config: VllmConfig | None) -> bool:

@@ -8,6 +8,7 @@ in a chat that is.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,14 @@ class PromptTemplate:
         # A server's users share a few preferences: encode each once. One too long raises, and is not kept.
         self.encode_preference = Memo(self._encode_preference, CACHE_BYTES, size_of)
         self._join = Memo(self._encode_seam, CACHE_BYTES, size_of)
+
+    def on_another_thread(self) -> PromptTemplate:
+        """The same with a tokenizer of its own, which two threads cannot share."""
+        other = copy.copy(self)
+        other.tokenizer = copy.deepcopy(self.tokenizer)
+        other.encode_preference = Memo(other._encode_preference, CACHE_BYTES, size_of)
+        other._join = Memo(other._encode_seam, CACHE_BYTES, size_of)
+        return other
 
     def compose(self, prompt_ids: Sequence[int], preference: str) -> list[int]:
         """The reward model's prompt for a base prompt under a preference.

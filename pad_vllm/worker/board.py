@@ -43,11 +43,12 @@ class Board:
         path = make_stats(announcement, np.zeros(len(fields(Stats))).nbytes)
         self.values = np.asarray(np.memmap(path, np.float64, "r+"))
         interval = float(envs.VLLM_LOG_STATS_INTERVAL)
-        closed = threading.Event()
+        self.closed = closed = threading.Event()
+        """Set when nobody has the board any more"""
         weakref.finalize(self, closed.set)
         if interval > 0:
-            _every(interval, closed, _Logger(self.values, labels[1]).log)
-        _every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
+            every(interval, closed, _Logger(self.values, labels[1]).log)
+        every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
 
     def show(self, stats: Stats) -> None:
         _pack_into(self.values, 0, *_read(stats))
@@ -63,7 +64,9 @@ def _touch(*paths: Path) -> None:
             os.utime(path)
 
 
-def _every(seconds: float, closed: threading.Event, run: Any) -> None:
+def every(seconds: float, closed: threading.Event, run: Any) -> None:
+    """Run it on a thread, again and again until it is closed."""
+
     def loop() -> None:
         while not closed.wait(seconds):
             run()

@@ -7,14 +7,17 @@ not fit stops the start, in one paragraph that says what to change.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 
+from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
 from pad_vllm.params import MAX_PREFERENCE_TOKENS, PAD, GuidanceParams, check_adapters, check_weights
+from pad_vllm.personas import Personas
 from pad_vllm.reward.adapters import NO_ADAPTER, AdapterFolder, lora_config, read_folder
 from pad_vllm.reward.derive import derive_vllm_config, reward_model_config, served_model_config
 from pad_vllm.reward.folder import DEFAULTS_FILE, locate_defaults
@@ -101,13 +104,13 @@ class Fit:
         pair = self.tokens.pair
         return TypicalContext(base_max_model_len, 1.0 if pair is None else pair.stretch, num_own)
 
-    def resolve(self, asked: PAD | None) -> GuidanceParams | None:
-        """A request's guidance, or None where it asks for none.
+    def resolve(self, asked: PAD | None, admitted: PAD | None = None) -> GuidanceParams | None:
+        """A request's guidance, or None where it asks for none. As :meth:`PADConfig.resolve`.
 
         Raises:
             ValueError: this engine cannot do it; the frontend refuses such a request before it gets to an engine.
         """
-        params = self.config.resolve(asked)
+        params = self.config.resolve(asked, admitted)
         if params is None:
             return None
         if params.weights is not None:
@@ -119,6 +122,31 @@ class Fit:
         if self.neutral_is_base and params.reference == "neutral":
             params = replace(params, reference="base")
         return params.as_read()
+
+    def check_personas(self) -> None:
+        """Raise ValueError for a persona that this engine cannot guide by."""
+        for name in self.config.personas:
+            try:
+                self.resolve(PAD(persona=name))
+            except ValueError as error:
+                raise ValueError(f"pad.personas[{name!r}]: {error}") from None
+
+    def personas(self) -> Personas:
+        """As frontends are shown them."""
+        return Personas.of(self.config.personas, len if self.template is None else self.template.num_added_tokens)
+
+    def on_another_thread(self) -> Fit:
+        """The same, with a tokenizer of its own to check personas by."""
+        return self if self.template is None else replace(self, template=self.template.on_another_thread())
+
+    def with_personas(self, personas: Any) -> Fit:
+        """The same with other personas, as a file says them. Raises ValueError for what cannot be."""
+        if not isinstance(personas, Mapping):
+            raise ValueError(f"pad.personas={shown(personas)}: must be an object of name -> request arguments")
+        config = replace(self.config, personas=personas)
+        fits = replace(self, config=config)
+        fits.check_personas()
+        return fits
 
 
 def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool = False) -> Fit:
@@ -168,11 +196,7 @@ def check_fit(config: PADConfig, vllm_config: VllmConfig, sees_base_logits: bool
         source.is_served and not source.is_adapter and sees_base_logits and vllm_config.lora_config is None,
     )
     check_kv_cache(fits)
-    for name in config.personas:
-        try:
-            fits.resolve(PAD(persona=name))
-        except ValueError as error:
-            raise ValueError(f"pad.personas[{name!r}]: {error}") from None
+    fits.check_personas()
     return fits
 
 

@@ -103,20 +103,13 @@ class WarmUp:
         self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None)
 
 
-def num_listed(value: str | tuple[str, ...] | None) -> int:
-    """How many a list has; 0 for what is none."""
-    return len(value) if isinstance(value, tuple) else 0
-
-
 def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
     """What the frontend may let through, of an engine."""
     fits, base = loaded.fit, vllm_config.model_config
     config, template = fits.config, fits.template
-    personas, added = config.personas, template.num_added_tokens if template else len
     base_tokenizer = {"pretrained_model_name_or_path": base.tokenizer, "revision": base.tokenizer_revision}
     return Announcement(
         configured=True,
-        personas=tuple(personas),
         head_names=fits.head_names,
         max_top_k=config.max_top_k,
         max_preference_tokens=fits.max_preference_tokens,
@@ -124,16 +117,12 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         base_tokenizer=base_tokenizer if fits.tokens.pair else None,
         max_context_len=loaded.model.max_model_len,
         prompt_template=config.prompt_template,
-        num_preferences=tuple(persona.num_contexts for persona in personas.values()),
-        num_preference_tokens=tuple(max(map(added, p.preferences), default=0) for p in personas.values()),
         default_persona=config.default_persona,
         instance_id=vllm_config.instance_id,
         labels=(str(base.served_model_name or base.model), str(vllm_config.parallel_config.data_parallel_index)),
         chat=config.chat,
         insert_after=config.insert_after,
         adapters=tuple(config.adapters),
-        num_texts=tuple(num_listed(persona.preference) for persona in personas.values()),
-        num_adapters=tuple(num_listed(persona.adapter) for persona in personas.values()),
         about=about_guidance(config),
     )
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
+
 import pytest
 from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from tests import oracle
@@ -78,10 +83,31 @@ def test_a_prompt_token_unknown_to_the_reward_model_ends_its_request_alone(model
     )
 
 
-def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, expect, runner):
+def change_personas(llm, file, personas, prompt, params) -> list[list[int]]:
+    """Answers to a request that runs while the personas change, and to one that comes afterwards and runs beside it."""
+    engine, stats, answers = llm.llm_engine, running_guidance(llm).stats, {}
+    version, params = stats.personas_version, SamplingParams(**params)
+    engine.add_request("before", {"prompt_token_ids": prompt}, params)
+    while not engine.step():  # its prompt
+        pass
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(personas))
+    os.replace(part, file)
+    deadline = time.monotonic() + 30
+    while stats.personas_version == version and time.monotonic() < deadline:
+        time.sleep(0.1)
+    engine.add_request("after", {"prompt_token_ids": prompt}, params)  # the same parameters
+    while engine.has_unfinished_requests():
+        answers |= {one.request_id.partition("-")[0]: list(one.outputs[0].token_ids) for one in engine.step()}
+    return [answers["before"], answers["after"]]
+
+
+def test_chunked_prefill_of_the_base_and_a_default_persona_that_changes(models, encode, expect, runner, tmp_path):
     """Prompts longer than the base's token budget: rows of unfinished prompts are passed over. And a request that
-    asks for nothing gets the default persona."""
-    pad = {"top_k": 5, "beta": 1.5, "personas": {"house": {"preference": "concise"}}, "default_persona": "house"}
+    asks for nothing gets the default persona, as it is when the request comes."""
+    file = tmp_path / "personas.json"
+    file.write_text(json.dumps({"house": {"preference": "concise"}, "guest": {"beta": 1.0}}))
+    pad = {"top_k": 5, "beta": 1.5, "personas": str(file), "default_persona": "house"}
     engine = Engine(runner, models.base, max_num_batched_tokens=32, max_num_seqs=8, **pad_config(models.reward, **pad))
     prompts = [encode("the old town keeps falling " * 7), encode("a"), encode("say why " * 30)]
     params = [GREEDY | {"max_tokens": 16} | asked for asked in (guided(preference="formal"), guided(beta=1.0), {})]
@@ -91,8 +117,13 @@ def test_chunked_prefill_of_the_base_and_a_default_persona(models, encode, expec
         expect(prompts[1], preference="concise", beta=1.0, **settings),
         expect(prompts[2], preference="concise", beta=1.5, **settings),
     ]
+    house = {"preference": "playful", "beta": 0.5, "top_k": 3}
     try:
         assert engine.generate(prompts, params) == expected
+        answers = engine.call(change_personas, file, {"house": house}, prompts[2], GREEDY | {"max_tokens": 16})
+        assert answers == [expected[2], expect(prompts[2], max_tokens=16, **house)]
+        with pytest.raises(VLLMValidationError, match="pad_persona='guest': no such persona"):
+            engine.generate(prompts[:1], GREEDY | guided(persona="guest"))
     finally:
         engine.close()
 

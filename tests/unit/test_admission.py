@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,8 @@ import vllm
 from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.frontend import admission, collector, engines
+from pad_vllm.params import ADMITTED, PAD
+from pad_vllm.personas import Admitted, Personas, admitted_persona, show_personas
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.stats import NAMES
 from tests.support.chats import tokenizer_of
@@ -28,12 +31,9 @@ from tests.support.tokenizers import like_gemma, like_qwen
 
 pytestmark = pytest.mark.every_release
 
+PERSONAS = {"alice": PAD(preference=("brief", "kind")), "ben": PAD(adapter=("warm", "dry"))}
 GUIDED = Announcement(
     True,
-    personas=("alice", "ben"),
-    num_preferences=(2, 2),
-    num_texts=(2, 0),
-    num_adapters=(0, 2),
     head_names=("a", "b"),
     max_top_k=20,
     max_preference_tokens=8,
@@ -51,8 +51,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def validate(**extra_args) -> None:
-    PADLogitsProcessor.validate_params(vllm.SamplingParams(extra_args=extra_args or None))
+def validate(**extra_args) -> PAD | None:
+    """The persona that goes along with the request."""
+    params = vllm.SamplingParams(extra_args=extra_args or None)
+    PADLogitsProcessor.validate_params(params)
+    return admitted_persona(params.extra_args)
+
+
+def show(owner: Owner, announcement: Announcement, **personas: PAD) -> Path:
+    """Announce an engine with personas."""
+    path = channel.announce(announcement, owner)
+    show_personas(path, Personas.of(personas, len))
+    return path
 
 
 def test_an_announcement_lives_as_long_as_its_engine():
@@ -69,13 +79,13 @@ def test_an_engine_that_was_killed_announces_nothing(folder):
         import time
         from pad_vllm.channel import Announcement, announce
         owner = type("Owner", (), {})()
-        announce(Announcement(True, personas=("bob",)), owner)
+        announce(Announcement(True, launch="bob"), owner)
         print("announced", flush=True)
         time.sleep(60)
     """
     engine = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert engine.stdout.readline() == "announced\n"
-    assert [a.personas for a in channel.announced().values()] == [("bob",)]
+    assert len(channel.announced()) == 1
     engine.kill()
     engine.wait()
     assert len(list(folder.glob("*.json"))) == 1
@@ -121,7 +131,7 @@ def test_a_request_that_no_engine_would_guide_is_refused():
 )
 def test_refused_by_what_the_engine_announced(extra_args, message):
     owner = Owner()
-    channel.announce(GUIDED, owner)
+    show(owner, GUIDED, **PERSONAS)
     validate(pad_persona="alice", pad_top_k=20, pad_weights=[1, 2])
     with pytest.raises(ValueError, match=message):
         validate(**extra_args)
@@ -129,7 +139,7 @@ def test_refused_by_what_the_engine_announced(extra_args, message):
 
 def test_too_many_biased_tokens_are_refused():
     """Model Runner V2 has room for 1024, and would raise in its worker, for everybody."""
-    house = Announcement(True, personas=("house",), num_preferences=(1,), default_persona="house")
+    house = Announcement(True, default_persona="house")
     for announcement, guided in ((GUIDED, {"extra_args": {"pad_beta": 1.0}}), (house, {})):
         owner = Owner()
         channel.announce(announcement, owner)
@@ -152,7 +162,7 @@ def test_preferences_are_bounded_in_the_reward_models_tokens(models):
 
 def test_weights_are_held_against_the_preferences_that_a_persona_has():
     owner = Owner()
-    channel.announce(GUIDED, owner)
+    show(owner, GUIDED, **PERSONAS)
     validate(pad_persona="alice", pad_preference_weights=[1, -0.5])
     validate(pad_adapter="warm")
     # This persona has a list of two preferences, and another a list of two adapters.
@@ -186,8 +196,8 @@ def test_preferences_are_bounded_together(models):
 
 def test_several_engines_behind_one_frontend_accept_what_one_of_them_accepts():
     first, second = Owner(), Owner()
-    channel.announce(GUIDED, first)
-    channel.announce(Announcement(True, personas=("bob",), max_top_k=5), second)
+    show(first, GUIDED, **PERSONAS)
+    show(second, Announcement(True, max_top_k=5), bob=PAD(beta=2))
     validate(pad_persona="bob")
     validate(pad_persona="alice")
     with pytest.raises(ValueError, match="pad_persona='carol'"):
@@ -199,8 +209,8 @@ def test_ten_thousand_malformed_requests_are_refused(models):
     owner, rng = Owner(), random.Random(0)
     tokenizer = {"pretrained_model_name_or_path": str(models.reward)}
     template = "a {preference} b {prompt}"
-    announcement = Announcement(True, ("terse",), ("a", "b", "c"), 20, 200, tokenizer, template)
-    channel.announce(announcement, owner)
+    announcement = Announcement(True, ("a", "b", "c"), 20, 200, tokenizer, template)
+    show(owner, announcement, terse=PAD(beta=2))
     validate(pad_persona="terse", pad_weights=[1, 2, 3.0], **GOOD)
     for _ in range(10_000):
         arguments = malformed(rng, num_heads=3, max_top_k=20)
@@ -232,10 +242,10 @@ def engine_config(instance_id: str, address: str = "127.0.0.1", data_parallel_si
     )
 
 
-def announce(announcement: Announcement, config: SimpleNamespace) -> Owner:
+def announce(announcement: Announcement, config: SimpleNamespace, **personas: PAD) -> Owner:
     owner = Owner()
     owner.vllm_config = config
-    channel.announce(announcement, owner)
+    show(owner, announcement, **personas)
     return owner
 
 
@@ -255,12 +265,10 @@ def serves(monkeypatch):
 def test_servers_that_share_a_folder_are_kept_apart(serves):
     """What they accept, and their numbers."""
     mine, other = engine_config("mine"), engine_config("other")
-    bob = Announcement(True, personas=("bob",), labels=("model", "0"))
-    owners = announce(GUIDED, other), announce(bob, engine_config("mine_dp1"))
+    bob = Announcement(True, labels=("model", "0"))
+    owners = announce(GUIDED, other, **PERSONAS), announce(bob, engine_config("mine_dp1"), bob=PAD(beta=2))
     for path, engine in channel.announced().items():
-        channel.make_stats(path, 0).write_bytes(
-            np.full(len(NAMES), 1.0 if engine.personas == ("bob",) else 5.0).tobytes()
-        )
+        channel.make_stats(path, 0).write_bytes(np.full(len(NAMES), 1.0 if engine.labels[0] else 5.0).tobytes())
     serves(mine)
     validate(pad_persona="bob")
     with pytest.raises(ValueError, match="no such persona"):
@@ -278,7 +286,7 @@ def test_several_api_servers_know_their_engines_by_the_launch(serves, monkeypatc
     owners = []
     for launch, persona in (("theirs", "alice"), ("ours", "bob")):
         monkeypatch.setenv(channel.LAUNCH, launch)
-        owners.append(announce(Announcement(True, personas=(persona,)), engine_config(f"an engine of {launch}")))
+        owners.append(announce(Announcement(True), engine_config(f"an engine of {launch}"), **{persona: PAD(beta=2)}))
     serves(engine_config("an API server"))
     validate(pad_persona="bob")
     with pytest.raises(ValueError, match="no such persona"):
@@ -290,8 +298,8 @@ def test_engines_on_other_machines_are_known_by_where_the_server_meets(serves):
     """A frontend of another machine than its engines' does not know their ids; and an engine of a dense model does not
     know that it is one of several."""
     owners = (
-        announce(Announcement(True, personas=("bob",)), engine_config("there", "10.0.0.1")),
-        announce(GUIDED, engine_config("elsewhere", "10.0.0.2")),
+        announce(Announcement(True), engine_config("there", "10.0.0.1"), bob=PAD(beta=2)),
+        announce(GUIDED, engine_config("elsewhere", "10.0.0.2"), **PERSONAS),
     )
     serves(engine_config("here", "10.0.0.1", 2))
     validate(pad_persona="bob")
@@ -320,8 +328,6 @@ def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, ser
     announcement = Announcement(
         True,
         **(both if kind == "another" else {"tokenizer": both["tokenizer"]}),
-        personas=("house", "mute"),
-        num_preferences=(1, 0),
         head_names=("a",),
         max_preference_tokens=100,
         prompt_template="{preference} {prompt}",
@@ -329,7 +335,8 @@ def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, ser
         insert_after="<|im_start|>system\n" if kind == "insert_after" else None,
     )
     config = engine_config("strict", model={"tokenizer": served})
-    owners = [announce(announcement, config)]
+    personas = {"house": PAD(preference="formal"), "mute": PAD(weights=[2])}
+    owners = [announce(announcement, config, **personas)]
     serves(config)
 
     def ask(text: str, **arguments) -> None:
@@ -355,7 +362,7 @@ def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, ser
     unread(critic, pad_persona="mute", pad_weights=[1])
     unread(critic, pad_preference=["a", "b"], pad_preference_weights=[0, 0])
     unread(critic, pad_persona="house", pad_preference_weights=[0])
-    owners = [announce(replace(announcement, default_persona="house"), config)]
+    owners = [announce(replace(announcement, default_persona="house"), config, **personas)]
     refused(critic)
     ask(chat)
     owners = [announce(replace(announcement, chat="auto"), config)]
@@ -369,7 +376,7 @@ def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, ser
 def test_where_the_frontend_cannot_tell_the_engine_does(serves, tmp_path):
     reward = {"pretrained_model_name_or_path": save(tokenizer_of("chatml"), tmp_path / "reward")}
     config, template = engine_config("strict", model={"tokenizer": str(tmp_path / "nowhere")}), "{preference} {prompt}"
-    owner = announce(Announcement(True, (), (), 1, 100, reward, template, chat="strict"), config)
+    owner = announce(Announcement(True, (), 1, 100, reward, template, chat="strict"), config)
     serves(config)
     prompt = {"prompt_token_ids": tokenizer_of("chatml").encode("<|im_end|>say")}
     validate(pad_preference="formal")
@@ -431,3 +438,57 @@ def test_a_chat_is_counted_without_its_markers_spelled(tmp_path):
     assert admission._num_translated(*names, theirs) <= len(own) < len(spelled)
     text = like_qwen().encode("the rain keeps falling " * 20)
     assert admission._num_translated(*names, text) > 40
+
+
+def test_a_request_goes_by_the_personas_of_its_admission(monkeypatch):
+    """An API server's second look changes nothing; a caller's own parameters are looked at anew."""
+    owner = Owner()
+    path = show(owner, replace(GUIDED, default_persona="ben"), **PERSONAS)
+    params, unasked, other = (
+        vllm.SamplingParams(extra_args={"pad_persona": "alice"}),
+        vllm.SamplingParams(),
+        PAD(beta=2),
+    )
+    for one in (params, unasked):
+        PADLogitsProcessor.validate_params(one)
+    sent = params.clone()
+    assert isinstance(sent.extra_args[ADMITTED], Admitted)
+    assert admitted_persona(sent.extra_args) == PERSONAS["alice"]
+    assert admitted_persona(unasked.extra_args) == PERSONAS["ben"]
+    version = params.extra_args[ADMITTED]["version"]
+    show_personas(path, Personas.of({"alice": other, "ben": other}, len))
+    with monkeypatch.context() as served:
+        served.setattr(engines, "is_serving", lambda: True)
+        for one in (params, unasked):
+            PADLogitsProcessor.validate_params(one)
+    assert admitted_persona(params.extra_args) == PERSONAS["alice"]
+    for one in (params, unasked):
+        PADLogitsProcessor.validate_params(one)
+        assert admitted_persona(one.extra_args) == other
+    assert params.extra_args[ADMITTED]["version"] != version
+    assert admitted_persona(sent.extra_args) == PERSONAS["alice"]
+    show_personas(path, Personas.of({"ben": other}, len))
+    with pytest.raises(ValueError, match="pad_persona='alice': no such persona"):
+        PADLogitsProcessor.validate_params(params)
+    for fake in ({"name": "alice", "arguments": {"pad_beta": 3}}, "alice"):
+        with pytest.raises(ValueError, match=r"pad_admitted=.*: no such argument; a persona is named by pad_persona"):
+            validate(pad_persona="ben", pad_admitted=fake)
+
+
+def test_frontends_go_by_the_first_of_a_servers_engines():
+    """Whose versions are its own; two servers that nobody tells apart have two."""
+    owners, paths = [], []
+    for rank, persona in enumerate((PAD(beta=1), PAD(beta=2))):
+        announcement = Announcement(True, labels=("m", str(rank)))
+        owner = Owner()
+        owner.vllm_config = engine_config(f"server_dp{rank}")
+        owners.append(owner)
+        paths.append(show(owner, announcement, a=persona))
+    own = channel.announced()
+    assert [engines.personas_of(own)[path].arguments["a"] for path in paths] == [{"pad_beta": 1.0}] * 2
+    assert validate(pad_persona="a") == PAD(beta=1)
+    show_personas(paths[0], Personas.of({"a": PAD(beta=5)}, len))
+    assert validate(pad_persona="a") == PAD(beta=5)
+    del owners[0], owner
+    gc.collect()
+    assert validate(pad_persona="a") == PAD(beta=2)

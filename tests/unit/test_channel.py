@@ -14,7 +14,7 @@ import pytest
 from pad_vllm import channel
 from pad_vllm.channel import ANNOUNCE_DIR, OWNER, Announcement
 
-GUIDED = Announcement(True, personas=("alice",))
+GUIDED = Announcement(True, head_names=("alice",))
 
 
 class Owner:

@@ -147,7 +147,7 @@ def test_a_path_is_compared_without_the_servers_root(tmp_path, monkeypatch):
         assert post(body, path=f"{at}/inference/v1/generate", root=root) == (b"", 400)
     monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
     engine = type("Engine", (), {})()
-    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
+    channel.announce(channel.Announcement(True, default_persona="house"), engine)
     assert post(b"{}", path="/api/v1/systemone", root="/api") == (b"", 400)
     assert post(b"{}", path="/api/v1/completions", root="/api") == (b"{}", 200)
 
@@ -226,7 +226,7 @@ def test_each_request_class_has_a_second_check(tmp_path, monkeypatch):
             call(path, {"metadata": {"other": 1}})
     monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
     engine = type("Engine", (), {})()
-    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
+    channel.announce(channel.Announcement(True, default_persona="house"), engine)
     for path in classes.keys() & set(SCORING_ENDPOINTS):
         with pytest.raises(ValueError, match=r"pad.default_persona: this server guides every request"):
             call(path, {"state": "a"})
@@ -340,6 +340,6 @@ def test_scores_are_refused_where_every_request_is_guided(tmp_path, monkeypatch)
     monkeypatch.setenv(channel.ANNOUNCE_DIR, str(tmp_path))
     assert unguided("/v1/systemone") is None
     engine = type("Engine", (), {})()
-    channel.announce(channel.Announcement(True, personas=("house",), default_persona="house"), engine)
+    channel.announce(channel.Announcement(True, default_persona="house"), engine)
     assert unguided("/v1/systemone").startswith("pad.default_persona: this server guides every request")
     assert unguided("/v1/completions") is None

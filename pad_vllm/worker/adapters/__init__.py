@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from pad_vllm.params import PAD, GuidanceParams
+from pad_vllm.personas import admitted_persona
 from pad_vllm.reward.block_manager import Context
 from pad_vllm.reward.pace import Pace
 from pad_vllm.worker.batch import RequestSlot
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-Resolve = Callable[[PAD | None], GuidanceParams | None]
+Resolve = Callable[[PAD | None, PAD | None], GuidanceParams | None]
+"""Of what a request asks, and of the persona that it was admitted with."""
 
 
 @dataclass(eq=False)
@@ -69,7 +71,8 @@ class Adapter:
         stop = sampling_params.stop_token_ids or sorted(sampling_params.all_stop_token_ids) or [0]
         controls = SamplingControls.of(sampling_params)
         try:
-            params = self.resolve(PAD.from_extra_args(sampling_params.extra_args))
+            extra_args = sampling_params.extra_args
+            params = self.resolve(PAD.from_extra_args(extra_args), admitted_persona(extra_args))
             return None if params is None else RequestState(params, controls, stop[0])
         except Exception:
             logger.exception("A request for PAD guidance got past admission and cannot be guided: ending it.")
