@@ -24,7 +24,7 @@ from tests.support.browser import MISSING, Browser, find_chromium
 from tests.support.engine import Worker
 
 QUESTION = "How do I get better at chess?"
-SLIDERS = {"Be cheerful and warm.": 1.2, "Give me long, detailed answers.": -1.0}
+SLIDERS = {"Use very simple words.": 1.0, "Give me long, detailed answers.": -0.5}
 
 
 def run_demo(*arguments: str) -> str:
@@ -82,7 +82,7 @@ def ask_in_playground(browser: Browser, url: str, picture: str | None) -> dict[s
         steps = round(10 * (weight - 1))
         browser.press("ArrowRight" if steps > 0 else "ArrowLeft", times=abs(steps))
     browser.evaluate("document.querySelector('details').open = true")
-    for field, value in {"max_tokens": "90" if picture else "40", "temperature": "0.7", "seed": "1"}.items():
+    for field, value in {"max_tokens": "70" if picture else "40", "temperature": "0.7", "seed": "1"}.items():
         browser.type(f"#{field}", value)
     browser.evaluate("document.querySelector('details').open = false")
     browser.evaluate("scrollTo(0, 0)")
@@ -140,7 +140,7 @@ def test_users_of_one_server(pytestconfig):
     assert seen["about"]["defaults"]["reference"] == "neutral"
     if find_chromium():
         assert seen["errors"] == ""
-        assert seen["rows"] == ["+1.2", "\N{MINUS SIGN}1.0"]
+        assert seen["rows"] == ["+1.0", "\N{MINUS SIGN}0.5"]
         assert len(seen["unguided"]) > 60
         assert seen["guided"] != seen["unguided"]
         assert len(seen["guided"].split()) > 3

@@ -486,6 +486,7 @@ async function ask(answer, body, signal) {
       if (event.error) throw new Error(event.error.message ?? event.error);
       if (event.choices?.[0]) answer.add(event.choices[0]);
     }
+    if (["abort", "error"].includes(answer.finish)) throw new Error(`The server gave this answer up (finish_reason ${answer.finish}): it is stopping, or failed.`);
     if (!isWhole) throw new Error("The answer broke off: the connection to the server is lost.");
   } catch (error) {
     if (signal.aborted) answer.end("stopped");
