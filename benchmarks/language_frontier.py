@@ -32,7 +32,7 @@ from .language_bench import Bench, Cell, Sizes
 from .language_report import Unguided
 from .record import hardware
 
-FREE_BETAS = (1.0, 1.5, 2.0, 3.0)
+FREE_BETAS = (0.5, 1.0, 1.5, 2.0, 3.0)
 BOUNDED_BETA = 4.0
 """Stronger than is served, so that it is the bound which holds guidance back."""
 BOUNDS = (0.1, 0.3, 0.6, 1.0)

@@ -11,6 +11,7 @@ from tests import oracle
 from tests.kernels.test_groups import grouped
 from tests.kernels.test_kernels import NEG_INF, control, ends, interpreter, problem, run  # noqa: F401 (fixtures)
 from tests.kernels.test_no_opinion import reward_logits, silent_problem
+from tests.support import variants
 
 INF = float("inf")
 BOUNDS = [INF, 0.0, 0.01, 0.3, 1.0, 1000.0]
@@ -94,6 +95,35 @@ def test_masked_rows_and_rewards_that_are_no_number(run):  # noqa: F811
     assert ends(out[2], 22)
     assert torch.equal(out[3], logits[3])
     assert divergence(out[4:], logits[4:]) <= 1e-3 + 1e-6
+
+
+def launched(bounds: list) -> list[set[str]]:
+    """What a GPU would have compiled for steps with these bounds: tokens whole, with controls, and groups."""
+    from pad_vllm.kernels import OutputHead, Rows, SharedVocabulary, fused
+
+    variants.record()
+    found = []
+    for bound in bounds:
+        logits, hidden, lm_head, settings, _ = problem_of("groups", 3)
+        y, _, whole_head = problem(3)
+        z, controls = control(y, 3, [1, 0, 2], {1: {"bias": {5: 4.0}}})
+        each = torch.arange(3)
+        rows = Rows(each, each + 4, torch.ones(3), torch.ones(3), each, 6, max_divergence=bound)
+        fused.guide_(logits, hidden, OutputHead(lm_head), rows, settings["vocabulary"])
+        fused.guide_(y, hidden, OutputHead(whole_head), rows, SharedVocabulary(97))
+        fused.guide_(z, hidden, OutputHead(whole_head), rows, SharedVocabulary(97), controls=controls)
+        found.append(set(variants.take()))
+    return found
+
+
+@pytest.mark.slow
+def test_the_first_request_with_a_bound_compiles_nothing(interpreter):  # noqa: F811
+    """What a bound is decides in the kernel, and so does whether there is one."""
+    without, *others = interpreter.run(launched, [None, torch.full((3,), INF), torch.tensor([0.1, INF, 0.0])])
+    assert {variant.partition("(")[0] for variant in without} >= {
+        *("score_kernel", "reweight_kernel", "reweight_groups_kernel"),
+    }
+    assert others == [without] * 2
 
 
 def test_the_divergence_grows_with_the_strength():

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.language_frontier import BASE, BOUNDS, FREE, bounded, gains, said
 
-CURVE = [(1.0, 0.5), (1.2, 0.7), (1.4, 0.8), (1.6, 0.8), (1.8, 0.85)]
+CURVE = [(1.0, 0.5), (1.1, 0.6), (1.2, 0.7), (1.4, 0.8), (1.6, 0.8), (1.8, 0.85)]
 """Nats a token and satisfaction, without guidance and by beta."""
 
 
