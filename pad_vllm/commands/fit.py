@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="weights over these LoRA adapters, named as in the server's configuration, and not over heads",
     )
+    parser.add_argument(
+        "--next",
+        metavar="FILE",
+        dest="pool",
+        help="do not fit: say which of this file's pairs of answers the user should compare next, which tells most of "
+        "the weights over --attributes",
+    )
     parser.add_argument("--heads", help="file of heads, where it is not beside the model")
     parser.add_argument("--name", help=f"of the persona (default {NAME})")
     parser.add_argument(
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
 
 
-def run(name, update, columns, prompt_template, attributes, adapters, **settings) -> int:
+def run(name, update, pool, columns, prompt_template, attributes, adapters, **settings) -> int:
     from pad_vllm.training.fit import fit
     from pad_vllm.training.mixture import fit_adapters, mixture_of
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
@@ -54,6 +61,8 @@ def run(name, update, columns, prompt_template, attributes, adapters, **settings
     if update is not None and name is None:
         raise ValueError(f"--update={update!r}: say whose persona it is by --name")
     settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
+    if pool is not None:
+        return print_next(pool, attributes, update, settings)
     if adapters:
         what, found = "adapters", fit_adapters(**settings, adapters=assignments("--adapters", adapters))
     elif attributes is not None:
@@ -81,4 +90,18 @@ def run(name, update, columns, prompt_template, attributes, adapters, **settings
     if update is not None:
         update_personas(update, name, persona)
         print(f"{name!r} is in {update}.")
+    return 0
+
+
+def print_next(pool: str, attributes: str | None, update: str | None, settings: dict[str, Any]) -> int:
+    """``pad-vllm fit --next``"""
+    from pad_vllm.training.choosing import choose
+
+    if attributes is None or update is not None:
+        raise ValueError("--next: goes with --attributes, and without --update")
+    pair, bits = choose(**settings, pool=pool, attributes=attributes)
+    print(f"The next comparison, expected to tell {bits:.2f} bits:\n{pair.prompt}")
+    print(f"\nA: {pair.chosen}\n\nB: {pair.rejected}\n")
+    print("For the user's comparisons if A is chosen; if B is, with the two exchanged:")
+    print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}))
     return 0

@@ -184,15 +184,15 @@ def regress(features: torch.Tensor, seed: int = 0, max_nonzero: int | None = Non
 
 
 def _solve_few(features: torch.Tensor, penalty: float, max_nonzero: int | None) -> torch.Tensor:
-    """:func:`_solve`, with at most ``max_nonzero`` weights that are not 0."""
-    solution = _solve(features, penalty)
+    """:func:`solve`, with at most ``max_nonzero`` weights that are not 0."""
+    solution = solve(features, penalty)
     if max_nonzero is None or len(solution) <= max_nonzero:
         return solution
     kept = (solution.abs() * features.square().mean(0).sqrt()).topk(max_nonzero).indices
-    return torch.zeros_like(solution).index_copy(0, kept, _solve(features[:, kept], penalty))
+    return torch.zeros_like(solution).index_copy(0, kept, solve(features[:, kept], penalty))
 
 
-def _solve(features: torch.Tensor, penalty: float) -> torch.Tensor:
+def solve(features: torch.Tensor, penalty: float) -> torch.Tensor:
     """argmin_w of sum -log sigmoid(features w) + penalty / 2 |w|^2, convex: (num_features,)."""
     weights = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")

@@ -14,7 +14,7 @@ from pad_vllm.reward.heads import load_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training import sliders
 from pad_vllm.training.data import encode, read_comparisons
-from pad_vllm.training.fit import _solve, load_reward_model
+from pad_vllm.training.fit import load_reward_model, solve
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.sliders import (
     differentials,
@@ -136,7 +136,7 @@ def test_of_many_attributes_the_largest_are_fitted_again():
     assert len(heaviest) <= MAX_PREFERENCES
     kept = [i for i, weight in enumerate(found.weights) if weight]
     assert len(kept) == MAX_PREFERENCES
-    by_themselves = _solve(differences[:, kept].double() / differences.double().square().mean().sqrt(), found.penalty)
+    by_themselves = solve(differences[:, kept].double() / differences.double().square().mean().sqrt(), found.penalty)
     by_themselves = by_themselves / by_themselves.abs().max() * max(map(abs, found.weights))
     assert [found.weights[i] for i in kept] == pytest.approx(by_themselves.tolist(), abs=0.006)
 
