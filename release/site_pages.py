@@ -28,7 +28,7 @@ ITEM = re.compile(r"( *)([-*]|\d+\.) +")
 TAB = 4
 """Python-Markdown indents by it what belongs to an item. CommonMark goes by where the item's text begins."""
 LOADED = re.compile(
-    r"<(?:script|link|img|iframe|source|object|embed|video|audio)\b[^>]*?(?:src|href|data)=[\"']?(?:https?:)?//[^>]*>"
+    r"<(?:script|link|img|iframe|source|object|embed|video|audio|image|use)\b[^>]*?(?:src|href|data)=[\"']?(?:https?:)?//[^>]*>"
 )
 STYLED = re.compile(r"(?:@import\s+|url\()[\"']?(?:https?:)?//[^;)]*")
 
@@ -136,7 +136,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     found = {
         str(path.relative_to(site)): there
         for path in sorted(site.rglob("*"))
-        if path.suffix in (".html", ".css") and (there := loads_from_elsewhere(path.read_text()))
+        if path.suffix in (".html", ".css", ".svg") and (there := loads_from_elsewhere(path.read_text()))
     }
     if found:
         raise SystemExit(

@@ -59,8 +59,8 @@ def test_variables_exist():
 
 def typed() -> list[list[str]]:
     """Arguments of each ``vllm serve`` in the blocks that are not run."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)
+    lines = "".join(body for language, body in blocks if not language).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[2:] for line in lines if line.startswith("vllm serve")]
 
 
