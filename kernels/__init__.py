@@ -2,7 +2,8 @@
 
 Installed as ``pad_vllm.kernels``. :mod:`.types` names what a step is told. :mod:`.reference` says what it does, in
 PyTorch, with :mod:`.selection` for its candidates and :mod:`.groups` for a reward model with another tokenizer;
-:mod:`.fused` does it in Triton, with :mod:`.fused_selection` and :mod:`.fused_groups`.
+:mod:`.fused` does it in Triton, with :mod:`.fused_selection` and :mod:`.fused_groups`. What it did in each row is
+measured by :mod:`.tracing` and :mod:`.fused_tracing`, where somebody asks.
 """
 
 import os
@@ -13,7 +14,7 @@ import torch
 from .large_groups import find_large
 from .scoring import cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import compiled_top_k, pad_k
-from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary, Trace
 
 __all__ = [
     "Controls",
@@ -24,6 +25,7 @@ __all__ = [
     "OutputTokens",
     "Rows",
     "SharedVocabulary",
+    "Trace",
     "cap_and_scale",
     "compiled_top_k",
     "find_large",

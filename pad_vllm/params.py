@@ -26,6 +26,8 @@ REFERENCES = ("base", "neutral", "none")
 """What a reward is held against: the base model, the reward model without the preference, or nothing."""
 MAX_CACHE_SALT_CHARS = 128
 """As vLLM's own bound of ``cache_salt``."""
+MAX_TRACE_CHARS = 128
+"""Of an id that a client gives a request."""
 MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
@@ -145,6 +147,7 @@ class PAD:
             asks for no guidance.
         adapter: name of one of the server's adapters of the reward model, or up to eight of them. Context i reads
             preference i (or the only one, or none) through adapter i (or the only one).
+        trace: the client's own id of the request, for the server's traces. By itself it asks for no guidance.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -163,6 +166,7 @@ class PAD:
     reference: str | None = None
     cache_salt: str | None = None
     adapter: str | tuple[str, ...] | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
@@ -186,6 +190,8 @@ class PAD:
             check_reference("pad_reference", self.reference)
         if self.cache_salt is not None:
             check_text("pad_cache_salt", self.cache_salt, MAX_CACHE_SALT_CHARS)
+        if self.trace is not None:
+            check_text("pad_trace", self.trace, MAX_TRACE_CHARS)
         if self.adapter is not None:
             wanted = "a name or a list of names"
             normalize("adapter", check_one_or_more("pad_adapter", self.adapter, wanted, "names"))
@@ -196,8 +202,8 @@ class PAD:
 
     @property
     def asks_for_guidance(self) -> bool:
-        """Whether it says more than who shares a cache."""
-        return self != PAD(cache_salt=self.cache_salt)
+        """Whether it says more than who shares a cache, and what its trace is called."""
+        return self != PAD(cache_salt=self.cache_salt, trace=self.trace)
 
     @property
     def preferences(self) -> tuple[str, ...]:
@@ -295,10 +301,18 @@ class GuidanceParams:
     cache_salt: str | None = None
     adapters: tuple[str, ...] = ()
     """One for each context; or none"""
+    persona: str | None = None
+    trace: str | None = None
 
     @property
     def guides(self) -> bool:
         return self.top_k > 0
+
+    @property
+    def readings(self) -> list[Reading]:
+        """One for each of the weights, whether it is read or not."""
+        nothing = (None,) * len(self.preference_weights)
+        return [Reading(*one) for one in zip(self.preferences or nothing, self.adapters or nothing, strict=True)]
 
     def contexts(self) -> dict[Reading, float]:
         """What the reward model reads, and how much of it counts.
@@ -306,11 +320,7 @@ class GuidanceParams:
         The reward is their weighted sum, less :attr:`base_weight` of the base model's log probability.
         """
         contexts: dict[Reading, float] = {}
-        num = len(self.preference_weights)
-        for *read, weight in zip(
-            self.preferences or (None,) * num, self.adapters or (None,) * num, self.preference_weights, strict=True
-        ):
-            reading = Reading(*read)
+        for reading, weight in zip(self.readings, self.preference_weights, strict=True):
             contexts[reading] = contexts.get(reading, 0.0) + weight
         if self.reference == "neutral":
             contexts[NEUTRAL] = contexts.get(NEUTRAL, 0.0) - sum(self.preference_weights)

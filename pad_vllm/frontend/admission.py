@@ -58,6 +58,8 @@ def validate(sampling_params: SamplingParams) -> None:
     """
     asked = PAD.from_extra_args(sampling_params.extra_args)
     vllm_config, prompt_ids = engines.of_this_request(), engines.prompt_of_this_request()
+    if asked is not None and asked.trace is not None:
+        check_traces(list(engines.own(vllm_config).values()), asked.trace)
     if asked is None or not asked.asks_for_guidance:
         _validate_unasked(sampling_params, vllm_config, prompt_ids)
         return
@@ -98,6 +100,15 @@ def _validate_unasked(
     if pad is not None and pad.get("default_persona") is not None:
         raise ValueError(
             f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
+        )
+
+
+def check_traces(own: list[Announcement], trace: str) -> None:
+    """Raise ValueError for a request with an id for traces where none of the engines keeps any."""
+    if not any(engine.traces for engine in own):
+        raise ValueError(
+            f"pad_trace={shown(trace)}: this server keeps no traces; leave it out, or start the server with pad.trace, "
+            "a folder"
         )
 
 
