@@ -60,7 +60,7 @@ class Guidance:
         self.rule = Rule(loaded)
         self.drafter = Drafter(loaded, self.contexts, self.slots, max_model_len) if num_drafts else None
         self.stats = Stats()
-        self.traces = make_traces(loaded, max_num_seqs + 1, self.max_rows_per_request, self.stats)
+        self.traces = make_traces(loaded, vllm_config, self.max_rows_per_request, self.stats)
         self._params: RowParams | None = None
         self.has_written = False
         """Whether a step reached the kernel, which overwrites the guided rows, and did not finish"""
@@ -238,9 +238,9 @@ def make_contexts(
     return SameTokens(loaded, engine, num_slots, num_drafts, verifies=max_rows_per_request > 1)
 
 
-def make_traces(loaded: Loaded, num_slots: int, rows_per_request: int, stats: Stats) -> Traces | None:
-    """None where nothing is traced."""
-    fit, vllm_config = loaded.fit, loaded.fit.vllm_config
+def make_traces(loaded: Loaded, vllm_config: VllmConfig, rows_per_request: int, stats: Stats) -> Traces | None:
+    """Of the engine that ``vllm_config`` configures; None where nothing is traced."""
+    fit, num_slots = loaded.fit, vllm_config.scheduler_config.max_num_seqs + 1
     if fit.config.trace is None:
         return None
     writes = is_first_rank() and get_pp_group().is_last_rank

@@ -152,7 +152,7 @@ class Traces:
             files = TraceFiles(config.trace, engine, config.trace_file_bytes, config.trace_files)
             lines = Lines(stats, str(engine), vllm_config.model_config.max_model_len, decode, config.trace_text)
             self.writer = TraceWriter(files, lines.make)
-            weakref.finalize(self, self.writer.close)
+            weakref.finalize(self, self.writer.close).atexit = False  # then what is left comes first
             multiprocessing.util.Finalize(None, _close, args=(weakref.ref(self),), exitpriority=20)
             _all.add(self)
 

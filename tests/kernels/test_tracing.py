@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import kernel_resources
 from pad_vllm.kernels import Mixture, OutputHead, Rows, SharedVocabulary, Trace
 from pad_vllm.kernels.types import NUM_COUNTS, REFERENCE_BASE, REFERENCE_NONE
 from tests import oracle
@@ -227,3 +228,27 @@ def test_positions_by_rows_of_logits(traced):
     (out,), trace = traced((logits, hidden[:2], OutputHead(lm_head), rows, SharedVocabulary(97), {"trace": trace}))
     for i, (row, position) in enumerate(((3, 33), (1, 21))):
         assert_is(last_of(trace, i, position), oracle.effect(logits[row], out[row], lm_head @ hidden[i]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_compile_ahead_without_spills(target, monkeypatch):
+    """What the interpreter lets pass, a compiler may not."""
+    from pad_vllm.kernels import fused_tracing
+
+    floats, ints = ("values_ptr",), ("row_positions_ptr", "positions_ptr", "references_ptr")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i64")
+    monkeypatch.setattr(kernel_resources, "TYPES", kernel_resources.TYPES | types)
+    trace = {"K": 64, "VALUES": 12, "WIDTH": 16, "BY_LOGITS_ROW": True}
+    plain = trace | {"HAS_CONTROLS": False, "HAS_SOFT_CAP": False, "y_ptr": None, "weights_ptr": None}
+    full, grouped_ = trace | {"HAS_CONTROLS": True}, fused_tracing.NUM_OTHERS
+    score = {"K": 64, "SCORED": fused_tracing.SCORED, "BLOCK_D": fused_tracing.BLOCK_D, "HAS_BIAS": True}
+    for kernel, constants, warps in (
+        (fused_tracing.trace_kernel, plain | {"no_opinion_ptr": None}, fused_tracing.TRACE_WARPS),
+        (fused_tracing.trace_kernel, full | {"HAS_SOFT_CAP": True}, fused_tracing.TRACE_WARPS),
+        (fused_tracing.trace_groups_kernel, full | {"NUM_OTHERS": grouped_}, fused_tracing.TRACE_WARPS),
+        (fused_tracing.score_contexts_kernel, score, fused_tracing.SCORE_WARPS),
+    ):
+        on = kernel_resources.TARGETS[target]
+        compiled = kernel_resources.compile_ahead(kernel, constants, warps, on)
+        assert kernel_resources.resources(*compiled, on)["spilled"] == 0
