@@ -5,20 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from pad_vllm.cli import main
+from pad_vllm.config import PADConfig
 from pad_vllm.evaluation.traces import Spread, grouped, read_traces, trace_table
+from pad_vllm.kernels import Rows
+from pad_vllm.kernels.tracing import add_
 from pad_vllm.params import GuidanceParams
 from pad_vllm.reward.device import HostCopy
 from pad_vllm.stats import Stats
 from pad_vllm.worker.trace_files import TraceFiles, TraceWriter
-from pad_vllm.worker.traces import REFERENCE_BASE, REFERENCE_NONE, Ended, Generated, Lines, TraceRecord, reference_of
+from pad_vllm.worker.traces import (
+    REFERENCE_BASE,
+    REFERENCE_NONE,
+    Ended,
+    Generated,
+    Lines,
+    TraceRecord,
+    Traces,
+    _close,
+    reference_of,
+    tell,
+)
 
 NUM_VALUES = 12
 
@@ -166,6 +182,74 @@ def test_a_line_names_the_contexts_as_the_request_did():
     line = texts.make(ended(Generated([50, 51, 52, 53, 54, -1], 4)))
     assert (line["preferences"], line["prompt"]) == (["a", "b", "a"], "0 1 2 3")
     assert line["answer"] == "50 51 52 53 54"
+
+
+def traces_of(folder: Path, num_slots: int = 3) -> Traces:
+    """Of an engine without drafts."""
+    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_index=0)
+    model = SimpleNamespace(max_model_len=100)
+    engine = SimpleNamespace(parallel_config=parallel, model_config=model, use_v2_model_runner=False)
+    config = PADConfig("a model", trace=str(folder))
+    return Traces(config, engine, num_slots, 1, Stats(), torch.device("cpu"), None, writes=True)
+
+
+class Runner:
+    """Of vLLM's worker."""
+
+    def __init__(self, vllm_config) -> None:
+        self.vllm_config = vllm_config
+
+
+def add_rows(traces: Traces, slot: int, *positions: int) -> None:
+    """As steps do, of rows with a value of 1."""
+    for position in positions:
+        trace = traces.on_device._replace(slots=torch.tensor([slot]), row_positions=torch.tensor([position]))
+        rows = Rows(*[torch.ones(1, dtype=torch.int64)] * 5, max_top_k=1)
+        add_(trace, rows, torch.ones(1, 4))
+
+
+def test_values_follow_a_request_out_of_the_batch_and_back(tmp_path):
+    """A request that is preempted, whose slot another one takes, goes on in a slot of its own; a third is gone while it
+    is out. What belongs to an engine of another process is not theirs to end."""
+    traces = traces_of(tmp_path)
+    sampling = SimpleNamespace(stop_token_ids=[9], eos_token_id=None, max_tokens=50)
+    records = {key: traces.arrive(key, PARAMS, sampling) for key in "abc"}
+    traces.begin(0, records["a"], [1, 2, 3])
+    add_rows(traces, 0, 2, 3, 4, 5, 6, 7)
+    traces.begin(0, records["b"], [1, 2])  # a is out
+    add_rows(traces, 0, 1, 2)
+    traces.begin(1, records["c"], [1])
+    add_rows(traces, 1, 0)
+    traces.park(1)
+    assert traces.arrive("a", PARAMS, sampling) is records["a"]
+    traces.begin(2, records["a"], [1, 2, 3])
+    add_rows(traces, 2, 7, 8)  # its last token is computed again
+    records["b"].output_ids = [5, 9, 7]  # of which one row is behind the end
+    traces.read_tail = lambda record: Generated(record.output_ids, 2) if record.output_ids else None
+    tell(Runner(object()), {"a"})
+    assert not traces.gone
+    tell(Runner(traces.vllm_config), {"a", "b", "c", "unknown"})
+    add_rows(traces, 0, 3)
+    traces.collect()
+    traces.begin(0, traces.arrive("d", PARAMS, sampling), [1])
+    assert not traces.on_device.values[0].any()
+    _close(weakref.ref(traces))
+    assert [line["tokens"] for line in lines_in(tmp_path)] == [7, 2, 1, 0]
+    traces.count()
+    assert (traces.stats.traced_tokens, traces.stats.lost_traces) == (10, 0)
+    assert not traces.records
+
+
+def test_a_trace_that_fails_harms_no_request(tmp_path, monkeypatch, log):
+    traces = traces_of(tmp_path)
+    monkeypatch.setattr(traces, "on_device", None)
+    sampling = SimpleNamespace(stop_token_ids=None, eos_token_id=None, max_tokens=None)
+    record = traces.arrive("a", PARAMS, sampling)
+    traces.begin(0, record, [1])
+    assert traces.arrive("b", PARAMS, None) is None
+    traces.count()
+    assert traces.stats.lost_traces == 2
+    traces.writer.close()
 
 
 def trace_line(persona, tokens, changed, divergence, rewards=(0.5,), weights=(1.0,), **more) -> dict:
