@@ -2,8 +2,9 @@
 
 Installed as ``pad_vllm.kernels``. :mod:`.types` names what a step is told. :mod:`.reference` says what it does, in
 PyTorch, with :mod:`.selection` for its candidates, :mod:`.groups` for a reward model with another tokenizer and
-:mod:`.divergence` for guidance with a bound;
-:mod:`.fused` does it in Triton, with :mod:`.fused_selection` and :mod:`.fused_groups`.
+:mod:`.divergence` for guidance with a bound; :mod:`.fused` does it in Triton, with :mod:`.fused_selection` and
+:mod:`.fused_groups`. What it did in each row is measured by :mod:`.tracing` and :mod:`.fused_tracing`, where somebody
+asks.
 """
 
 import os
@@ -14,7 +15,18 @@ import torch
 from .large_groups import find_large
 from .scoring import append_adapters, cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import compiled_top_k, pad_k
-from .types import Controls, Groups, HeadAdapters, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from .types import (
+    Controls,
+    Groups,
+    HeadAdapters,
+    HeadMix,
+    Mixture,
+    OutputHead,
+    OutputTokens,
+    Rows,
+    SharedVocabulary,
+    Trace,
+)
 
 __all__ = [
     "Controls",
@@ -26,6 +38,7 @@ __all__ = [
     "OutputTokens",
     "Rows",
     "SharedVocabulary",
+    "Trace",
     "append_adapters",
     "cap_and_scale",
     "compiled_top_k",

@@ -13,6 +13,8 @@ size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +23,13 @@ from .controls import undo_controls
 from .fused_groups import reweight_groups_, score_groups
 from .fused_scoring import capped, context_args, dot_candidates, head_args, load_bound, row_args, rule_args, sum_weights
 from .fused_selection import IS_INTERPRETED, IS_NVIDIA, can_overlap, merge, select, store_candidates
+from .fused_tracing import score_contexts, trace_groups_, trace_tokens_
 from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
 from .mixture import mix_contexts
 from .scoring import append_adapters, map_heads
 from .selection import MIN_K, pad_k
-from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary
+from .types import Controls, Groups, HeadMix, Mixture, OutputHead, Rows, SharedVocabulary, Trace
 from .writing import write_guided
 
 FEW, BLOCK_D = 16, 512
@@ -249,6 +252,7 @@ def guide_(
     controls: Controls | None = None,
     mixture: Mixture | None = None,
     head_mix: HeadMix | None = None,
+    trace: Trace | None = None,
 ) -> None:
     """:func:`.reference.guide_`, by Triton kernels. The last dimensions of ``logits``, ``hidden_states`` and
     ``head.weight`` must be contiguous; their rows may lie any stride apart.
@@ -266,11 +270,29 @@ def guide_(
     if isinstance(vocabulary, Groups):
         of_groups = score_groups(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
         y = None if controls is None else undo_controls(candidates, rows.top_k, controls)
-        return reweight_groups_(logits, head, rows, vocabulary, candidates, mixture, of_groups, y)
-    scores = score_tokens(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture)
-    if scores is not None:
-        y = None if controls is None else undo_controls(candidates, rows.top_k, controls)
-        reweight_tokens_(logits, head, rows, vocabulary, candidates, mixture, scores, y)
+        reweight_groups_(logits, head, rows, vocabulary, candidates, mixture, of_groups, y)
+        if trace is not None:
+            trace_groups_(logits, rows, candidates, mixture, of_groups, y, trace)
+        return
+    traces = trace is not None
+    scored = score_tokens(logits, hidden_states, head, rows, vocabulary, candidates, controls, mixture, traces)
+    y = None if controls is None else undo_controls(candidates, rows.top_k, controls)
+    if not scored.is_written:
+        reweight_tokens_(logits, head, rows, vocabulary, candidates, mixture, scored.scores, y)
+    if trace is not None:
+        apart, is_capped = scored.apart, scored.is_written and mixture is None
+        trace_tokens_(logits, head, rows, vocabulary, candidates, mixture, apart, is_capped, y, trace)
+
+
+class TokenScores(NamedTuple):
+    """What the reward model says of the candidates, of all ranks."""
+
+    scores: torch.Tensor
+    """[R, K] float32 ([R * J, K] for a mixture with a soft cap); with the soft cap, if the rows are written"""
+    is_written: bool
+    """Whether the rows are: no other rank has a part of them, and no controls are to be undone"""
+    apart: torch.Tensor
+    """[R * J, K] float32: in each context by itself, where these are traced; else ``scores``"""
 
 
 def score_tokens(
@@ -282,18 +304,17 @@ def score_tokens(
     candidates: torch.Tensor,
     controls: Controls | None,
     mixture: Mixture | None,
-) -> torch.Tensor | None:
+    traces: bool,
+) -> TokenScores:
     """Select the candidates and score each by its own row of the output head.
 
     Args:
         hidden_states: [C, d], mapped by the value heads where there are any; [C, d + Q] where the head has adapters.
         candidates: [R, K] int64, out: keys.
-
-    Returns:
-        [R, K] float32 scores ([R * J, K] for a mixture with a soft cap), summed over the ranks; None where no other
-        rank has a part of them and no controls are to be undone: then the rows are written.
+        traces: whether each context's scores are asked for.
     """
     is_capped = head.soft_cap is not None
+    of_contexts = hidden_states
     if mixture is not None and not is_capped:  # an output head is linear: it is enough to score the mixture
         hidden_states = mix_contexts(hidden_states, mixture)
     (num_rows, K), device = candidates.shape, logits.device
@@ -306,7 +327,11 @@ def score_tokens(
     few, block_d, parts = parts_of(num_rows, rows.max_top_k)
     kept = torch.empty(num_rows, parts, sizes["CAPACITY"], dtype=torch.int64, device=device)
     make = torch.empty if is_whole else torch.zeros  # the ranks' sum is read, also where there are no candidates
-    scores = make(num_rows * (num_contexts if head.soft_cap and not is_whole else 1), K, device=device)
+    num_scores = num_rows * (num_contexts if head.soft_cap and not is_whole else 1)
+    # Of contexts that are mixed; the ranks' parts of all these are summed together.
+    num_apart = num_rows * mixture.contexts.shape[1] if traces and mixture and (is_whole or not is_capped) else 0
+    both = make(num_scores + num_apart, K, device=device)
+    scores = both[:num_scores]
     score_kernel[(parts, num_rows)](
         *(*row_args(logits, rows), keys, keys.shape[1], kept, candidates, arrivals),
         *head_args(hidden_states, head),
@@ -322,9 +347,11 @@ def score_tokens(
         NORMALIZE=is_whole,
         **score_options(device),
     )
-    if is_whole:
-        return None
-    return scores if head.all_reduce is None else head.all_reduce(scores)
+    if num_apart and mixture is not None:
+        score_contexts(of_contexts, head, rows, candidates, mixture, both[num_scores:])
+    if head.all_reduce is not None:
+        both = head.all_reduce(both)
+    return TokenScores(both[:num_scores], is_whole, both[num_scores:] if num_apart else both)
 
 
 def reweight_tokens_(

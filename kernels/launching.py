@@ -10,6 +10,6 @@ COUNTS = [
 ROW_POINTERS = [
     *("rows_ptr", "top_k_ptr", "beta_ptr", "reference_ptr", "end_ids_ptr", "contexts_ptr", "weights_ptr"),
     *("slots_ptr", "output_ptr", "output_rows_ptr", "output_begin_ptr", "output_end_ptr", "draft_ids_ptr"),
-    *("key_offsets_ptr", "max_divergence_ptr"),
+    *("key_offsets_ptr", "max_divergence_ptr", "row_positions_ptr"),
 ]
 """Pointers of which a program reads an element or two: how they are aligned."""

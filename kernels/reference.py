@@ -39,7 +39,8 @@ from .divergence import bound_beta
 from .groups import reward_groups
 from .scoring import append_adapters, cap_and_scale, map_heads, mix_contexts, score_candidates
 from .selection import MAX_LOGIT, NEG_INF, Candidates, select_candidates
-from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from .tracing import trace_
+from .types import Controls, Groups, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary, Trace
 
 
 def guide_(
@@ -52,6 +53,7 @@ def guide_(
     controls: Controls | None = None,
     mixture: Mixture | None = None,
     head_mix: HeadMix | None = None,
+    trace: Trace | None = None,
 ) -> None:
     """One step of PAD over a batch of logits, in place; rows that ``rows`` does not name are not touched.
 
@@ -64,6 +66,7 @@ def guide_(
         controls: what requests did to their logits by bias and penalties; None where none of them did.
         mixture: the contexts of each row; None: one each, in the rows' order.
         head_mix: value heads, and their weights in each context; None: the hidden states are taken as they are.
+        trace: gets what guidance did in the rows; None: nobody asks.
     """
     if head_mix is not None:
         hidden_states = map_heads(hidden_states, head_mix)
@@ -75,6 +78,8 @@ def guide_(
     else:
         reward, has_opinion = reward_tokens(hidden_states, head, rows, vocabulary, candidates, y, mixture)
     write_(logits, rows, candidates, reward, has_opinion)
+    if trace is not None:
+        trace_(logits, hidden_states, head, rows, vocabulary, candidates, y, mixture, trace)
 
 
 def undo_controls(candidates: Candidates, controls: Controls) -> torch.Tensor:

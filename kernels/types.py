@@ -98,6 +98,34 @@ class Rows(NamedTuple):
         return self.index.is_cpu if self.may_read is None else self.may_read
 
 
+class Trace(NamedTuple):
+    """Where rows leave what guidance did in them (:mod:`.tracing`), by slot of the S requests.
+
+    A slot has P places, more than a request has rows in a step. A row at position p leaves its values at place p % P;
+    what was there of an earlier position is added to that place's sum, and of the same position, overwritten: a draft
+    that was refused, or a token computed again, is not counted twice.
+    """
+
+    values: torch.Tensor
+    """[S, P, 2, NUM_COUNTS + contexts] float32: of the last row, and the sums of those before"""
+    positions: torch.Tensor
+    """[S, P] int64: of the last row; negative: there was none"""
+    references: torch.Tensor
+    """[S] int64: of :data:`REFERENCE_BASE`, :data:`REFERENCE_NONE`; or which of the request's contexts is neutral"""
+    slots: torch.Tensor
+    """[R] int64: each guided row's request"""
+    row_positions: torch.Tensor
+    """[R] int64: position of the last token that a row sees; [N], of the rows of logits, ``if by_logits_row``"""
+    by_logits_row: bool = False
+
+
+REFERENCE_BASE, REFERENCE_NONE = -1, -2
+"""In place of a context: rewards are held against the base model, or against nothing."""
+NUM_COUNTS = 3
+"""Of a row's values before its contexts' rewards: whether it was guided, whether the first choice changed, and the
+divergence."""
+
+
 class OutputTokens(NamedTuple):
     """The generated tokens that guided rows have seen: what presence and frequency are counted in."""
 

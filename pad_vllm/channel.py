@@ -79,6 +79,7 @@ class Announcement:
     chat: str = "auto"
     insert_after: str | None = None
     launch: str = ""
+    traces: bool = False
     adapters: tuple[str, ...] = ()
     about: dict[str, Any] | None = None
     """Of its guidance, for clients alone: :func:`pad_vllm.worker.start.about_guidance`."""
@@ -100,8 +101,7 @@ def data_parallel_address(vllm_config: VllmConfig) -> str:
 
 _locks: dict[Path, int] = {}
 """Folders of which this process, or one that it was forked from, holds the lock."""
-_failure = ""
-"""Why this process has no folder."""
+_failure = ""  # why this process has no folder
 _served: set[str] = set()
 """Ids of the engines that this process is the frontend of, without their data-parallel ranks: they end with it."""
 

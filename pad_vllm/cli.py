@@ -18,6 +18,7 @@ COMMANDS = {
     "fit": ("fit", "a new user's weights from a few comparisons"),
     "eval": ("evaluate", "ways to personalize answers, measured side by side"),
     "convert": ("convert", "a reward model of a checkpoint with a value head, or a LoRA adapter"),
+    "traces": ("traces", "what guidance did to a server's requests, by persona"),
     "bench": ("bench", "what guidance costs, beside the other ways to get it"),
 }
 """Name -> its module, and what it does."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_TOP_K = 1024
 """What ``max_top_k`` itself may be."""
+MIN_TRACE_FILE_BYTES = 4096
+"""What ``trace_file_bytes`` itself must be."""
 CHATS = ("auto", "strict")
 """What ``chat`` may be."""
 
@@ -68,6 +70,9 @@ class PADConfig:
         adapters: name -> path or hub id of a PEFT LoRA adapter of the reward model.
         adapter_base: path or hub id of the model that ``reward_model``, an adapter, is for; as the adapter says, when
             absent.
+        trace: folder of the requests' traces; absent, nothing is traced.
+        trace_text: whether these have the texts of preferences, prompts and answers.
+        trace_file_bytes, trace_files: size of a file of traces, and how many an engine keeps.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -93,6 +98,10 @@ class PADConfig:
     trust_remote_code: bool = False
     adapters: Mapping[str, str] = field(default_factory=dict)
     adapter_base: str | None = None
+    trace: str | None = None
+    trace_text: bool = False
+    trace_file_bytes: int = 64 * 2**20
+    trace_files: int = 16
     source: Source = field(init=False, compare=False)
     """Whose weights it has"""
     why_reference: str = field(default="as configured", init=False, compare=False)
@@ -102,7 +111,7 @@ class PADConfig:
 
     def __post_init__(self) -> None:
         names = ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision")
-        for name in (*names, "adapter_base"):
+        for name in (*names, "adapter_base", "trace"):
             value = getattr(self, name)
             if value is not None or name == "reward_model":
                 check_text(f"pad.{name}", value)
@@ -122,8 +131,11 @@ class PADConfig:
         for name in ("kv_cache_memory_bytes", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
                 check_int(f"pad.{name}", getattr(self, name), 1)
-        if not isinstance(self.trust_remote_code, bool):
-            raise ValueError(f"pad.trust_remote_code={self.trust_remote_code!r}: must be true or false")
+        for name in ("trust_remote_code", "trace_text"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"pad.{name}={getattr(self, name)!r}: must be true or false")
+        check_int("pad.trace_file_bytes", self.trace_file_bytes, MIN_TRACE_FILE_BYTES)
+        check_int("pad.trace_files", self.trace_files, 1)
         object.__setattr__(self, "source", Source(self.reward_model, self.reward_model, self.revision))
         object.__setattr__(self, "adapters", check_paths("pad.adapters", self.adapters))
         personas: Any = self.personas
@@ -252,7 +264,17 @@ class PADConfig:
         weights = merged.preference_weights or (1 / num,) * num
         reference = merged.reference or self.reference
         return GuidanceParams(
-            texts, weights, merged.weights, beta, top_k, reference, merged.cache_salt, adapters, bound
+            texts,
+            weights,
+            merged.weights,
+            beta,
+            top_k,
+            reference,
+            merged.cache_salt,
+            adapters,
+            bound,
+            name,
+            merged.trace,
         )
 
 

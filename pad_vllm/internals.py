@@ -80,6 +80,12 @@ MEMBERS = {
         *("lora_token_start_loc", "no_lora_flag_cpu", "num_active_loras_cpu"),
     ),
     "vllm.model_executor.model_loader:BaseModelLoader": ("load_model",),
+    "vllm.v1.worker.gpu_worker:Worker": ("execute_model",),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("finished_req_ids",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("requests", "vllm_config"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "vllm_config"),
+    "vllm.v1.worker.gpu.states:RequestState": ("index_to_req_id",),
+    "vllm.sampling_params:SamplingParams": ("stop_token_ids", "eos_token_id", "max_tokens"),
     "vllm.v1.core.block_pool:BlockPool": (
         *("get_new_blocks", "free_blocks", "touch", "get_cached_block", "cache_full_blocks", "reset_prefix_cache"),
         *("get_num_free_blocks", "get_usage"),

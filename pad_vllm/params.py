@@ -30,6 +30,8 @@ REFERENCES = ("base", "neutral", "none")
 """What a reward is held against: the base model, the reward model without the preference, or nothing."""
 MAX_CACHE_SALT_CHARS = 128
 """As vLLM's own bound of ``cache_salt``."""
+MAX_TRACE_CHARS = 128
+"""Of an id that a client gives a request."""
 MAX_LOGIT_BIAS = 1024
 """Tokens that a guided request may bias: what Model Runner V2 has room for."""
 
@@ -152,6 +154,7 @@ class PAD:
         max_divergence: a bound, in nats, of each token's KL divergence from the guided to the unguided distribution
             over the candidates: guidance is as strong as that lets it, up to ``beta``. 0: the base
             model on its top-k.
+        trace: the client's own id of the request, for the server's traces. By itself it asks for no guidance.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -171,6 +174,7 @@ class PAD:
     cache_salt: str | None = None
     adapter: str | tuple[str, ...] | None = None
     max_divergence: float | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         def normalize(name: str, value: Any) -> None:
@@ -197,6 +201,8 @@ class PAD:
             check_reference("pad_reference", self.reference)
         if self.cache_salt is not None:
             check_text("pad_cache_salt", self.cache_salt, MAX_CACHE_SALT_CHARS)
+        if self.trace is not None:
+            check_text("pad_trace", self.trace, MAX_TRACE_CHARS)
         if self.adapter is not None:
             wanted = "a name or a list of names"
             normalize("adapter", check_one_or_more("pad_adapter", self.adapter, wanted, "names"))
@@ -207,8 +213,8 @@ class PAD:
 
     @property
     def asks_for_guidance(self) -> bool:
-        """Whether it says more than who shares a cache."""
-        return self != PAD(cache_salt=self.cache_salt)
+        """Whether it says more than who shares a cache, and what its trace is called."""
+        return self != PAD(cache_salt=self.cache_salt, trace=self.trace)
 
     @property
     def preferences(self) -> tuple[str, ...]:
@@ -308,10 +314,18 @@ class GuidanceParams:
     """One for each context; or none"""
     max_divergence: float | None = None
     """None: no bound"""
+    persona: str | None = None
+    trace: str | None = None
 
     @property
     def guides(self) -> bool:
         return self.top_k > 0
+
+    @property
+    def readings(self) -> list[Reading]:
+        """One for each of the weights, whether it is read or not."""
+        nothing = (None,) * len(self.preference_weights)
+        return [Reading(*one) for one in zip(self.preferences or nothing, self.adapters or nothing, strict=True)]
 
     def contexts(self) -> dict[Reading, float]:
         """What the reward model reads, and how much of it counts.
@@ -319,11 +333,7 @@ class GuidanceParams:
         The reward is their weighted sum, less :attr:`base_weight` of the base model's log probability.
         """
         contexts: dict[Reading, float] = {}
-        num = len(self.preference_weights)
-        for *read, weight in zip(
-            self.preferences or (None,) * num, self.adapters or (None,) * num, self.preference_weights, strict=True
-        ):
-            reading = Reading(*read)
+        for reading, weight in zip(self.readings, self.preference_weights, strict=True):
             contexts[reading] = contexts.get(reading, 0.0) + weight
         if self.reference == "neutral":
             contexts[NEUTRAL] = contexts.get(NEUTRAL, 0.0) - sum(self.preference_weights)

@@ -26,6 +26,11 @@ class Stats:
     steps_without_drafts: float = 0
     plain_prompts: float = 0
     personas_errors: float = 0
+    traced_requests: float = 0
+    traced_tokens: float = 0
+    changed_tokens: float = 0
+    divergence_nats: float = 0
+    lost_traces: float = 0
     running_requests: float = 0
     running_contexts: float = 0
     kv_cache_usage_perc: float = 0
@@ -50,6 +55,12 @@ HELP = {
     "plain_prompts": "Guided requests whose prompt begins as a chat and was read as plain text, as it is none that the "
     "chat template writes.",
     "personas_errors": "Versions of the personas' file that were broken, and changed nothing.",
+    "traced_requests": "Guided requests whose traces were made, when they were gone.",
+    "traced_tokens": "Their guided tokens, of those that they kept.",
+    "changed_tokens": "Of these, tokens where guidance changed the first choice.",
+    "divergence_nats": "Divergence of the guided from the unguided distribution over the candidates, summed over the "
+    "traced tokens, in nats.",
+    "lost_traces": "Traces that were lost: too many at once, or they could not be written.",
     "running_requests": "Guided requests in the last step that guided any.",
     "running_contexts": "Contexts of these requests.",
     "kv_cache_usage_perc": "Part of the reward model's KV cache that requests hold, from 0 to 1; on Model Runner V2 "

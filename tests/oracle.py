@@ -35,6 +35,14 @@ for which
     KL(softmax of z' over C || softmax of z over C) < max_divergence
 
 which grows with each of these (:func:`bounded_beta`), so bisection finds it; 0 where there is none.
+What guidance did in a position (:func:`effect`), which a request's trace has as means over the tokens that it kept:
+
+    divergence = KL(softmax_C z' || softmax_C z)
+    changed    = argmax_C z' is not argmax_C z                         ties by lower id
+    reward_j   = sum over c in C of softmax_C(z')_c (log_softmax_C(r_j)_c - ref_c)
+
+with ref as above: log_softmax_C(y), log_softmax_C(r_0), or 0; where the weights' sum W is 0, no neutral context is
+read, and ref is 0. Of groups the two are those of the candidate's group; and N is left out of C in reward_j.
 """
 
 from __future__ import annotations
@@ -135,6 +143,52 @@ def bounded_beta(z: torch.Tensor, reward: torch.Tensor, beta: float, most: float
     return bounded
 
 
+class Effect(NamedTuple):
+    """What guidance did in one position."""
+
+    changed: bool
+    divergence: float
+    """In nats"""
+    rewards: list[float]
+    """Of each context"""
+
+
+def effect(
+    z: torch.Tensor,
+    guided: torch.Tensor,
+    r: torch.Tensor | list[torch.Tensor],
+    reference: str = "base",
+    y: torch.Tensor | None = None,
+    r_0: torch.Tensor | None = None,
+    groups: Groups | None = None,
+    no_opinion: Collection[int] = (),
+) -> Effect:
+    """Of ``guided``, which :func:`guided_logits` made of z; the other arguments are that one's. ``r_0`` None: ref is 0
+    where ``reference`` is neutral."""
+    y = z if y is None else y
+    r = r if isinstance(r, list) else [r]
+    candidates = [c for c in range(len(guided)) if math.isfinite(guided[c])]
+    log_q, log_p = torch.log_softmax(z[candidates], 0), torch.log_softmax(guided[candidates], 0)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum())
+    changed = int(guided[candidates].argmax()) != int(z[candidates].argmax())  # the first of equal ones
+    spoken = [c for c in candidates if c not in no_opinion and (groups is None or groups.key[c] != -2)]
+    if not spoken:
+        return Effect(changed, divergence, [0.0] * len(r))
+
+    def log_of(values: torch.Tensor, is_base: bool = False) -> torch.Tensor:
+        if groups is None:
+            return torch.log_softmax(values[spoken], 0)
+        keys = [groups.key[c] for c in spoken]
+        distinct = sorted(set(keys))
+        own = [[c for c, key in zip(spoken, keys, strict=True) if key == g] for g in distinct]
+        tokens = own if is_base else [groups.members[g] for g in distinct]
+        return torch.log_softmax(logsumexp_each(values, tokens), 0)[[distinct.index(key) for key in keys]]
+
+    ref = {"base": lambda: log_of(y, True), "neutral": lambda: 0.0 if r_0 is None else log_of(r_0), "none": lambda: 0.0}
+    p, against = torch.softmax(guided[spoken], 0), ref[reference]()
+    return Effect(changed, divergence, [float((p * (log_of(r_j) - against)).sum()) for r_j in r])
+
+
 def logsumexp_each(values: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
     """Of the values of each of these lists of tokens."""
     return torch.stack([torch.logsumexp(values[part], dim=0) for part in tokens])
@@ -193,6 +247,7 @@ def generate(
     force: Callable[[list[int]], int | None] | None = None,
     adapted: Sequence | None = None,
     max_divergence: float = math.inf,
+    effects: list[Effect] | None = None,
 ) -> list[int]:
     """Greedy continuation. ``reward_prompt_ids`` is the composed prompt, or one for each preference, whose ``weights``
     are 1/m each when None; None: the reward model sees the base's. ``neutral_prompt_ids``: without a preference, where
@@ -203,6 +258,7 @@ def generate(
     ``penalties``: presence, frequency, repetition. ``no_opinion``: tokens that the reward model has none of -> what it
     reads for each. ``force``: generated tokens -> the next one, whatever the logits are, or None. ``adapted``: for each
     context, the reward model with its adapter merged; None: ``reward`` itself, which the neutral context always is.
+    ``effects``: gets that of each token.
     """
     contexts = reward_prompt_ids or prompt_ids
     contexts = contexts if isinstance(contexts[0], list) else [contexts]
@@ -220,7 +276,11 @@ def generate(
             r_0 = reward_logits(reward, neutral + seen, head) if reference == "neutral" else None
             of_first = groups is not None and groups.first is not None and not output
             now = groups.first if of_first else groups
+            before = z
             z = guided_logits(z, r, top_k, beta, reference, y, weights, r_0, now, no_opinion or (), max_divergence)
+            if effects is not None:
+                r_0 = None if weights is not None and sum(weights) == 0 else r_0
+                effects.append(effect(before, z, r, reference, y, r_0, now, no_opinion or ()))
         if behind is not None:
             z = behind(z)
         forced = force(output) if force is not None else None

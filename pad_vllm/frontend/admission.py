@@ -64,6 +64,8 @@ def validate(sampling_params: SamplingParams) -> None:
         raise ValueError(f"{ADMITTED}={shown(before)}: no such argument; a persona is named by pad_persona")
     asked = PAD.from_extra_args(extra_args)
     vllm_config, prompt_ids = engines.of_this_request(), engines.prompt_of_this_request()
+    if asked is not None and asked.trace is not None:
+        check_traces(list(engines.own(vllm_config).values()), asked.trace)
     # An API server checks a request twice, and its persona is that of the first time. Whoever calls an engine in Python
     # may give the same parameters again much later.
     kept = before if engines.is_serving() else None
@@ -139,6 +141,15 @@ def _validate_unasked(
             f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
         )
     return admitted
+
+
+def check_traces(own: list[Announcement], trace: str) -> None:
+    """Raise ValueError for a request with an id for traces where none of the engines keeps any."""
+    if not any(engine.traces for engine in own):
+        raise ValueError(
+            f"pad_trace={shown(trace)}: this server keeps no traces; leave it out, or start the server with pad.trace, "
+            "a folder"
+        )
 
 
 def drops_processors(vllm_config: VllmConfig) -> bool:

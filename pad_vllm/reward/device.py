@@ -14,6 +14,22 @@ def to_device(data: list | np.ndarray, device: torch.device, dtype: torch.dtype)
     return async_tensor_h2d(data, device, dtype)
 
 
+class HostCopy:
+    """A tensor on its way to the host, behind what the stream was already told to do."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        on_gpu = source.is_cuda
+        self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu).copy_(source, non_blocking=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def tolist(self) -> list:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()
+
+
 @torch.inference_mode()
 def copy_blocks(kv_caches: Iterable[torch.Tensor], pairs: list[tuple[int, int]]) -> None:
     """Copy blocks of every layer's KV cache, as if all at once.

@@ -59,8 +59,8 @@ class GuidedBatch:
     exact: bool
     """Whether each request has one row, which sees ``num_tokens`` tokens."""
     positions: torch.Tensor | None
-    """[R] int64, on the device: position of the row's last visible token in its request; None if ``exact``, where it is
-    ``num_tokens - 1``"""
+    """[R] int64, on the device: position of the row's last visible token in its request; None only if ``exact``, where
+    it is ``num_tokens - 1``"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device: that token"""
     output_ids: Callable[[RequestSlot], Sequence[int]]
@@ -72,6 +72,8 @@ class GuidedBatch:
     """[R] int64, on the device: how many of its request's drafts a row sees; None where there are no drafts"""
     last_ids: np.ndarray | None = None
     """[R] int64: ``token_ids``, where the host knows them"""
+    logits_positions: torch.Tensor | None = None
+    """[N] int64, on the device: positions of all rows of the logits, where the runner has them so"""
     step: int = ALONE
     """Of :class:`~pad_vllm.reward.pace.Pace`"""
 

@@ -6,14 +6,18 @@ tokens are, :mod:`.contexts` what these are to the reward model.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 
 from pad_vllm.params import MAX_CONTEXTS, GuidanceParams, check_logit_bias
 from pad_vllm.reward.block_manager import Context
+from pad_vllm.reward.derive import is_first_rank
 from pad_vllm.reward.engine import RewardEngine
 from pad_vllm.reward.paged_model import PagedModel
 from pad_vllm.reward.rows import ContextSlot
@@ -30,6 +34,7 @@ from pad_vllm.worker.other_tokens import OtherTokens
 from pad_vllm.worker.rule import Rule
 from pad_vllm.worker.same_tokens import SameTokens
 from pad_vllm.worker.slots import ContextInts, RequestFloats, RequestInts, RowParams, SamplingControls, Slots
+from pad_vllm.worker.traces import Traces
 
 
 class Guidance:
@@ -56,10 +61,12 @@ class Guidance:
         self.rule = Rule(loaded)
         self.drafter = Drafter(loaded, self.contexts, self.slots, max_model_len) if num_drafts else None
         self.stats = Stats()
+        self.traces = make_traces(loaded, vllm_config, self.max_rows_per_request, self.stats)
         self._params: RowParams | None = None
         self.has_written = False
         """Whether a step reached the kernel, which overwrites the guided rows, and did not finish"""
-        start.warm_up_kernels(loaded, self.rule, self.slots, max_num_rows, self.max_rows_per_request)
+        warm_up = start.WarmUp(loaded, self.rule, self.slots, max_num_rows, self.max_rows_per_request, self.traces)
+        start.warm_up_kernels(warm_up)
         if self.drafter is not None:
             self.drafter.warm_up(loaded.hidden_states, max_num_seqs)
         start.log_summary(loaded, self.rule.kernels, max_model_len)
@@ -184,7 +191,8 @@ class Guidance:
                 controls = self.slots.controls.of_rows(batch.layout.row_slots, output)
             key_offsets = self.contexts.key_offsets(batch)
             self.has_written = True
-            self.rule.apply(logits, hidden_states, params, controls, key_offsets)
+            trace = None if self.traces is None else self.traces.of_rows(batch)
+            self.rule.apply(logits, hidden_states, params, controls, key_offsets, trace)
             self.has_written = False
         self._count(params)
         self.stats.step_seconds += time.perf_counter() - began
@@ -211,6 +219,8 @@ class Guidance:
         stats.prefix_hit_tokens = blocks.stats.num_prefix_hit_tokens
         stats.evicted_contexts = blocks.stats.num_contexts_evicted
         stats.kv_cache_usage_perc = blocks.usage
+        if self.traces is not None:
+            self.traces.count()
         board.show(stats)
 
 
@@ -232,3 +242,21 @@ def make_contexts(
     if pair is not None:
         return OtherTokens(pair, engine, num_slots, max_rows_per_request, drafts=num_drafts > 0)
     return SameTokens(loaded, engine, num_slots, num_drafts, verifies=max_rows_per_request > 1)
+
+
+def make_traces(loaded: Loaded, vllm_config: VllmConfig, rows_per_request: int, stats: Stats) -> Traces | None:
+    """Of the engine that ``vllm_config`` configures; None where nothing is traced."""
+    fit, num_slots = loaded.fit, vllm_config.scheduler_config.max_num_seqs + 1
+    if fit.config.trace is None:
+        return None
+    writes = is_first_rank() and get_pp_group().is_last_rank
+    base = base_tokenizer(fit) if fit.config.trace_text and writes else None
+    decode = None if base is None else base.decode
+    return Traces(fit.config, vllm_config, num_slots, rows_per_request, stats, loaded.device, decode, writes)
+
+
+def base_tokenizer(fit: Fit) -> Any:
+    """A copy of the served model's, for another thread; None where there is none."""
+    pair = fit.tokens.pair
+    tokenizer = fit.tokens.tokenizer if pair is None else pair.translator.base.tokenizer
+    return None if tokenizer is None else copy.deepcopy(tokenizer)

@@ -3,6 +3,8 @@
 Its loaders show the model that they have loaded, since a logits processor is given none
 (:mod:`pad_vllm.reward.served`).
 
+Its workers tell which requests are gone at a step, since a logits processor is told that of none (:mod:`.traces`).
+
 Where the draft model of ``speculative_config`` is the reward model, Model Runner V2 makes its drafter of the reward
 engine (:mod:`.adapters.speculator`), and does not refuse a draft model with another tokenizer, whose drafts vLLM's own
 speculator could not read. Nothing else is touched, and with any other draft model vLLM does what it always does.
@@ -30,6 +32,8 @@ MODULES = ("vllm.v1.worker.gpu.spec_decode", "vllm.v1.worker.gpu.model_runner")
 """Where ``init_speculator`` stands, and where the runner has it by its own name once it is imported."""
 
 
+WORKER = "vllm.v1.worker.gpu_worker"
+"""Where the class is that runs a step on a rank; the one of CPUs is derived from it."""
 LOADERS = "vllm.model_executor.model_loader"
 NO_TRANSLATION = "heterogeneous-vocabulary draft models"
 """What vLLM says of ``use_heterogeneous_vocab`` on Model Runner V2."""
@@ -40,6 +44,7 @@ def install() -> None:
     _choose_speculator()
     _allow_another_tokenizer()
     after_import(LOADERS, _show_models)
+    after_import(WORKER, _tell_of_requests)
 
 
 def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
@@ -71,6 +76,25 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def _tell_of_requests(module: ModuleType) -> None:
+    original = module.Worker.execute_model
+    if hasattr(original, "__wrapped_by_pad__"):
+        return
+
+    @functools.wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        traces = sys.modules.get("pad_vllm.worker.traces")
+        if traces is not None:  # else this process guides nothing
+            try:
+                traces.tell(self.model_runner, scheduler_output.finished_req_ids)
+            except Exception:
+                traces.logger.exception("PAD cannot tell which requests are gone.")
+        return original(self, scheduler_output, *args, **kwargs)
+
+    execute_model.__wrapped_by_pad__ = True  # type: ignore[attr-defined]
+    module.Worker.execute_model = execute_model
 
 
 def _show_models(loaders: ModuleType) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pad_vllm.kernels import Controls, implementation, load_guide
+from pad_vllm.kernels import Controls, Trace, implementation, load_guide
 from pad_vllm.worker.device_tables import device_vocabulary, foreign_candidates
 from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.slots import RowParams
@@ -31,6 +31,7 @@ class Rule:
         params: RowParams,
         controls: Controls | None = None,
         key_offsets: torch.Tensor | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """Guide rows, in place.
 
@@ -40,6 +41,7 @@ class Rule:
             params: which rows of ``logits``, and what they ask for.
             controls: what their requests did to the logits; None: nothing.
             key_offsets: [R] int64, of :meth:`Contexts.key_offsets`.
+            trace: gets what guidance did in the rows; None: nobody asks.
         """
         rows = params.rows
         if key_offsets is not None:
@@ -56,4 +58,5 @@ class Rule:
             controls=controls,
             mixture=params.contexts.mixture,
             head_mix=params.head_mix,
+            trace=trace,
         )

@@ -19,6 +19,7 @@ from pad_vllm.worker.loading import Loaded
 from pad_vllm.worker.rule import Rule
 from pad_vllm.worker.slots import RowParams, Slots
 from pad_vllm.worker.tokens import listed
+from pad_vllm.worker.traces import Traces
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -29,19 +30,13 @@ LOGITS_BYTES = 2**30
 
 
 @torch.inference_mode()
-def warm_up_kernels(loaded: Loaded, rule: Rule, slots: Slots, max_rows: int, max_rows_per_request: int) -> None:
+def warm_up_kernels(warm_up: WarmUp) -> None:
     """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and compile all that
-    requests can launch (:func:`compile_kernels`).
-
-    Args:
-        max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
-        max_rows_per_request: with its drafts.
-    """
-    num_rows, most = max(1, min(max_rows, LOGITS_BYTES // (4 * loaded.base_vocab_size))), loaded.fit.config.max_top_k
-    warm_up = WarmUp(loaded, rule, slots, num_rows, max_rows_per_request)
+    requests can launch (:func:`compile_kernels`)."""
+    num_rows, most = warm_up.num_rows, warm_up.loaded.fit.config.max_top_k
     warm_up.guide(num_rows, most, most)
     warm_up.guide(num_rows, most, most, controls="penalties", num_contexts=MAX_CONTEXTS, heads=True)
-    if rule.kernels == "triton":
+    if warm_up.rule.kernels == "triton":
         compile_kernels(warm_up, most)
 
 
@@ -62,12 +57,21 @@ class WarmUp:
     """Calls of the rule as requests make them, before there are any.
 
     Args:
-        num_rows: most rows of a call.
+        max_rows: most rows of logits in a step; vLLM itself takes no more than LOGITS_BYTES of them at a time.
         max_rows_per_request: with its drafts.
     """
 
-    def __init__(self, loaded: Loaded, rule: Rule, slots: Slots, num_rows: int, max_rows_per_request: int) -> None:
-        self.loaded, self.rule, self.slots, self.num_rows = loaded, rule, slots, num_rows
+    def __init__(
+        self,
+        loaded: Loaded,
+        rule: Rule,
+        slots: Slots,
+        max_rows: int,
+        max_rows_per_request: int,
+        traces: Traces | None,
+    ) -> None:
+        self.loaded, self.rule, self.slots, self.traces = loaded, rule, slots, traces
+        self.num_rows = num_rows = max(1, min(max_rows, LOGITS_BYTES // (4 * loaded.base_vocab_size)))
         self.logits = torch.rand(num_rows, loaded.base_vocab_size, device=loaded.device)
         self.num_drafts = max_rows_per_request - 1
         pair = loaded.fit.tokens.pair
@@ -100,7 +104,10 @@ class WarmUp:
             params.contexts.mixture = Mixture(contexts, torch.ones_like(contexts, dtype=torch.float32))
         params.head_mix = slots.head_mix(params.head_weights) if heads else None
         hidden_states = self.loaded.hidden_states.expand(num_rows, -1).contiguous()
-        self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None)
+        trace = None
+        if self.traces is not None:
+            trace = self.traces.on_device._replace(slots=layout.row_slots, row_positions=nowhere)
+        self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None, trace)
 
 
 def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
@@ -124,6 +131,7 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         insert_after=config.insert_after,
         adapters=tuple(config.adapters),
         about=about_guidance(config),
+        traces=config.trace is not None,
     )
 
 

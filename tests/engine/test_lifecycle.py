@@ -6,8 +6,11 @@ prefix caching, aborts, reused slots: guided output stays the oracle's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.engine.test_traces import assert_line, expected_effects, lines_of, settle
 from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, greedy, metric, pad_config
 
 pytestmark = pytest.mark.every_release
@@ -23,7 +26,12 @@ def runner(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def poor_engine(models, runner):
+def traced(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def poor_engine(models, runner, traced):
     """32 tokens a step, a base KV cache for 1,280 of them, a reward KV cache for 1.5 contexts (of 1,024)."""
     drafts = {"method": "draft_model", "model": str(models.named), "num_speculative_tokens": 3}
     engine = Engine(
@@ -37,7 +45,7 @@ def poor_engine(models, runner):
         block_size=32,
         num_gpu_blocks_override=1280 // 32 + 1,
         disable_log_stats=False,
-        **pad_config(models.named, kv_cache_memory_bytes=ONE_CONTEXT * 3 // 2),
+        **pad_config(models.named, kv_cache_memory_bytes=ONE_CONTEXT * 3 // 2, trace=str(traced / runner)),
     )
     yield engine
     engine.close()
@@ -64,17 +72,25 @@ def run_steps(llm, requests: dict[str, tuple], aborts: dict[int, list[str]]) -> 
     return outputs
 
 
-def test_long_prompts_in_small_chunks_with_preemption_and_a_short_reward_pool(expect, poor_engine, long_prompt):
+def test_long_prompts_in_small_chunks_with_preemption_and_a_short_reward_pool(
+    models, expect, compose, poor_engine, long_prompt, traced, runner
+):
     """Eight guided requests, 300 tokens the longest prompt; together more than either KV cache holds."""
     prompts = [long_prompt[i:][:length] for i, length in enumerate((300, 150, 290, 200, 180, 100, 220, 250))]
     asked = [{"preference": PREFERENCES[i % 2] + " more" * (50 + i), "beta": 0.5 + i % 3 / 2} for i in range(8)]
     asked[3] = {"preference": [PREFERENCES[0], PREFERENCES[1] + " more" * 50, "kind"], "reference": "neutral"}
     asked[6] = {"preference": [PREFERENCES[0], "kind"], "preference_weights": [1.0, -0.5], "reference": "none"}
     before = poor_engine.call(metric, "vllm:num_preemptions")
-    out = poor_engine.generate(prompts, [greedy(48, **pad) for pad in asked])
+    params = [greedy(48, **pad, trace=f"poor {i}") for i, pad in enumerate(asked)]
+    out = poor_engine.generate(prompts, params)
     assert out == [expect(prompt, max_tokens=48, **pad) for prompt, pad in zip(prompts, asked, strict=True)]
     assert poor_engine.call(metric, "vllm:num_preemptions") > before
     assert poor_engine.call(engine_stats)["evicted"] > 0
+    poor_engine.call(settle)
+    lines = {line["trace"]: line for line in lines_of(traced / runner)}
+    assert [lines[f"poor {i}"]["tokens"] for i in range(8)] == [48] * 8  # whatever was computed again
+    for i in (0, 3):
+        assert_line(lines[f"poor {i}"], expected_effects(models, compose, prompts[i], 48, asked[i])[1])
 
 
 def test_two_preferences_over_one_shared_prompt(expect, poor_engine, long_prompt):

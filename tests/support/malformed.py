@@ -23,7 +23,7 @@ def malformed(rng: random.Random, num_heads: int, max_top_k: int) -> dict[str, A
 
 def _unknown_key(rng: random.Random, *_: int) -> dict[str, Any]:
     known = ["preference", "persona", "weights", "beta", "top_k", "preference_weights", "reference", "cache_salt"]
-    known += ["max_divergence"]
+    known += ["max_divergence", "trace"]
     key = list("pad_" + rng.choice(known))
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(4, len(key) + 1)
@@ -100,7 +100,9 @@ def _bad_mix(rng: random.Random, *_: int) -> dict[str, Any]:
 
 
 def _bad_salt(rng: random.Random, *_: int) -> dict[str, Any]:
-    return {"pad_cache_salt": rng.choice(["", " ", 1, 0.5, ["a"], "x" * rng.randint(129, 999), "\ud800"])}
+    """Or an id for traces, of which the same is allowed."""
+    value = rng.choice(["", " ", 1, 0.5, ["a"], "x" * rng.randint(129, 999), "\ud800"])
+    return {rng.choice(["pad_cache_salt", "pad_trace"]): value}
 
 
 def _bad_persona(rng: random.Random, *_: int) -> dict[str, Any]:

@@ -105,6 +105,22 @@ def test_the_hook_makes_one_folder_for_all_processes(monkeypatch):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
+def test_an_id_for_traces_takes_a_server_that_keeps_them():
+    """Guided or not: whoever gives one counts on a line."""
+    refused = r"pad_trace='ticket 1': this server keeps no traces; .* start the server with pad.trace"
+    owner, another = Owner(), Owner()
+    channel.announce(GUIDED, owner)
+    for more in ({}, {"pad_beta": 1.0}):
+        with pytest.raises(ValueError, match=refused):
+            validate(pad_trace="ticket 1", **more)
+    channel.announce(replace(GUIDED, traces=True), another)
+    for more in ({}, {"pad_beta": 1.0}):
+        validate(pad_trace="ticket 1", **more)
+    with pytest.raises(ValueError, match="pad_trace='': must not be empty"):
+        validate(pad_trace="")
+    del owner, another
+
+
 def test_a_request_that_no_engine_would_guide_is_refused():
     validate()
     validate(other_plugin=1)

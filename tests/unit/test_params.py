@@ -43,6 +43,15 @@ def test_a_salt_alone_asks_for_no_guidance():
     assert config(personas={"p": {"beta": 1}}, default_persona="p").resolve(salted).cache_salt == "tenant 1"
 
 
+def test_an_id_for_traces_asks_for_no_guidance_and_goes_with_it():
+    named = PAD.from_extra_args({"pad_trace": "ticket 1"})
+    assert not named.asks_for_guidance
+    assert config().resolve(named) is None
+    guided = config(personas={"p": {"beta": 1}}, default_persona="p").resolve(named)
+    assert (guided.trace, guided.persona) == ("ticket 1", "p")
+    assert config().resolve(PAD(beta=1)).trace is None is config().resolve(PAD(beta=1)).persona
+
+
 def test_sampling_params_of_the_old_api():
     params = SamplingParams(temperature=0.7, logits_processors=[PAD(preference="formal")], extra_args={"x": 1})
     assert type(params) is vllm.SamplingParams
@@ -69,6 +78,8 @@ def test_sampling_params_refuses(processors, extra_args, message):
     ("arguments", "message"),
     [
         ({"preference": 1}, "pad_preference=1: must be a string or a list of them, not int"),
+        ({"trace": 7}, "pad_trace=7: must be a string, not int"),
+        ({"trace": "x" * 129}, "pad_trace: 129 characters, at most 128 are allowed"),
         ({"cache_salt": 7}, "pad_cache_salt=7: must be a string, not int"),
         ({"cache_salt": ""}, "pad_cache_salt='': must not be empty"),
         ({"cache_salt": "x" * 129}, "pad_cache_salt: 129 characters, at most 128 are allowed"),
@@ -156,6 +167,10 @@ def test_a_requests_bound_stands_over_its_personas_and_the_servers():
         ({"prompt_template": "{preference}"}, "must contain {prompt} exactly once"),
         ({"prompt_template": "{prompt}"}, "must contain {preference}"),
         ({"trust_remote_code": "yes"}, "must be true or false"),
+        ({"trace": 1}, "pad.trace=1: must be a string, not int"),
+        ({"trace": "folder", "trace_text": 1}, "pad.trace_text=1: must be true or false"),
+        ({"trace": "folder", "trace_files": 0}, "pad.trace_files=0: must be at least 1"),
+        ({"trace": "folder", "trace_file_bytes": 100}, "pad.trace_file_bytes=100: must be at least 4096"),
         ({"kv_cache_memory_bytes": 0}, "pad.kv_cache_memory_bytes=0: must be at least 1"),
         ({"kv_cache_memory_bytes": 1.5}, "must be an integer"),
         ({"default_persona": "x"}, "pad.default_persona='x': no such persona; known: none"),

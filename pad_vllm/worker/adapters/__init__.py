@@ -22,6 +22,7 @@ from pad_vllm.worker.batch import RequestSlot
 from pad_vllm.worker.board import Board
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
+from pad_vllm.worker.traces import Generated, TraceRecord, Traces
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,8 @@ class RequestState:
     """None until the request has begun, and if it could not."""
     contexts: list[Context] = field(default_factory=list)
     failed: bool = False
+    record: TraceRecord | None = None
+    """None where it is not traced."""
 
     @property
     def is_guided(self) -> bool:
@@ -59,6 +62,8 @@ class Adapter:
         self.resolve = resolve
         self.board: Board | None = None
         self.pace = Pace()
+        if self.traces is not None:
+            self.traces.attach(self.read_tail, self.show)
 
     @property
     def guidance(self) -> Guidance:
@@ -66,17 +71,33 @@ class Adapter:
         assert self._guidance is not None
         return self._guidance
 
-    def new_state(self, sampling_params: SamplingParams) -> RequestState | None:
-        """None for a request that is not guided."""
+    @property
+    def traces(self) -> Traces | None:
+        """None where nothing is traced."""
+        return None if self._guidance is None else self._guidance.traces
+
+    def read_tail(self, record: TraceRecord) -> Generated | None:
+        """The last tokens of a request that is gone."""
+        raise NotImplementedError
+
+    def _record(
+        self, key: str | None, params: GuidanceParams | None, sampling_params: SamplingParams
+    ) -> TraceRecord | None:
+        return None if self.traces is None else self.traces.arrive(key, params, sampling_params)
+
+    def new_state(self, sampling_params: SamplingParams, key: str | None = None) -> RequestState | None:
+        """None for a request that is not guided. ``key``: the engine's own id of it, if it is to be traced."""
         stop = sampling_params.stop_token_ids or sorted(sampling_params.all_stop_token_ids) or [0]
         controls = SamplingControls.of(sampling_params)
         try:
             extra_args = sampling_params.extra_args
             params = self.resolve(PAD.from_extra_args(extra_args), admitted_persona(extra_args))
-            return None if params is None else RequestState(params, controls, stop[0])
+            if params is None:
+                return None
+            return RequestState(params, controls, stop[0], record=self._record(key, params, sampling_params))
         except Exception:
             logger.exception("A request for PAD guidance got past admission and cannot be guided: ending it.")
-            state = RequestState(None, controls, stop[0])
+            state = RequestState(None, controls, stop[0], record=self._record(key, None, sampling_params))
             self.fail([state])
             return state
 
@@ -88,6 +109,8 @@ class Adapter:
                 slot, state.params, state.controls, prompt_ids, state.stop_token_id
             )
             state.slot = slot
+            if state.record is not None and self.traces is not None:
+                self.traces.begin(slot, state.record, prompt_ids)
         except Exception as error:
             if not state.is_guided:
                 logger.debug("PAD cannot draft for a request: %s", error)
@@ -146,6 +169,8 @@ class Adapter:
             self._guidance.stats.failed_requests += sum(not state.failed and state.is_guided for state in states)
         for state in states:
             state.failed = True
+            if state.record is not None:
+                state.record.failed = True
         self.show()
 
     def show(self) -> None:

@@ -18,6 +18,7 @@ from pad_vllm.reward.pace import Pace
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.guidance import Guidance
+from pad_vllm.worker.traces import Generated, TraceRecord
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -82,7 +83,8 @@ class V1Batch:
         if min(last_ids) < 0:
             raise RuntimeError("the runner does not show a request's last token")
         guided.last_ids = np.array(last_ids)
-        guided.token_ids = to_device(guided.last_ids, self.device, torch.int64)
+        both = to_device(np.stack([guided.last_ids, guided.num_tokens - 1]), self.device, torch.int64)
+        guided.token_ids, guided.positions = both.unbind()
         return guided
 
 
@@ -99,6 +101,8 @@ class V1Adapter(Adapter):
 
     def update_state(self, batch_update: BatchUpdate) -> None:
         self.batch = None
+        if self.traces is not None:
+            self.traces.collect()
         before = list(self.states.values())
         process_dict_updates(self.states, batch_update, self._new_state)
         after = set(self.states.values())
@@ -112,10 +116,22 @@ class V1Adapter(Adapter):
     def _new_state(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> V1RequestState | None:
-        state = self.new_state(params)
+        state = self.new_state(params, self._request_id(output_ids))
         if state is None:
             return None
+        if state.record is not None:
+            state.record.output_ids, state.record.prompt_ids = output_ids, prompt_ids or []
         return V1RequestState(**vars(state), prompt_ids=prompt_ids or [], output_ids=output_ids)
+
+    def _request_id(self, output_ids: list[int]) -> str | None:
+        """The runner's own id of a request, where it is traced: by its list of generated tokens."""
+        runner = None if self.traces is None else self.traces.runner()
+        if runner is None:
+            return None
+        return next((key for key, one in runner.requests.items() if one.output_token_ids is output_ids), None)
+
+    def read_tail(self, record: TraceRecord) -> Generated | None:
+        return None if record.output_ids is None else Generated(list(record.output_ids), len(record.prompt_ids))
 
     def fail(self, states: list[RequestState]) -> None:
         super().fail(states)

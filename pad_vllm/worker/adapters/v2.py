@@ -12,12 +12,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.params import PAD
-from pad_vllm.reward.device import to_device
+from pad_vllm.reward.device import HostCopy, to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.drafter import UNGUIDED, Sample
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
+from pad_vllm.worker.traces import Generated, TraceRecord
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -54,7 +55,7 @@ class V2Adapter(Adapter):
     def add_request(self, slot: int, sampling_params: SamplingParams) -> bool:
         self._forget()
         self.end(self.states[slot])
-        self.states[slot] = state = self.new_state(sampling_params)
+        self.states[slot] = state = self.new_state(sampling_params, self._request_id(slot))
         if state is None and self.drafter is not None:
             asked = PAD.from_extra_args(sampling_params.extra_args)
             unguided = replace(UNGUIDED, cache_salt=asked.cache_salt) if asked else UNGUIDED
@@ -66,6 +67,28 @@ class V2Adapter(Adapter):
         if state is not None and not state.failed:
             self.arrived[slot] = None
         return state is not None
+
+    def _request_id(self, slot: int) -> str | None:
+        """The runner's own id of a slot's new request, where requests are traced; the last one's values are saved."""
+        if self.traces is None:
+            return None
+        self.traces.collect()
+        self.traces.park(RequestSlot(slot))
+        runner = self.traces.runner()
+        return None if runner is None else runner.req_states.index_to_req_id.get(slot)
+
+    def read_tail(self, record: TraceRecord) -> Generated | None:
+        if record.slot is None or self.traces is None:
+            return None
+        slots, states, num_prompt = self.req_states.all_token_ids.gpu, self.req_states, len(record.prompt_ids)
+        total, first = states.total_len.gpu[record.slot].view(1), None
+        if self.traces.has_text:
+            first, num = num_prompt, min(record.max_tokens, slots.shape[1] - num_prompt)
+            ids = slots[record.slot, first : first + num]
+        else:
+            at = total - 1 - torch.arange(self.traces.num_places - 1, -1, -1, device=total.device)
+            ids = slots[record.slot][at.clamp(min=0)]
+        return Generated(HostCopy(torch.cat([total.int(), ids.int()])), first)
 
     def _state(self, slot: int) -> RequestState:
         """Of a slot whose request asked for guidance, or is drafted for."""
@@ -89,6 +112,8 @@ class V2Adapter(Adapter):
 
     def apply_staged_writes(self) -> None:
         """Before the base model's forward: begin to copy the tokens of new requests to the host."""
+        if self.traces is not None:
+            self.traces.collect()
         for slot in [slot for slot, tokens in self.arrived.items() if tokens is None]:
             try:
                 length = self.req_states.prefill_len.np[slot]
@@ -143,7 +168,7 @@ class V2Adapter(Adapter):
         """Guide the last step's batch, which has advanced."""
         batch.token_ids = ctx.input_ids[batch.layout.logits_rows]
         batch.output_ids = self._output_ids
-        batch.output_tokens = lambda: self._output_tokens(ctx, batch.layout)
+        batch.output_tokens, batch.logits_positions = lambda: self._output_tokens(ctx, batch.layout), ctx.pos
         self.guidance.apply(logits, batch)
 
     def _guide(self, logits: torch.Tensor, ctx: LogitsContext, asked: np.ndarray) -> None:
@@ -192,6 +217,7 @@ class V2Adapter(Adapter):
             output_ids=lambda slot: fed[slot][prompt_len[slot] :] if slot in fed else self._output_ids(slot),
             output_tokens=lambda: self._output_tokens(ctx, layout),
             local_positions=local_positions,
+            logits_positions=ctx.pos,
             step=self.pace.changed(),
         )
         self.guidance.apply(logits, batch)
@@ -315,19 +341,3 @@ class Step:
         self.one_more = [n + 1 for n in self.one_more]
         self.batch.num_tokens = self.batch.num_tokens + 1
         return True
-
-
-class HostCopy:
-    """A tensor on its way to the host, behind what the stream was already told to do."""
-
-    def __init__(self, source: torch.Tensor) -> None:
-        on_gpu = source.is_cuda
-        self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu).copy_(source, non_blocking=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def tolist(self) -> list:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._copy.tolist()
