@@ -51,7 +51,7 @@ def bounded(bound: float) -> Guided:
     )
 
 
-METHODS = (*map(free, FREE_BETAS), *map(bounded, BOUNDS))
+STRENGTHS = (*map(free, FREE_BETAS), *map(bounded, BOUNDS))
 FREE = [free(beta).name for beta in FREE_BETAS]
 
 
@@ -61,8 +61,8 @@ def ask(bench: Bench, names: Sequence[str] = ("",)) -> Records:
     everyone = range(len(bench.cells))
     first = {cell.prompt: i for i, cell in reversed(list(enumerate(bench.cells)))}
     bench.answer([Asked(BASE, [i for i in sorted(first.values()) for _ in range(bench.sizes.base_answers)])])
-    bench.answer([Asked(method, everyone) for method in METHODS if method.name.startswith(tuple(names))])
-    found = {method.name: bench.kept(method) for method in (BASE, *METHODS)}
+    bench.answer([Asked(method, everyone) for method in STRENGTHS if method.name.startswith(tuple(names))])
+    found = {method.name: bench.kept(method) for method in (BASE, *STRENGTHS)}
     return {name: kept for name, kept in found.items() if name == BASE.name or len(kept) == len(bench.cells)}
 
 
@@ -78,7 +78,7 @@ class Tables:
         for record in found[BASE.name]:
             own[cells[record["cell"]].prompt].append(record["nll"])
         self.nll = {BASE.name: np.array([np.mean(own[prompt]) for prompt in prompts])[:, None].repeat(shape[1], 1)}
-        for name in (method.name for method in METHODS if method.name in found):
+        for name in (method.name for method in STRENGTHS if method.name in found):
             records = sorted(found[name], key=lambda record: record["cell"])
             self.nll[name] = np.array([record["nll"] for record in records]).reshape(shape)
             shares = [is_satisfied(cells[record["cell"]], record["text"], unguided) for record in records]
@@ -115,7 +115,7 @@ def gains(tables: Tables, name: str, seed: int = 0) -> list[float] | None:
     return [differences[0], *(float(np.quantile(differences[1:], share)) for share in (0.025, 0.975))]
 
 
-def rows_of(bench: Bench, found: Records) -> list[dict[str, Any]]:
+def frontier_rows(bench: Bench, found: Records) -> list[dict[str, Any]]:
     tables = Tables(bench.cells, found, Unguided(bench, found[BASE.name]))
     rows = []
     for name, records in found.items():
@@ -137,7 +137,7 @@ def rows_of(bench: Bench, found: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def said(gain: Sequence[float] | None, is_bounded: bool) -> str:
+def in_words(gain: Sequence[float] | None, is_bounded: bool) -> str:
     if gain is None:
         return "beyond" if is_bounded else ""
     mean, low, high = (100 * value for value in gain)
@@ -160,7 +160,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], num_prompts: int) -> str:
         is_bounded = row["method"] != BASE.name and row["method"] not in FREE
         lines[-1] += (
             f"\n| {row['method']} | {mean:.0f}% ({low:.0f} to {high:.0f}) | {row['nll']:.2f} | "
-            f"{100 * row['loops'][0]:.0f}% | {row['distinct_2']:.2f} | {said(row['gain'], is_bounded)} |"
+            f"{100 * row['loops'][0]:.0f}% | {row['distinct_2']:.2f} | {in_words(row['gain'], is_bounded)} |"
         )
     return "\n\n".join(lines) + "\n"
 
@@ -208,7 +208,7 @@ def main() -> None:
     models, untrained = build(args.cache_dir), build_untrained(args.cache_dir)
     work = args.work or models.reward.parent / f"language-frontier-{models.reward.name}"
     bench = Bench(models, untrained, work, Sizes({"one": args.prompts, "two": 0}))
-    rows = rows_of(bench, ask(bench, args.methods))
+    rows = frontier_rows(bench, ask(bench, args.methods))
     args.output.mkdir(parents=True, exist_ok=True)
     record = {"hardware": hardware(), "date": date.today().isoformat(), "prompts": args.prompts, "rows": rows}
     (args.output / "language-frontier.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -89,6 +89,16 @@ def score_part(
             tl.store(scores_ptr + row_idx * K + place, scores)
 
 
+@triton.jit
+def load_finished(candidates_ptr, scores_ptr, K: tl.constexpr):
+    """[K] keys and scores that other programs wrote: past the multiprocessor's own cache."""
+    place = tl.arange(0, K)
+    return (
+        tl.load(candidates_ptr + place, cache_modifier=".cg"),
+        tl.load(scores_ptr + place, cache_modifier=".cg"),
+    )
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
 def score_kernel(
     logits_ptr,  # [N, num_cols]
@@ -155,9 +165,8 @@ def score_kernel(
     if top_k > 0:
         row_candidates_ptr = candidates_ptr + row_idx * K
         part_kept_ptr = kept_ptr + (row_idx * num_parts + part) * CAPACITY
-        kept, rank = merge(
-            keys_ptr + row_idx * num_keys, num_keys, part_kept_ptr, top_k, CAPACITY, NUM_KEYS, WIDTH
-        )  # fmt: skip
+        row_keys_ptr = keys_ptr + row_idx * num_keys
+        kept, rank = merge(row_keys_ptr, num_keys, part_kept_ptr, top_k, CAPACITY, NUM_KEYS, WIDTH)
         if part == 0:
             store_candidates(row_candidates_ptr, kept, rank, top_k, K)
         score_part(
@@ -168,9 +177,7 @@ def score_kernel(
         if NORMALIZE:
             tl.debug_barrier()  # all threads' scores are out before their program is counted
             if tl.atomic_add(arrivals_ptr + row_idx, 1, sem="acq_rel") == num_parts - 1:
-                place = tl.arange(0, K)
-                candidates = tl.load(row_candidates_ptr + place, cache_modifier=".cg")
-                scores = tl.load(scores_ptr + row_idx * K + place, cache_modifier=".cg")
+                candidates, scores = load_finished(row_candidates_ptr, scores_ptr + row_idx * K, K)
                 write_guided(row_ptr, candidates, None, scores, no_opinion_ptr, beta, reference, bound, end_id, scale)
 
 
