@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.language_frontier import BASE, BOUNDS, FREE, bounded, gains, said
+from benchmarks.language_frontier import BASE, BOUNDS, FREE, bounded, gains, in_words
 
 CURVE = [(1.0, 0.5), (1.1, 0.6), (1.2, 0.7), (1.4, 0.8), (1.6, 0.8), (1.8, 0.85)]
 """Nats a token and satisfaction, without guidance and by beta."""
@@ -28,7 +28,7 @@ def test_the_gain_is_over_the_curve_at_equal_likelihood(nll, satisfied, gain):
 def test_beyond_the_strongest_there_is_nothing_to_compare_with():
     found = gains(tables(1.9, 0.9), bounded(BOUNDS[0]).name)
     assert found is None
-    assert said(found, True) == "beyond"
+    assert in_words(found, True) == "beyond"
 
 
 def test_the_interval_is_that_of_answers_that_differ():
