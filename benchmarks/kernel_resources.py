@@ -21,7 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pad_vllm.kernels import controls as undoing
-from pad_vllm.kernels import fused, fused_groups, fused_large_groups, fused_selection, large_groups, mixture
+from pad_vllm.kernels import (
+    fused,
+    fused_groups,
+    fused_large_groups,
+    fused_selection,
+    fused_tracing,
+    large_groups,
+    mixture,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,6 +44,8 @@ WHOLE = "sm_90"
 LARGEST = {"select", "merge", "score", "score, few rows", "undo controls", "reweight", "gather groups", "score groups"}
 LARGEST |= {"score large groups, tf32", "reweight groups"}
 """Of the other targets a test compiles these alone: all of all take minutes."""
+TRACE_VALUES = 12
+"""Of a row, where requests may have nine contexts."""
 SLICES = 32
 """Of 256,000 logits."""
 TYPES = {
@@ -53,6 +63,8 @@ TYPES = {
     **dict.fromkeys(("soft_cap", "scale"), "fp32"),
     "no_opinion_ptr": "*i1",
     "key_offsets_ptr": "*i64",
+    "values_ptr": "*fp32",
+    **dict.fromkeys(("row_positions_ptr", "positions_ptr", "references_ptr"), "*i64"),
 }
 """Of the arguments; all others are int32."""
 SIZES = {"vocab_size", "num_cols", "hidden_size", "shard_size", "logits_stride", "hidden_stride", "lm_head_stride"}
@@ -101,6 +113,7 @@ def configurations(K: int):
     ):
         yield name, fused.reweight_kernel, {"K": K} | controls | one, fused.REWEIGHT_WARPS
     yield from group_configurations(K, sizes)
+    yield from trace_configurations(K)
 
 
 def group_configurations(K: int, sizes: dict):
@@ -123,6 +136,19 @@ def group_configurations(K: int, sizes: dict):
     reweight = {"K": K, "BLOCK_K": fused_groups.BLOCK_K, "HAS_CONTROLS": False, "HAS_MIXTURE": False}
     reweight |= {"ANY_SILENT": True, "y_ptr": None, "weights_ptr": None}
     yield "reweight groups", fused_groups.reweight_groups_kernel, reweight, fused_groups.REWEIGHT_WARPS
+
+
+def trace_configurations(K: int):
+    """As :func:`configurations`, where requests are traced."""
+    no_more = dict.fromkeys(("more_ptr", "more_stride", "num_more"))
+    score = {"K": K, "SCORED": fused_tracing.SCORED, "BLOCK_D": fused_tracing.BLOCK_D, "HAS_BIAS": False}
+    score |= {"bias_ptr": None, **no_more}
+    yield "score contexts", fused_tracing.score_contexts_kernel, score, fused_tracing.SCORE_WARPS
+    trace = {"K": K, "VALUES": TRACE_VALUES, "WIDTH": 16, "BY_LOGITS_ROW": False, "HAS_CONTROLS": True}
+    tokens = trace | {"HAS_SOFT_CAP": False, "no_opinion_ptr": None}
+    yield "trace", fused_tracing.trace_kernel, tokens, fused_tracing.TRACE_WARPS
+    groups = trace | {"NUM_OTHERS": fused_tracing.NUM_OTHERS}
+    yield "trace groups", fused_tracing.trace_groups_kernel, groups, fused_tracing.TRACE_WARPS
 
 
 def is_aligned(kernel: Any, name: str) -> bool:
