@@ -69,7 +69,7 @@ def test_over_the_served_model_it_shares_the_weights(models, encode, compose, ru
         check_cases(engine, merged, models, encode, compose)
         assert engine.call(num_own_parameters) == 0
         if drafts:
-            assert engine.call(metric, "vllm:spec_decode_num_accepted_tokens") > 20
+            assert engine.call(metric, "vllm:spec_decode_num_accepted_tokens") > 10
     finally:
         engine.close()
 
