@@ -27,13 +27,15 @@ def servers(request, models, tmp_path_factory):
             "kv_role": role,
             "kv_connector_extra_config": {"shared_storage_path": str(root / "kv")},
         }
-        return Server(
+        server = Server(
             *(models.base, node.log, "--max-model-len", "256", "--return-tokens-as-token-ids"),
             *("--block-size", str(BLOCK_SIZE), "--kv-transfer-config", json.dumps(connector)),
             *node.pad(models.named),
             runner=request.param,
             **node.environment,
         )
+        server.node = node  # whose folders go with it
+        return server
 
     with ThreadPoolExecutor(2) as pool:
         starting = [pool.submit(start, rank, role) for rank, role in enumerate(("kv_producer", "kv_consumer"))]
