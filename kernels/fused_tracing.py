@@ -20,7 +20,7 @@ from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
 from .types import NUM_COUNTS, REFERENCE_BASE, Mixture, OutputHead, Rows, SharedVocabulary, Trace
 
-SCORED, BLOCK_D = 4, 1024
+SCORED, BLOCK_D = 4, 512
 """Candidates of a context that a program scores, and elements of their rows of lm_head that it holds at a time."""
 SCORE_WARPS, TRACE_WARPS = 4, 1
 NUM_OTHERS = 16
