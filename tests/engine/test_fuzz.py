@@ -50,7 +50,7 @@ def plain_answer(judge: Judge, request) -> list[int]:
     asked, world, prompt, controls = judge.asked(request), judge.world, request.prompt, request.controls
     rule = {}
     if asked:
-        rule = {key: asked[key] for key in ("beta", "top_k", "reference") if key in asked} | {
+        rule = {key: asked[key] for key in ("beta", "top_k", "reference", "max_divergence") if key in asked} | {
             "reward": world.reward_model,
             "reward_prompt_ids": judge.contexts(request)[0],
             "weights": asked.get("preference_weights"),
