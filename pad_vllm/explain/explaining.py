@@ -169,7 +169,7 @@ def read_setting(setting: Mapping[str, Any], config: PADConfig) -> PAD:
 def label_of(setting: Mapping[str, Any]) -> str:
     """A setting in a line."""
     words = (f"{str(k).removeprefix('pad_')}: {_in_words(v)}" for k, v in setting.items())
-    return ", ".join(words) or "the default persona"
+    return "; ".join(words) or "the default persona"
 
 
 def _in_words(value: Any) -> str:

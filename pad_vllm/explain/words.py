@@ -56,9 +56,9 @@ def summary(answer: ExplainedAnswer) -> str:
     """An answer in a line or two."""
     num = len(answer.tokens)
     words = f"{num} token{'' if num == 1 else 's'}"
+    others = f"{answer.num_others / max(num, 1):.0%} not the base model's first choice"
     if answer.divergence is None:
-        return words
-    others = f"{answer.num_others / num:.0%} not the base model's first choice"
+        return f"{words}, {others}" if answer.num_others else words
     rewards = "; ".join(
         f"{readable(name)} {signed(value)}" for name, value in zip(answer.contexts, answer.rewards, strict=True)
     )

@@ -20,6 +20,7 @@ from pad_vllm.explain.terminal import print_answers, print_tokens
 from pad_vllm.explain.words import summary
 from pad_vllm.worker.kept_rows import RowEffect, row_keeper
 from tests.engine.test_traces import expected_effects
+from tests.support.browser import MISSING, Browser, find_chromium
 from tests.support.engine import Worker
 
 PROMPT = "say why <script>alert(1)</script>"
@@ -135,6 +136,30 @@ def test_the_page_is_self_contained_and_shows_texts_as_texts(explanation):
     assert len(told) == sum(len(answer.tokens) for answer in explanation.answers) + 1
     first = explanation.answers[2].tokens[0].effect
     assert f"Divergence {first.divergence:.3f} nats. Reward: +1 formal {first.rewards[0]:+.3f}; " in told[2 * NUM]
+
+
+def test_a_browser_shows_numbers_to_the_mouse_and_to_keys(explanation, tmp_path):
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip(MISSING)
+    (tmp_path / "page.html").write_text(document(explanation), encoding="utf-8")
+    where, tokens = (tmp_path / "page.html").as_uri(), explanation.answers[1].tokens
+    browser = Browser(executable)
+    try:
+        browser.open(where)
+        browser.hover(".answer:nth-child(2) .token", 4)
+        assert f"Divergence {tokens[4].effect.divergence:.3f} nats" in browser.text("#detail-1")
+        browser.press("Tab", times=3)  # past the unguided answer and its table
+        browser.press("ArrowRight", times=6)
+        assert f"Divergence {tokens[6].effect.divergence:.3f} nats" in browser.text("#detail-1")
+        browser.press("Home")
+        assert f"Divergence {tokens[0].effect.divergence:.3f} nats" in browser.text("#detail-1")
+        assert browser.complaints() == []
+        assert browser.requested() <= {where, "about:blank", "data:,"}
+        browser.resize(360, 700, is_phone=True)
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        browser.close()
 
 
 def test_a_terminal_shows_answers_and_tables(explanation, monkeypatch):
