@@ -199,11 +199,16 @@ def start_engine(model: str, pad: Mapping[str, Any], num_requests: int, engine: 
 
 def answer_all(llm: LLM, prompt: str, chat: bool, params: Sequence[Any]) -> list[RequestOutput]:
     """Raises ValueError where one of the requests is refused."""
-    if not chat:
-        return llm.generate([prompt] * len(params), list(params), use_tqdm=False)
-    if not getattr(llm.get_tokenizer(), "chat_template", None):
+    from vllm.exceptions import VLLMValidationError
+
+    if chat and not getattr(llm.get_tokenizer(), "chat_template", None):
         raise ValueError("--chat: the model's tokenizer has no chat template; leave it out")
-    return llm.chat([[{"role": "user", "content": prompt}]] * len(params), list(params), use_tqdm=False)
+    try:
+        if not chat:
+            return llm.generate([prompt] * len(params), list(params), use_tqdm=False)
+        return llm.chat([[{"role": "user", "content": prompt}]] * len(params), list(params), use_tqdm=False)
+    except VLLMValidationError as error:  # in some of vLLM's releases no ValueError
+        raise ValueError(one_line(error)) from None
 
 
 def explained(label: str, output: RequestOutput, rows: KeptRows | None, tokenizer: Any) -> ExplainedAnswer:
