@@ -14,6 +14,7 @@ setup(
     package_data={
         "pad_vllm": ["py.typed"],
         "pad_vllm.demo": ["data/*.json"],
+        "pad_vllm.explain": ["page/*"],
         "pad_vllm.playground": ["page/*"],
     },
     package_dir={"pad_vllm.kernels": "kernels", "pad_vllm.benchmarks": "benchmarks"},

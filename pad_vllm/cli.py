@@ -12,6 +12,7 @@ from pad_vllm import __version__
 COMMANDS = {
     "demo": ("demo", "vLLM answers the same prompts for users of different tastes"),
     "playground": ("playground", "a page to try guidance with, beside a server that runs"),
+    "explain": ("explain", "one prompt under several settings, token by token"),
     "models": ("models", "make the demo's models, and say where they are"),
     "check": ("check", "whether this installation, and a configuration, could guide"),
     "train": ("train", "learn a personalized reward model from a preference set"),

@@ -340,6 +340,11 @@ class GuidanceParams:
         read_at_all = {reading: weight for reading, weight in contexts.items() if weight}
         return read_at_all or {NEUTRAL: 0.0}
 
+    def places(self) -> list[int | None]:
+        """Of each of :attr:`readings` its place in :meth:`contexts`; None: it is not read."""
+        read = list(self.contexts())
+        return [read.index(reading) if reading in read else None for reading in self.readings]
+
     @property
     def base_weight(self) -> float:
         return sum(self.preference_weights) if self.reference == "base" else 0.0

@@ -163,7 +163,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from pad_vllm.worker.start import announcement
         from pad_vllm.worker.watch import watch_personas
 
-        accepted = announcement(guidance.loaded, self.vllm_config)
+        accepted = announcement(guidance.loaded, self.vllm_config, guidance.traces is not None)
         path = announce(accepted, self)
         if path is not None and is_first_rank():
             assert self.adapter is not None

@@ -29,6 +29,7 @@ from pad_vllm.worker.board import Board
 from pad_vllm.worker.compatibility import Fit
 from pad_vllm.worker.contexts import Contexts
 from pad_vllm.worker.drafter import Drafter
+from pad_vllm.worker.kept_rows import row_keeper
 from pad_vllm.worker.loading import Loaded, load
 from pad_vllm.worker.other_tokens import OtherTokens
 from pad_vllm.worker.rule import Rule
@@ -247,7 +248,7 @@ def make_contexts(
 def make_traces(loaded: Loaded, vllm_config: VllmConfig, rows_per_request: int, stats: Stats) -> Traces | None:
     """Of the engine that ``vllm_config`` configures; None where nothing is traced."""
     fit, num_slots = loaded.fit, vllm_config.scheduler_config.max_num_seqs + 1
-    if fit.config.trace is None:
+    if fit.config.trace is None and row_keeper() is None:
         return None
     writes = is_first_rank() and get_pp_group().is_last_rank
     base = base_tokenizer(fit) if fit.config.trace_text and writes else None

@@ -110,8 +110,8 @@ class WarmUp:
         self.rule.apply(self.logits, hidden_states, params, given, nowhere if self.has_first else None, trace)
 
 
-def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
-    """What the frontend may let through, of an engine."""
+def announcement(loaded: Loaded, vllm_config: VllmConfig, traces: bool) -> Announcement:
+    """What the frontend may let through, of an engine. ``traces``: whether it keeps any."""
     fits, base = loaded.fit, vllm_config.model_config
     config, template = fits.config, fits.template
     base_tokenizer = {"pretrained_model_name_or_path": base.tokenizer, "revision": base.tokenizer_revision}
@@ -131,7 +131,7 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig) -> Announcement:
         insert_after=config.insert_after,
         adapters=tuple(config.adapters),
         about=about_guidance(config),
-        traces=config.trace is not None,
+        traces=traces,
     )
 
 

@@ -29,6 +29,7 @@ from pad_vllm.params import MAX_CONTEXTS, NEUTRAL, GuidanceParams
 from pad_vllm.reward.device import HostCopy
 from pad_vllm.stats import Stats
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot
+from pad_vllm.worker.kept_rows import RowKeeper, row_keeper
 from pad_vllm.worker.trace_files import TraceFiles, TraceWriter
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ class Traces:
     ) -> None:
         parallel = vllm_config.parallel_config
         num_places = rows_per_request * (STEPS_KEPT + parallel.pipeline_parallel_size - 1)
+        keeper = row_keeper()
+        if keeper is not None:
+            num_places += keeper.max_tokens
         self.on_device = Trace(
             torch.zeros(num_slots, num_places, 2, NUM_COUNTS + MAX_CONTEXTS, device=device),
             torch.full((num_slots, num_places), -1, dtype=torch.int64, device=device),
@@ -145,8 +149,12 @@ class Traces:
         self.runner: Callable[[], Any] = lambda: None
         self.read_tail: Callable[[TraceRecord], Generated | None] = lambda record: None
         self.num_errors = 0
-        self.writer: TraceWriter | None = None
-        if writes:
+        self.writer: TraceWriter | RowKeeper | None = None
+        if keeper is not None:
+            self.writer = keeper
+            keeper.end_requests = self.end_all
+            _all.add(self)
+        elif writes:
             assert config.trace is not None  # there are traces
             engine = parallel.data_parallel_index
             files = TraceFiles(config.trace, engine, config.trace_file_bytes, config.trace_files)
@@ -228,6 +236,11 @@ class Traces:
             if record is not None:
                 self._end(record)
 
+    def end_all(self) -> None:
+        """As :meth:`collect`, of all requests: the engine has nothing to do, and will take no further step."""
+        self.gone += list(self.records)
+        self.collect()
+
     @harmless
     def _end(self, record: TraceRecord) -> None:
         values = positions = tail = None
@@ -254,8 +267,7 @@ def _close(traces: weakref.ref[Traces]) -> None:
     """A process ends, and what is in it."""
     alive = traces()
     if alive is not None and alive.writer is not None:
-        alive.gone += list(alive.records)
-        alive.collect()
+        alive.end_all()
         alive.writer.close()
 
 
@@ -310,10 +322,8 @@ class Lines:
             "failed": record.failed,
         }
         if params is not None:
-            read = list(params.contexts())
-            places = [read.index(reading) if reading in read else None for reading in params.readings]
             line["rewards"] = [
-                None if place is None else mean_of(float(sums[NUM_COUNTS + place]), tokens) for place in places
+                None if place is None else mean_of(float(sums[NUM_COUNTS + place]), tokens) for place in params.places()
             ]
             reference = "none" if reference_of(params) == REFERENCE_NONE else params.reference
             line |= {"persona": params.persona, "beta": params.beta, "top_k": params.top_k, "reference": reference}

@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_made_stops_the_start(tmp_path):
         TraceFiles(str(tmp_path / "file" / "traces"), 0, 10**6, 3)
 
 
-PARAMS = GuidanceParams(("a", "b", "a"), (1.0, -0.5, 0.25), None, 1.0, 10, "neutral", None, (), "ada", "mine")
+PARAMS = GuidanceParams(("a", "b", "a"), (1.0, -0.5, 0.25), None, 1.0, 10, "neutral", None, (), None, "ada", "mine")
 
 
 def ended(tail, positions=(8, 5, 6, 7), params=PARAMS, stop_ids=(), max_tokens=100, num_prompt=4) -> Ended:

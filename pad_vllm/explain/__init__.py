@@ -1,0 +1,1 @@
+"""One prompt under several settings, token by token: ``pad-vllm explain``."""
