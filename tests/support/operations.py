@@ -74,7 +74,7 @@ def count(llm: Any, params: dict[str, Any], prompts: list[list[int]], num_steps:
     apart = [(guidance.model, "run"), (guidance.model, "prepare")]
     counted = [(adapter, "apply")]
     if guidance.drafter is not None:
-        apart.append((guidance.drafter, "compute_logits"))
+        apart.append((guidance.model.model, "compute_logits"))
         counted.append((runner.speculator, "propose"))
     run = InterpretedFunction.run
 
