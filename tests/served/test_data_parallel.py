@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pad_vllm.params import PAD
-from pad_vllm.personas import Personas
+from pad_vllm.personas import Personas, prefixed
 from tests import oracle
 from tests.support.engine import A_CORE_EACH
 from tests.support.server import Server
@@ -73,7 +73,7 @@ class PersonasFile:
             for part in (lines[:1], lines[1:]):
                 file.writelines(part)
                 file.flush()
-                time.sleep(0.4)
+                time.sleep(0.15)
 
 
 class Load:
@@ -173,6 +173,14 @@ def test_beam_search_with_guidance_is_refused(server, path):
     assert "did you mean 'pad_preference'" in answer["error"]["message"]
 
 
+def wait_for_version(server: Server, personas: dict[str, PAD]) -> None:
+    """Until both engines show these personas."""
+    expected, deadline = Personas.of(personas, len).version, time.monotonic() + 60
+    while metric_of_each(server, "personas_version") != [expected] * 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_personas_change_under_load(encode, expect, server, personas):
     """On both engines and by both API servers: no request is lost, each is guided by one version, none by an older one
     than another before it, and a broken version changes nothing."""
@@ -184,7 +192,7 @@ def test_personas_change_under_load(encode, expect, server, personas):
             assert expect(prompt, max_tokens=MAX_TOKENS, **mixed) not in answers
     versions = [{"guest": {"beta": 1.0 + i}, "terse": settings} for i, settings in enumerate(SETTINGS)]
     personas.replace(versions[0])
-    time.sleep(3)
+    wait_for_version(server, {name: PAD.from_extra_args(prefixed(one)) for name, one in versions[0].items()})
     load, taken = Load(server, prompt), []  # (version, when an answer by it was there)
 
     def take(number: int) -> None:
@@ -227,9 +235,5 @@ def test_personas_change_under_load(encode, expect, server, personas):
         allowed = [answers[one], answers[other]]
         assert all(what in allowed for began, _, what in load.answers if since < began < until)
     personas.replace({"terse": {"preference": PREFERENCE, "beta": 1.5}})  # of the other tests
-    expected = Personas.of({"terse": PAD(preference=PREFERENCE, beta=1.5)}, len).version
-    deadline = time.monotonic() + 30
-    while metric_of_each(server, "personas_version") != [expected] * 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_version(server, {"terse": PAD(preference=PREFERENCE, beta=1.5)})
     assert server.log.read_text().count("cannot be taken, and changes nothing: pad.personas") == 2
