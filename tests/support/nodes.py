@@ -15,6 +15,8 @@ from typing import Any
 
 import pad_vllm.channel
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
+from pad_vllm.params import PAD
+from pad_vllm.personas import Personas, show_personas
 from tests.support.engine import CORES, PLUGIN
 from tests.support.fixtures import MIX, Models
 from tests.support.server import Server
@@ -96,9 +98,10 @@ def another_server(shared: Path) -> Iterator[None]:
     engine, before = Engine(), os.environ.get(ANNOUNCE_DIR)
     os.environ[ANNOUNCE_DIR] = str(shared)
     try:
-        pad_vllm.channel.announce(
-            Announcement(True, personas=("theirs",), instance_id="theirs", data_parallel_address="192.0.2.1:1"), engine
-        )
+        its = Announcement(True, instance_id="theirs", data_parallel_address="192.0.2.1:1")
+        path = pad_vllm.channel.announce(its, engine)
+        assert path is not None
+        show_personas(path, Personas.of({"theirs": PAD(beta=1.0)}, len))
         yield
     finally:
         del engine
