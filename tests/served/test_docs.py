@@ -106,7 +106,15 @@ def write_yaml(folder: Path, text: str) -> None:
         write_evaluation(folder, text)
 
 
-FILES = {"json": write_pairs, "yaml": write_yaml}
+def write_json(folder: Path, text: str) -> None:
+    if "trace" not in json.loads(text):
+        return write_pairs(folder, text)
+    (folder / "FOLDER").mkdir()
+    (folder / "FOLDER" / "pad-traces-0-1.jsonl").write_text(text.strip() + "\n")
+    return None
+
+
+FILES = {"json": write_json, "yaml": write_yaml}
 """What the documents show of a file, for the commands that read it."""
 
 

@@ -68,7 +68,7 @@ def _bad_beta(rng: random.Random, *_: int) -> dict[str, Any]:
 
 
 def _bad_bound(rng: random.Random, *_: int) -> dict[str, Any]:
-    numbers = [-rng.random() - 1e-6, MAX_DIVERGENCE + rng.random() + 1e-3, True, 10.0 ** rng.randint(4, 300)]
+    numbers = [-rng.random() - 1e-6, MAX_DIVERGENCE + rng.random() + 1e-3, 10.0 ** rng.randint(4, 300)]
     return {"pad_max_divergence": rng.choice([rng.choice(numbers), _bad_number(rng)])}
 
 
