@@ -83,6 +83,7 @@ def write_pairs(folder: Path, record: str) -> None:
     pairs = [comparison("a", "b"), *(comparison(rng.choice("ab"), rng.choice("cd")) for _ in range(40))]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "ada.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:20]))
+    (folder / "pool.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[20:]))
     (folder / "small-model").symlink_to(folder / "base-model")
     released = make_model(folder / "checkpoint", seed=2)
     make_heads(released / "value_head.safetensors", ["v_head.summary"])

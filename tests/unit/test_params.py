@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import vllm
 
@@ -134,10 +136,11 @@ def test_personas_defaults_and_overrides():
     personas = {"a": {"pad_preference": "brief", "pad_beta": 0.5}, "b": {"weights": [1, 0], "top_k": 3}}
     c = config(personas=personas, default_persona="a", beta=0.8)
     brief, long = (("brief",), (1.0,)), (("long",), (1.0,))
-    assert c.resolve(None) == GuidanceParams(*brief, None, 0.5, 10, "base")
-    assert c.resolve(PAD(persona="b")) == GuidanceParams((), (1.0,), (1.0, 0.0), 0.8, 3, "base")
-    assert c.resolve(PAD(persona="b", preference="long", top_k=7)) == GuidanceParams(*long, (1.0, 0.0), 0.8, 7, "base")
-    assert c.resolve(PAD(beta=2)) == GuidanceParams(*brief, None, 2.0, 10, "base")
+    assert c.resolve(None) == GuidanceParams(*brief, None, 0.5, 10, "base", persona="a")
+    assert c.resolve(PAD(persona="b")) == GuidanceParams((), (1.0,), (1.0, 0.0), 0.8, 3, "base", persona="b")
+    longer = GuidanceParams(*long, (1.0, 0.0), 0.8, 7, "base", persona="b")
+    assert c.resolve(PAD(persona="b", preference="long", top_k=7)) == longer
+    assert c.resolve(PAD(beta=2)) == GuidanceParams(*brief, None, 2.0, 10, "base", persona="a")
     assert config(personas=personas).resolve(None) is None
 
 
@@ -241,9 +244,11 @@ def test_what_cancels_is_no_reward():
 
 def test_a_personas_weights_are_of_its_own_preferences():
     c = config(personas=PERSONAS, default_persona="two", reference="neutral")
-    assert c.resolve(None) == GuidanceParams(("brief", "kind"), (1.0, -0.5), None, 1.0, 10, "neutral")
+    of_two = GuidanceParams(("brief", "kind"), (1.0, -0.5), None, 1.0, 10, "neutral", persona="two")
+    assert c.resolve(None) == of_two
     asked = PAD(persona="two", preference_weights=[0.25, 0.75], reference="none")
-    assert c.resolve(asked) == GuidanceParams(("brief", "kind"), (0.25, 0.75), None, 1.0, 10, "none")
+    changed = {"preference_weights": (0.25, 0.75), "reference": "none"}
+    assert c.resolve(asked) == dataclasses.replace(of_two, **changed)
     assert c.resolve(PAD(preference=["a", "b", "c", "d"])).preference_weights == (0.25,) * 4
     for persona, weights in (("two", [1]), ("none", [1]), (None, [1, 2, 3])):
         with pytest.raises(ValueError, match="pad_preference_weights"):
