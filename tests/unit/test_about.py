@@ -14,6 +14,7 @@ from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
 from pad_vllm.frontend import engines, patches
 from pad_vllm.params import PAD
+from pad_vllm.personas import Personas, prefixed, show_personas
 from pad_vllm.worker.start import about_guidance
 
 pytestmark = pytest.mark.every_release
@@ -56,7 +57,10 @@ def client_of(tmp_path, monkeypatch) -> Iterator[Callable[..., TestClient]]:
         )
         if announcement is not None:
             alive.append(Engine(config))
-            channel.announce(announcement, alive[-1])
+            path = channel.announce(announcement, alive[-1])
+            assert path is not None
+            personas = {name: PAD.from_extra_args(prefixed(one)) or PAD() for name, one in PERSONAS.items()}
+            show_personas(path, Personas.of(personas, len))
         app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(list(args)), ("generate",))
         app.state.engine_client = SimpleNamespace(vllm_config=config)
         return TestClient(app)
@@ -69,7 +73,6 @@ def guiding() -> Announcement:
     config = PADConfig("reward", beta=0.8, top_k=12, max_top_k=20, personas=PERSONAS, adapters={"warm": "there"})
     return Announcement(
         True,
-        personas=tuple(config.personas),
         head_names=("a", "b"),
         max_top_k=config.max_top_k,
         max_preference_tokens=300,
