@@ -151,7 +151,8 @@ def test_what_moved_is_named(monkeypatch, capsys):
     assert "vllm.v1.core.block_pool:BlockPool: has no touch" in out
     assert "vllm.v1.worker.gpu.attn_utils:init_kv_cache: " in out
     assert "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec: takes no vllm_config" in out
-    assert out.count("\n          vllm.") == 3
+    # A module that is imported only now, and imports one of these, is missing too.
+    assert out.count("\n          vllm.") >= 3
 
 
 def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):

@@ -84,7 +84,10 @@ def charted() -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.every_release
 def test_vllm_reads_every_command():
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     commands = [*typed(), *charted()]
