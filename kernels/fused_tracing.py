@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .fused_groups import GroupScores
+from .fused_groups import GroupScores, add_exponentials
 from .fused_scoring import capped, context_args, dot_candidates, head_args, row_args
 from .keys import LOWEST_KEY, from_key
 from .launching import COUNTS, ROW_POINTERS
@@ -208,9 +208,7 @@ def load_group_scores(scores_ptr, context, num_all, num_parts, first, has_opinio
     for part in range(num_parts):
         at = (part * num_all + context) * K + first
         r = tl.load(scores_ptr + at, mask=has_opinion, other=0.0)
-        larger = tl.maximum(most, r)
-        total = total * tl.exp(most - larger) + tl.exp(r - larger)
-        most = larger
+        most, total = add_exponentials(most, total, r)
     return most + tl.log(tl.maximum(total, 1e-38))
 
 

@@ -129,7 +129,7 @@ def show_personas(announcement: Path, personas: Personas) -> None:
 
 
 _shown: dict[Path, tuple[tuple[int, int, int], Personas]] = {}
-"""What was read last of each engine's, and of which file."""
+"""By an engine's file: its inode, time and size when it was read last, and the personas in it."""
 
 
 def personas_shown(announcement: Path) -> Personas | None:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 STEPS_KEPT = 4
-"""Of a request, at least so many steps' rows are kept apart: it ends in one of the last two, or three with pipeline
-stages, and rows behind its end do not count."""
+"""At least this many of a request's last steps keep their rows apart: it ends in one of the last two, or three with
+pipeline stages, and rows behind its end do not count."""
 
 _all: weakref.WeakSet[Traces] = weakref.WeakSet()
 
@@ -48,7 +48,7 @@ class Generated(NamedTuple):
     """The last generated tokens of a request, as they are known when it is gone."""
 
     ids: list[int] | HostCopy
-    """Of the last so many places of its tokens; on the device, behind the number of all of its tokens"""
+    """The last of its tokens; in a copy from the device the number of all of its tokens stands before them"""
     first: int | None
     """Position of the first of ``ids``; None: they are the last ones"""
 
