@@ -8,7 +8,10 @@ Needs torch, triton and a GPU; vLLM is not imported. In parts:
 - guide: a reward model with the base's tokenizer;
 - controls: the same, of requests with a bias and penalties;
 - mixture: the same, of three contexts a row;
-- groups: a reward model with another tokenizer. Groups have one or two members; every eighth row needs one of 2,000.
+- groups: a reward model with another tokenizer. Groups have one or two members; every eighth row needs one of 2,000;
+- bound: as guide, of requests that may diverge by 0.1 nats a token;
+- adapters: of four LoRA adapters of rank 16 on lm_head, of which a row is read through one or none;
+- traces: of requests whose trace is kept.
 
 For every shape, microseconds a step:
 
@@ -37,28 +40,23 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
-from pad_vllm.kernels import find_large, fused, reference
-from pad_vllm.kernels.types import Controls, Groups, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
+from pad_vllm.kernels import fused, reference
+from pad_vllm.kernels.types import NUM_COUNTS
 
 from .kernel_plot import plot_kernel
+from .kernel_problems import RULE_PARTS, Problem, expected, problem
 
-RULE_PARTS = ("guide", "controls", "mixture", "groups")
 ROWS, TOP_K = (1, 8, 64, 256), (10, 40, 64)
 VOCABULARY, HIDDEN = (32_000, 128_256, 256_000), (2048, 4096)
 QUICK = ((128_256,), (2048,))
 """Of the other parts, and of all with ``--quick``."""
-GRAPH_BYTES, MOST_STEPS = 300_000_000, {"reference": 1, "composite": 4}
-"""Of the buffers of a graph together, about; and of steps in it that take long."""
-MIXTURE_WEIGHTS = (0.7, 0.5, -0.2)  # of a mixture's contexts
-NUM_BIAS, NUM_OUTPUT, ROW_PENALTIES = 16, 512, (0.5, 0.3, 1.2)
-"""Of a row's controls: biased tokens, generated tokens; presence, frequency, repetition."""
-LARGE_GROUPS, LARGE, EVERY = 64, 2000, 8
-"""Large groups, their members, and of how many rows one needs such a group."""
+MOST_STEPS = {"reference": 1, "composite": 4}
+"""In a graph, of steps that take long."""
 
 
 class GraphTimer:
@@ -108,25 +106,7 @@ class WallTimer:
 Timer = GraphTimer | WallTimer
 
 
-class Problem(NamedTuple):
-    """Arguments of a step on any of several buffers of logits; the values of the first are checked."""
-
-    sources: list[torch.Tensor]  # [R, V] float32 each
-    hidden_states: torch.Tensor
-    head: OutputHead
-    rows: Rows
-    vocabulary: SharedVocabulary | Groups
-    controls: Controls | None
-    mixture: Mixture | None
-    y: torch.Tensor  # the first of them, before its controls
-    moved: int  # bytes, by a step
-
-    def run(self, step: Callable[..., None], logits: torch.Tensor) -> None:
-        args = self.hidden_states, self.head, self.rows, self.vocabulary
-        step(logits, *args, controls=self.controls, mixture=self.mixture)
-
-
-def composite_(logits, hidden_states, head, rows, vocabulary, *, controls, mixture):
+def composite_(logits, hidden_states, head, rows, vocabulary, *, controls, mixture, trace):
     """The step as one would write it first; every row has the same k, and nothing ever fails."""
     z, ids = logits[rows.index].topk(rows.max_top_k, dim=-1)
     r = (hidden_states @ head.weight.T).gather(1, ids).float()
@@ -135,118 +115,18 @@ def composite_(logits, hidden_states, head, rows, vocabulary, *, controls, mixtu
     logits[rows.index] = guided
 
 
-@functools.lru_cache(maxsize=1)
-def output_head(vocab_size: int, hidden_size: int, device: str) -> torch.Tensor:
-    return torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, device=device) / hidden_size**0.5
-
-
-def control(y: torch.Tensor) -> tuple[torch.Tensor, Controls]:
-    """What requests with a bias and all penalties make of their logits, as vLLM does it; a request a row."""
-    (num_rows, vocab_size), device = y.shape, y.device
-    biased = y.topk(min(NUM_BIAS, vocab_size)).indices
-    bias = 4 * torch.rand(biased.shape, device=device) - 2
-    output = torch.randint(0, vocab_size, (num_rows, NUM_OUTPUT), device=device)
-    output[:, :4] = biased[:, :4]
-    prompted = torch.rand(y.shape, device=device) < 0.01
-    counts = torch.zeros_like(y).scatter_add_(1, output, torch.ones(output.shape, device=device))
-    presence, frequency, repetition = ROW_PENALTIES
-    z = y.scatter_add(1, biased, bias)
-    z = torch.where(prompted | (counts > 0), torch.where(z > 0, z / repetition, z * repetition), z)
-    z = z - frequency * counts - presence * (counts > 0)
-    bits = torch.nn.functional.pad(prompted, (0, -vocab_size % 32)).view(num_rows, -1, 32).long()
-    mask = (bits << torch.arange(32, device=device)).sum(-1).int()
-    index = torch.arange(num_rows, device=device)
-    no_drafts = torch.full((num_rows, 1), -1, dtype=torch.int32, device=device)
-    seen = OutputTokens(output.int(), index, torch.zeros_like(index), torch.full_like(index, NUM_OUTPUT), no_drafts)
-    num_bias = torch.full_like(index, biased.shape[1]).int()
-    penalties = torch.tensor(ROW_PENALTIES, device=device).repeat(num_rows, 1)
-    return z, Controls(index, num_bias, biased.int(), bias, penalties, mask, seen)
-
-
-def tables(sources: list[torch.Tensor]) -> Groups:
-    """Groups of one or two members each, and some large ones. Of every eighth row of logits the first candidate's is
-    large, another one from step to step; of every row the second and third candidate share one."""
-    vocab_size, device = sources[0].shape[1], sources[0].device
-    each = torch.arange(vocab_size, device=device)
-    has_two = torch.rand(vocab_size, device=device) < 0.5
-    small = torch.stack([each, each.roll(vocab_size // 3)], 1)[torch.stack([torch.ones_like(has_two), has_two], 1)]
-    size = max(1, min(LARGE, vocab_size // 4))
-    large = torch.rand(LARGE_GROUPS, vocab_size, device=device).topk(size).indices.sort().values
-    counts = torch.cat([has_two + 1, torch.full((LARGE_GROUPS,), size, device=device)])
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    key = torch.randperm(vocab_size, device=device)
-    for i, logits in enumerate(sources):
-        ids = logits.topk(3).indices
-        key[ids[:, 1]] = key[ids[:, 2]]
-        first = ids[::EVERY, 0]
-        key[first] = vocab_size + (i * len(first) + torch.arange(len(first), device=device)) % LARGE_GROUPS
-    starts, members = starts.int(), torch.cat([small, large.flatten()]).int()
-    return Groups(vocab_size, key.int(), members, starts, max(2, size), find_large(starts))
-
-
-def problem(
-    part: str, num_rows: int, vocab_size: int, hidden_size: int, top_k: int, device: str, most_buffers: int = 1
-) -> Problem:
-    """Random logits of which the reward model's are as large, and a step's other arguments."""
-    lm_head = output_head(vocab_size, hidden_size, device)
-    num_buffers = min(most_buffers, max(4, GRAPH_BYTES // (4 * num_rows * vocab_size)))
-    sources = [3 * torch.randn(num_rows, vocab_size, device=device) for _ in range(num_buffers)]
-    num_contexts = len(MIXTURE_WEIGHTS) if part == "mixture" else 1
-    hidden = torch.randn(num_rows * num_contexts, hidden_size, dtype=torch.bfloat16, device=device)
-    index = torch.arange(num_rows, device=device)
-    beta = torch.full((num_rows,), 0.8, device=device)
-    of_base, y = torch.ones_like(beta), sources[0]
-    vocabulary: SharedVocabulary | Groups = SharedVocabulary(vocab_size)
-    controls, mixture, num_scored = None, None, num_rows * top_k
-    moved = 2 * y.nbytes + hidden.nbytes
-    if part == "controls":
-        sources[0], controls = control(y)
-        moved += num_rows * (8 * NUM_BIAS + 4 * NUM_OUTPUT)
-    elif part == "mixture":
-        contexts = torch.arange(num_rows * num_contexts, device=device).view(num_rows, num_contexts)
-        mixture = Mixture(contexts, torch.tensor(MIXTURE_WEIGHTS, device=device).repeat(num_rows, 1))
-        of_base = mixture.weights.sum(1)
-    elif part == "groups":
-        vocabulary = tables(sources)
-        needed = torch.zeros(len(vocabulary.starts) - 1, dtype=torch.bool, device=device)
-        needed[vocabulary.key[y.topk(top_k).indices].long().flatten()] = True
-        num_scored = len(vocabulary.members[needed.repeat_interleave(vocabulary.starts.diff())].unique())
-    moved += num_scored * hidden_size * lm_head.element_size()
-    rows = Rows(index, torch.full_like(index, top_k), beta, of_base, torch.zeros_like(index), top_k)
-    return Problem(sources, hidden, OutputHead(lm_head), rows, vocabulary, controls, mixture, y, moved)
-
-
-def expected(of: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidates of the first buffer [R, k], and their guided logits in float64."""
-    rows = of.rows
-    z, ids = (found[:, : rows.max_top_k] for found in of.sources[0].sort(descending=True, stable=True))
-    r, key = of.hidden_states.double() @ of.head.weight.double().T, ids
-    if isinstance(of.vocabulary, Groups):
-        members, starts = of.vocabulary.members, of.vocabulary.starts
-        key, most = of.vocabulary.key[ids].long(), r.amax(1, keepdim=True)
-        owner = torch.arange(len(starts) - 1, device=r.device).repeat_interleave(starts.diff())
-        sums = r.new_zeros(len(r), len(starts) - 1).index_add_(1, owner, (r - most).exp()[:, members.long()])
-        r = most + sums.log()
-    if of.mixture is not None:
-        contexts, weights = of.mixture
-        r = (weights.double().unsqueeze(-1) * r[contexts]).sum(1)
-    r, y = r.gather(1, key), of.y.double().gather(1, ids)
-    same = key.unsqueeze(2) == key.unsqueeze(1)
-    is_first = ~same.tril(-1).any(-1)  # of its group
-    y_group = torch.where(same, y.unsqueeze(1), float("-inf")).logsumexp(-1)
-    log_r = r - r.masked_fill(~is_first, float("-inf")).logsumexp(-1, keepdim=True)
-    reward = log_r - rows.reference.double().unsqueeze(1) * (y_group - y.logsumexp(-1, keepdim=True))
-    return ids, z.double() + rows.beta.double().unsqueeze(1) * reward
-
-
 def largest_error(of: Problem) -> float:
     """Largest difference from float64, over the candidates; which must be the same ones."""
     ours = of.sources[0].clone()
     of.run(fused.guide_, ours)
-    ids, guided = expected(of)
+    ids, z, guided = expected(of)
     assert ((ours > float("-inf")).sum(-1) == ids.shape[1]).all()
     difference = (ours.gather(1, ids).double() - guided).abs().max().item()
     assert difference < 1e-3, difference
+    if of.trace is not None:
+        log_p = guided.log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - z.log_softmax(-1))).sum(-1)
+        torch.testing.assert_close(of.trace.values[:, 0, 0, NUM_COUNTS - 1].double(), divergence, rtol=1e-3, atol=1e-4)
     return difference
 
 

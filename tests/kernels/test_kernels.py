@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks import kernel_problems
 from pad_vllm.kernels import Controls, HeadAdapters, HeadMix, Mixture, OutputHead, OutputTokens, Rows, SharedVocabulary
 from pad_vllm.kernels.selection import select_candidates
 from tests import oracle
@@ -577,7 +578,7 @@ def test_the_benchmark_runs_and_checks_values(interpreter, tmp_path):
     tiny = ["--device", "cpu", "--vocabulary", "97", "--hidden", "24", "--rows", "2", "--k", "5", "--repeats", "0"]
     interpreter.run(run_benchmark, [*tiny, "--reference", "--output", str(output), "--plot", str(plot)])
     rows = json.loads(output.read_text())["results"]
-    assert [row["part"] for row in rows] == ["guide", "controls", "mixture", "groups"]
+    assert [row["part"] for row in rows] == [*kernel_problems.RULE_PARTS]
     for row in rows:
         assert row["error"] < 1e-5
         assert row["fused"] > 0
@@ -589,11 +590,11 @@ def test_the_benchmark_runs_and_checks_values(interpreter, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values, and a CUDA graph's capture and replay")
-@pytest.mark.parametrize("part", ["guide", "controls", "mixture", "groups"])
+@pytest.mark.parametrize("part", kernel_problems.RULE_PARTS)
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_on_a_gpu(num_rows, part):
     from benchmarks import kernel
 
-    problem = kernel.problem(part, num_rows, 128_256, 4096, 10, "cuda")
+    problem = kernel_problems.problem(part, num_rows, 128_256, 4096, 10, "cuda")
     kernel.largest_error(problem)
     kernel.check_graph(problem, kernel.GraphTimer())
