@@ -307,9 +307,8 @@ NOT_SETTINGS = ("sections", "output", "resume")
 """Arguments on which no result depends."""
 
 
-def measure_throughput(setup: Setup, args: argparse.Namespace) -> None:
-    """Run the sections, and keep each one's result as it ends."""
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+def measure_throughput(setup: Setup, args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Run the sections, and keep each one's result as it ends, in a record of ``settings``."""
     record = Record(args.output, settings, {name: section.__doc__ or "" for name, section in SECTIONS.items()})
     bench = ThroughputBench(setup, args.repeats)
     try:
@@ -352,6 +351,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     guides_itself = args.reward == SERVED
     if bool(args.base) != bool(args.reward) and not guides_itself:
         raise ValueError("--base and --reward: give both, or none")
@@ -369,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
             load_format=args.load_format,
             personas={f"p{i}": " ".join(f"w{1000 + 20 * i + j}" for j in range(16)) for i in range(NUM_PERSONAS)},
         )
-        measure_throughput(setup, args)
+        measure_throughput(setup, args, settings)
 
 
 if __name__ == "__main__":

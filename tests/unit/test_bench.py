@@ -67,11 +67,11 @@ def test_an_unfinished_section_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(throughput, "SECTIONS", {"parts": section})
     args = argparse.Namespace(sections=["parts"], resume=True, output=tmp_path, repeats=1)
-    args.__dict__ |= {"base": None, "reward": None, "dtype": "float32", "enforce_eager": False, "batch": [1]}
+    settings = {"base": None, "reward": None, "dtype": "float32", "enforce_eager": False, "batch": [1]}
     with pytest.raises(KeyboardInterrupt):
-        throughput.measure_throughput(None, args)
+        throughput.measure_throughput(None, args, settings)
     for _ in range(2):
-        throughput.measure_throughput(None, args)
+        throughput.measure_throughput(None, args, settings)
     assert begun == [0, 2]
     rows = json.loads((tmp_path / "throughput.json").read_text())["results"]["parts"]["rows"]
     assert [row["value"] for row in rows] == [0, 1, 2]
