@@ -32,7 +32,7 @@ NUM_BIAS, NUM_OUTPUT, ROW_PENALTIES = 16, 512, (0.5, 0.3, 1.2)
 """Of a row's controls: biased tokens, generated tokens; presence, frequency, repetition."""
 LARGE_GROUPS, LARGE, EVERY = 64, 2000, 8
 """Large groups, their members, and of how many rows one needs such a group."""
-NUM_ADAPTERS, ADAPTER_RANK, MAX_DIVERGENCE = 4, 16, 0.1
+NUM_ADAPTERS, ADAPTER_RANK, BOUND = 4, 16, 0.1
 """Of the output head, and nats a token."""
 
 
@@ -152,7 +152,7 @@ def problem(
         adapters = adapters_of(num_rows, lm_head)
         width += len(adapters.owner)
     elif part == "bound":
-        bound = torch.full_like(beta, MAX_DIVERGENCE)
+        bound = torch.full_like(beta, BOUND)
     moved += num_scored * width * lm_head.element_size()
     rows = Rows(index, torch.full_like(index, top_k), beta, of_base, torch.zeros_like(index), top_k)
     rows, head = rows._replace(max_divergence=bound), OutputHead(lm_head, adapters=adapters)

@@ -142,6 +142,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 lambda: Guidance(fits, self.vllm_config, device, num_drafts), self.vllm_config, on_v2 or is_served
             )
             take(guidance, fits.resolve)
+            if is_served:
+                served.when_reloaded(self.vllm_config, guidance.forget)
             if speculator is not None:
                 speculator.begin(cast("V2Adapter", self.adapter))
             self._announce(guidance)

@@ -10,8 +10,10 @@ the reward model's too. Attention layers are found by name in the forward's cont
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakMethod, WeakValueDictionary
 
 from torch import nn
 from vllm.compilation.backends import set_model_tag
@@ -28,6 +30,7 @@ COMPUTING = (LinearBase, VocabParallelEmbedding, MoERunner)
 
 _models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _waiting: dict[int, list[Callable[[], None]]] = {}
+_readers: dict[int, list[WeakMethod[Callable[[], None]]]] = {}
 
 
 def loaded(vllm_config: VllmConfig, model: nn.Module) -> None:
@@ -48,6 +51,35 @@ def when_loaded(vllm_config: VllmConfig, call: Callable[[], None]) -> None:
         call()
     else:
         _waiting.setdefault(id(vllm_config), []).append(call)
+
+
+def when_reloaded(vllm_config: VllmConfig, forget: Callable[[], None]) -> None:
+    """Call a method, as long as its object lives, whenever an engine's model has been given other weights: by vLLM's
+    workers, or by a trainer that calls the model's ``load_weights`` itself."""
+    model = _models[id(vllm_config)]
+    if not hasattr(model.load_weights, "__wrapped_by_pad__"):
+        model.load_weights = _telling(vllm_config, model.load_weights)
+    _readers.setdefault(id(vllm_config), []).append(WeakMethod(forget))
+
+
+def _telling(vllm_config: VllmConfig, load_weights: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load_weights)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_weights(*args, **kwargs)
+        finally:
+            reloaded(vllm_config)
+
+    load.__wrapped_by_pad__ = True  # type: ignore[attr-defined]
+    return load
+
+
+def reloaded(vllm_config: VllmConfig) -> None:
+    """vLLM has put other weights into the model that an engine serves."""
+    for reference in _readers.get(id(vllm_config), ()):
+        forget = reference()
+        if forget is not None:
+            forget()
 
 
 def instance_of(base: VllmConfig, own: VllmConfig) -> nn.Module:

@@ -175,6 +175,10 @@ class Guidance:
         self.free([context for context in held if context is not None])
         self.slots.controls.clear(slot)
 
+    def forget(self) -> None:
+        """The reward model's weights have changed: nothing that they computed before may be read again."""
+        self.engine.blocks.reset()
+
     def apply(self, logits: torch.Tensor, batch: GuidedBatch) -> None:
         """Guide the rows of ``batch`` in ``logits``, in place.
 

@@ -3,7 +3,8 @@
 Its loaders show the model that they have loaded, since a logits processor is given none
 (:mod:`pad_vllm.reward.served`).
 
-Its workers tell which requests are gone at a step, since a logits processor is told that of none (:mod:`.traces`).
+Its workers tell which requests are gone at a step, since a logits processor is told that of none (:mod:`.traces`),
+and that the served model has been given other weights (:mod:`pad_vllm.reward.served`).
 
 Where the draft model of ``speculative_config`` is the reward model, Model Runner V2 makes its drafter of the reward
 engine (:mod:`.adapters.speculator`), and does not refuse a draft model with another tokenizer, whose drafts vLLM's own
@@ -45,6 +46,7 @@ def install() -> None:
     _allow_another_tokenizer()
     after_import(LOADERS, _show_models)
     after_import(WORKER, _tell_of_requests)
+    after_import(WORKER, _tell_of_weights)
 
 
 def after_import(name: str, call: Callable[[ModuleType], None]) -> None:
@@ -95,6 +97,28 @@ def _tell_of_requests(module: ModuleType) -> None:
 
     execute_model.__wrapped_by_pad__ = True  # type: ignore[attr-defined]
     module.Worker.execute_model = execute_model
+
+
+def _tell_of_weights(module: ModuleType) -> None:
+    """Weights come from a file (``reload_weights``), or from a trainer in several parts."""
+    for name in ("reload_weights", "finish_weight_update"):
+        original = getattr(module.Worker, name, None)
+        if original is not None and not hasattr(original, "__wrapped_by_pad__"):
+            setattr(module.Worker, name, _telling_of_weights(original))
+
+
+def _telling_of_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def change_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:  # where it failed, a part of them may be new
+            served = sys.modules.get("pad_vllm.reward.served")
+            if served is not None:
+                served.reloaded(self.vllm_config)
+
+    change_weights.__wrapped_by_pad__ = True  # type: ignore[attr-defined]
+    return change_weights
 
 
 def _show_models(loaders: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.logger import init_logger
 from pad_vllm.channel import Announcement
 from pad_vllm.config import PADConfig
 from pad_vllm.kernels import Groups, Mixture, OutputTokens, compiled_top_k
+from pad_vllm.kernels.compiling import compile_together
 from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.worker.batch import Layout
 from pad_vllm.worker.loading import Loaded
@@ -32,15 +34,16 @@ LOGITS_BYTES = 2**30
 @torch.inference_mode()
 def warm_up_kernels(warm_up: WarmUp) -> None:
     """Run the largest kernel call once, so that its memory is taken while vLLM still counts; and compile all that
-    requests can launch (:func:`compile_kernels`)."""
+    requests can launch (:func:`launch_kernels`)."""
     num_rows, most = warm_up.num_rows, warm_up.loaded.fit.config.max_top_k
+    if warm_up.rule.kernels == "triton":
+        compile_together(partial(launch_kernels, warm_up, most))
+        launch_kernels(warm_up, most)
     warm_up.guide(num_rows, most, most)
     warm_up.guide(num_rows, most, most, controls="penalties", num_contexts=MAX_CONTEXTS, heads=True)
-    if warm_up.rule.kernels == "triton":
-        compile_kernels(warm_up, most)
 
 
-def compile_kernels(warm_up: WarmUp, most: int) -> None:
+def launch_kernels(warm_up: WarmUp, most: int) -> None:
     """Launch each variant of the kernels that requests can launch, on rows that are left alone: what is compiled
     follows from the number of candidates (two sizes up to the usual most), in :mod:`pad_vllm.kernels.fused` from
     whether there are few rows, and from whether any request has a bias, penalties, several contexts or heads."""

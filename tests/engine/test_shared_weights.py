@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import oracle
 from tests.engine.test_engine import GREEDY, PROMPTS
 from tests.support.engine import ONE_CONTEXT, PLUGIN, Engine, engine_stats, guided, metric, running_guidance
 from tests.support.fixtures import MAX_TOKENS, Models
-from tests.support.models import make_adapter
+from tests.support.models import make_adapter, make_model
 
 pytestmark = pytest.mark.every_release
 
@@ -206,6 +209,51 @@ def test_short_pools_preemption_and_drafts(encode, compose, short, adapted, mode
     stats = short.call(engine_stats)
     assert stats["evicted"] > 0
     assert short.call(metric, "vllm:num_preemptions") > 0
+
+
+def test_weights_that_are_loaded_later_guide_from_then_on(encode, compose, short, models, tmp_path):
+    """By vLLM's ``reload_weights``, or by a trainer that calls the model's own ``load_weights``. Nothing that the old
+    weights computed is read again, not even a prompt's cached blocks."""
+    other = make_model(tmp_path / "other", seed=77)
+    prompts = [encode(text + " more" * 40) for text in PROMPTS[:2]]  # whole blocks of which are kept
+    asked = {"preference": TEXTS[0], "top_k": 10, "beta": 1.0, "reference": "neutral"}
+
+    def expect(model) -> list[list[int]]:
+        rule = {"reward": model, "reference": "neutral", "top_k": 10, "beta": 1.0, "eos_token_id": None}
+        return [
+            oracle.generate(model, ids, MAX_TOKENS, reward_prompt_ids=[compose(ids, TEXTS[0])], **rule)
+            for ids in prompts
+        ]
+
+    model = AutoModelForCausalLM.from_pretrained(other)
+    of_base, of_other = expect(models.base_model), expect(model)
+    norm = model.model.norm.weight
+    norm.data *= torch.linspace(0.5, 1.5, len(norm))
+    of_trained = expect(model)
+    assert of_base != of_other != of_trained
+    load_norm = partial(load_into, [("model.norm.weight", norm.data)])
+    for load, expected in (
+        (lambda: None, of_base),
+        (lambda: short.call(reload, str(other)), of_other),
+        (lambda: short.call(apply, load_norm), of_trained),
+        (lambda: short.call(reload, str(models.base)), of_base),
+    ):
+        load()
+        assert short.generate(prompts, GREEDY | guided(**asked)) == expected
+
+
+def reload(llm, path: str) -> None:
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    llm.reset_prefix_cache()
+
+
+def apply(llm, load: Callable[[torch.nn.Module], None]) -> None:
+    llm.apply_model(load)
+    llm.reset_prefix_cache()
+
+
+def load_into(weights: list[tuple[str, torch.Tensor]], served: torch.nn.Module) -> None:
+    served.load_weights(weights)
 
 
 def test_no_weight_is_there_twice(short, models):
