@@ -80,7 +80,7 @@ MEMBERS = {
         *("lora_token_start_loc", "no_lora_flag_cpu", "num_active_loras_cpu"),
     ),
     "vllm.model_executor.model_loader:BaseModelLoader": ("load_model",),
-    "vllm.v1.worker.gpu_worker:Worker": ("execute_model", "reload_weights", "finish_weight_update", "vllm_config"),
+    "vllm.v1.worker.gpu_worker:Worker": ("execute_model", "reload_weights", "finish_weight_update"),
     "vllm.v1.core.sched.output:SchedulerOutput": ("finished_req_ids",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("requests", "vllm_config"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "vllm_config"),
