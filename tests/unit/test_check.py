@@ -37,7 +37,7 @@ def test_the_command(models, config, capsys):
     for words in (
         f"pad-vllm: {pad_vllm.__version__}; Python 3.",
         f"vLLM: {releases.version()}",
-        "names that pad-vllm binds to, all there",
+        "names that pad-vllm uses are there",
         "guidance kernels: reference",
         "runner: V1",
         "persona 'mixed': pad_weights=[1.0, 0.0, 2.0]",
@@ -165,7 +165,7 @@ def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, and this is 0\.41\.2\. No internal"):
         internals.check_version()
     assert print_report(None, None, None) == 1
-    assert "FAILED  vLLM: 0.41.2, and pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
+    assert "FAILED  vLLM: 0.41.2, but pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
     monkeypatch.setenv(internals.ALLOW_UNTESTED, "1")
     internals.check_version()
     assert print_report(None, None, None) == 0
