@@ -307,7 +307,7 @@ def running(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level:
         ) from None
     for content, i in moved.items():
         raise ValueError(
-            f"its added token {content!r} has id {i}, but would get {tokenizer.token_to_id(content)} behind other text"
+            f"its added token {content!r} is {i}, but {tokenizer.token_to_id(content)} in text that follows other text"
         )
     return tokenizer
 

@@ -19,8 +19,8 @@ def check_engine(vllm_config: VllmConfig, on_v2: bool) -> None:
     refused = {
         "VLLM_USE_RUST_FRONTEND=1: that frontend runs no Python plugins, so it could not refuse a request that cannot "
         "be guided; unset it": envs.VLLM_USE_RUST_FRONTEND,
-        f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model needs the whole base model on "
-        "each rank; use tensor parallelism": parallel.pipeline_parallel_size > 1,
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the reward model runs beside the whole base "
+        "model, not beside a stage of it; use tensor parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism splits sequences over ranks, but the reward model's sequences stay whole; turn it off": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

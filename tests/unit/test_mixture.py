@@ -102,7 +102,7 @@ def test_the_command_finds_a_mixture_again(models, adapters, merged, tmp_path, c
     assert list(found)[:2] == ["warm", "dry"]
     assert found["dry"] / found["warm"] == pytest.approx(-0.5, abs=0.15)
     assert abs(found.get("odd", 0)) < 0.15 * found["warm"]
-    held_out = int(out.partition(", in ")[2].partition("%")[0])
+    held_out = int(out.partition(" and in ")[2].partition("%")[0])
     assert held_out >= 85
     pad = PADConfig.from_pad({"reward_model": "base", "adapters": adapters, "personas": persona})
     assert pad.personas["ada"].adapters == tuple(found)
