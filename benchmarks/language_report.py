@@ -14,11 +14,12 @@ from typing import Any
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.recipe import ENGINE
 from pad_vllm.evaluation.harness import Asked, Method
-from pad_vllm.evaluation.methods import BASE, Examples, Guided, Prompting
+from pad_vllm.evaluation.methods import BASE, Guided, Prompting
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
 from .language_bench import Bench
 from .language_methods import all_of
+from .language_plot import MODELS, plot_language
 from .record import hardware
 
 NUM_SCORED = 96
@@ -186,7 +187,6 @@ def _say(estimate: Sequence[float]) -> str:
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions"}
 MADE_BY = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
 """What wrote a table, by its name."""
 TITLES = {"one": "One wish", "two": "Two wishes"}
@@ -224,7 +224,7 @@ def write(
     if parts := [one.method.name for one in asked if one.method.is_personal and is_a_part(bench, one)]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    plot_language(rows, methods, output / f"{name}.png")
+    plot_language(rows, output / f"{name}.png")
     return rows
 
 
@@ -232,35 +232,3 @@ def is_a_part(bench: Bench, asked: Asked) -> bool:
     """Whether a method answers but a part of a group's prompts, or of its users."""
     own = {bench.cells[i].group for i in asked.indices}
     return set(asked.indices) != {i for i, cell in enumerate(bench.cells) if cell.group in own}
-
-
-def color_of(method: Method) -> str:
-    match method:
-        case Prompting() | Examples() | Guided(prompting=Prompting()):
-            return "tab:blue"
-        case Guided():
-            return "tab:green"
-    return "tab:gray"
-
-
-def plot_language(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], path: Path) -> None:
-    """Satisfaction against fluency, a point for each method."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    own = [row for row in rows if row["group"] == "one"]
-    colors = {method.name: color_of(method) for method in methods}
-    for row in own:
-        point = row["nll"], 100 * row["satisfied"][0]
-        axis.plot(*point, "o", color=colors[row["method"]])
-        axis.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axis.axvline(rows[0]["nll"], color="black", linewidth=0.8, linestyle=":")
-    axis.annotate("unguided", (rows[0]["nll"], 50), fontsize=7, rotation=90, va="bottom", ha="right")
-    axis.set_xlabel("nats a token under the unguided base (left: more fluent)")
-    axis.set_ylabel("wishes satisfied (%)")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close("all")

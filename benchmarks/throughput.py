@@ -325,29 +325,39 @@ def measure_throughput(setup: Setup, args: argparse.Namespace, settings: dict[st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure (default: all)"
+    )
     parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
     parser.add_argument(
-        "--reward", help="path or hub id of a reward model with its tokenizer; base: the base model itself"
+        "--reward", help="path or hub id of a reward model with its tokenizer, or 'base': the base model guides itself"
     )
-    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
-    parser.add_argument("--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
+    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random base")
+    parser.add_argument(
+        "--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random reward model"
+    )
     parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
-    parser.add_argument("--load-format", default="auto", help="vLLM's; dummy: no weights are written or read")
+    parser.add_argument(
+        "--load-format",
+        default="auto",
+        help="as vLLM's option; dummy writes and reads no weights (default %(default)s)",
+    )
     parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="of the base (default %(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt-len", type=int, default=16)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, default=2 << 30, help="KV cache of the base model (default %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="batch sizes (default 1 16 64)")
+    parser.add_argument("--prompt-len", type=int, default=16, help="tokens of a prompt (default %(default)s)")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=10, help="candidates of a token (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each comparison (default %(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder of throughput.json, .md and .png; what it has of this machine and these settings is kept",
+        help="folder of throughput.json, .md and .png; results of this machine and these settings are kept there",
     )
-    parser.add_argument("--resume", action="store_true", help="leave out the sections that --output has already")
+    parser.add_argument("--resume", action="store_true", help="skip the sections that --output has already")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -52,14 +52,14 @@ __all__ = [
 ]
 
 SWITCH = "PAD_VLLM_KERNELS"
-"""Environment: ``triton`` or ``reference``, where it should not be decided here."""
+"""Environment variable: ``triton`` or ``reference`` overrides the choice made here."""
 
 
 def implementation(device: torch.device) -> str:
-    """``triton`` on a GPU and where the Triton interpreter is on, ``reference`` elsewhere.
+    """``triton`` on a GPU and in the Triton interpreter, ``reference`` elsewhere.
 
     Raises:
-        ValueError: the environment asks for something else.
+        ValueError: the environment variable has another value.
     """
     asked = os.environ.get(SWITCH)
     if asked in ("triton", "reference"):

@@ -66,7 +66,7 @@ def guide_(
         controls: what requests did to their logits by bias and penalties; None where none of them did.
         mixture: the contexts of each row; None: one each, in the rows' order.
         head_mix: value heads, and their weights in each context; None: the hidden states are taken as they are.
-        trace: gets what guidance did in the rows; None: nobody asks.
+        trace: receives what guidance did in the rows; None: nothing is traced.
     """
     if head_mix is not None:
         hidden_states = map_heads(hidden_states, head_mix)

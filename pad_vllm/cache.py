@@ -1,4 +1,4 @@
-"""Where models that are made here are kept."""
+"""The folder in which pad-vllm keeps models and tables that it has made."""
 
 from __future__ import annotations
 

@@ -37,56 +37,56 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ANNOUNCE_DIR = "PAD_VLLM_ANNOUNCE_DIR"
-"""Environment: the folder. Set it by hand to one that all machines share when frontend and engine are on different
-machines; such a folder is never removed."""
+"""Environment variable: the folder of announcements. If frontend and engine run on different machines, set it to a
+folder that all of them share; such a folder is never removed."""
 LAUNCH = "PAD_VLLM_LAUNCH"
-"""Environment: an id of what was launched together. The first process in which the hook runs makes it, and those that
-it starts inherit it: a server's engines, and its API servers."""
+"""Environment variable: an id that all processes of one launch share. The first process in which the hook runs makes
+it, and a server's engines and API servers inherit it."""
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 FOLDER_PREFIX = "pad-vllm-"
 OWNER = "owner.lock"
-"""What those who know a folder that the hook made hold a lock on."""
+"""The file that a process locks while it uses a folder that the hook made."""
 NO_HOOK = (
     "pad: vLLM has not run pad-vllm's plugin hook, and requests could go unguided in silence; install the package, and "
     "where VLLM_PLUGINS is set, add 'pad' to it"
 )
 JOIN_TRIES = 200
-"""To join a folder that others are removing; with pauses, a second or two."""
+"""How often to try to join a folder that others are removing; with pauses, this takes a second or two."""
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What an engine accepts. ``configured`` false: it runs without a reward model and accepts no guidance."""
+    """What an engine accepts. If ``configured`` is false, it runs without a reward model and accepts no guidance."""
 
     configured: bool
     head_names: tuple[str, ...] = ()
     max_top_k: int = 0
     max_preference_tokens: int = 0
     tokenizer: dict[str, Any] | None = None
-    """Arguments of ``AutoTokenizer.from_pretrained``; None: no tokenizer, and so no text preferences."""
+    """Arguments of ``AutoTokenizer.from_pretrained``; None if there is no tokenizer, and so no text preferences."""
     prompt_template: str = ""
     default_persona: str | None = None
     instance_id: str = ""
     """vLLM's id of the engine, which its frontend on the same machine knows too."""
     data_parallel_address: str = ""
-    """Where the server's machines would meet; which its frontends know on all of them."""
+    """Where the server's machines meet under data parallelism; the frontends on all machines know it."""
     labels: tuple[str, str] = ("", "")
     """The engine's labels in metrics: name of the base model, number of the engine."""
     base_tokenizer: dict[str, Any] | None = None
-    """As ``tokenizer``, of the base model, where that is another one."""
+    """Like ``tokenizer``, of the base model, if the two differ."""
     max_context_len: int = 0
-    """Tokens that a context of the reward model holds; 0: nobody says."""
+    """Tokens that a context of the reward model holds; 0 if unknown."""
     chat: str = "auto"
     insert_after: str | None = None
     launch: str = ""
     traces: bool = False
     adapters: tuple[str, ...] = ()
     about: dict[str, Any] | None = None
-    """Of its guidance, for clients alone: :func:`pad_vllm.worker.start.about_guidance`."""
+    """The engine's guidance as clients see it: :func:`pad_vllm.worker.start.about_guidance`."""
 
     @property
     def guides_all(self) -> bool:
-        """Whether requests that ask for nothing are guided too."""
+        """Whether requests without guidance of their own are guided too."""
         return self.default_persona is not None
 
 
@@ -103,7 +103,7 @@ _locks: dict[Path, int] = {}
 """Folders of which this process, or one that it was forked from, holds the lock."""
 _failure = ""  # why this process has no folder
 _served: set[str] = set()
-"""Ids of the engines that this process is the frontend of, without their data-parallel ranks: they end with it."""
+"""Ids of the engines whose frontend this process is, without data-parallel ranks. They end with this process."""
 
 
 def make_folder() -> None:
@@ -132,21 +132,21 @@ def make_folder() -> None:
 
 
 def _export(name: str, value: str) -> None:
-    """To all processes that this one starts; Ray's workers must be told."""
+    """Pass the variables to all processes that this one starts; Ray's workers must be told separately."""
     os.environ[name] = value
     also = os.environ.get(RAY_COPIES)
     os.environ[RAY_COPIES] = f"{also},{name}" if also else name
 
 
 def why_no_folder() -> str:
-    """What to change where this process knows no folder."""
+    """Why this process knows no folder of announcements, and what to change."""
     return f"pad: no folder for announcements could be made. {_what_to_change(_failure)}" if _failure else NO_HOOK
 
 
 def _what_to_change(failure: object) -> str:
     return (
-        f"{failure}; TMPDIR, or {ANNOUNCE_DIR}, must name a folder of your own that nobody else may write, on a disk "
-        "with room"
+        f"{failure}; set TMPDIR or {ANNOUNCE_DIR} to a folder of your own that nobody else can write to, on a disk "
+        "with free space"
     )
 
 
@@ -190,7 +190,7 @@ def _leave(folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders of processes that were killed before they could."""
+    """Remove the folders of processes that were killed before they could remove these themselves."""
     for folder in root.glob(f"{FOLDER_PREFIX}*"):
         _remove_if_left(folder)
 
@@ -221,7 +221,8 @@ def _without_locks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened_folder(folder: Path, flags: int = 0) -> Iterator[int]:
-    """Its file descriptor; OSError unless it is one's own, and nobody else may write it."""
+    """A folder's file descriptor. Raises OSError unless the folder belongs to this user and nobody else may write
+    it."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
     try:
         _check_own(os.fstat(opened), f"{folder}")
@@ -272,7 +273,7 @@ def write_whole(name: str, folder: int, content: bytes) -> int:
 
 
 def _is_abandoned(file: int) -> bool:
-    """Whether nobody holds a file's lock: its process is gone, in whatever namespace it ran."""
+    """Whether nobody holds a file's lock, so that its process is gone; this also works across namespaces."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # held, or a file system without locks

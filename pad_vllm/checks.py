@@ -1,4 +1,4 @@
-"""Values that users give: checked, and shown in an error message of one line."""
+"""Checks of values that users give, and how error messages show such values in one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_SHOWN = 100
-"""Characters of a value that an error message repeats."""
+"""Most characters of a value that an error message repeats."""
 MAX_WEIGHT = 1e4
 MAX_TEXT_CHARS = 32_768
-"""Of any text; a persona's preference may be so long, if an engine holds its tokens."""
+"""Most characters of any text. A persona's preference may be this long, if the engine has room for its tokens."""
 MAX_NUMBERS = 1024
 """In a list of weights."""
 MAX_COMPARED = 50
-"""Names to which an unknown one is compared: those beside it in the alphabet, where there are more."""
+"""Most names that an unknown one is compared with; of more, those next to it in the alphabet."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The ``pad-vllm`` command: a table of its parts in :mod:`pad_vllm.commands`."""
+"""The ``pad-vllm`` command. Its subcommands are in :mod:`pad_vllm.commands`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from importlib import import_module
 from pad_vllm import __version__
 
 COMMANDS = {
-    "demo": ("demo", "vLLM answers the same prompts for users of different tastes"),
-    "playground": ("playground", "a page to try guidance with, beside a server that runs"),
-    "explain": ("explain", "one prompt under several settings, token by token"),
-    "models": ("models", "make the demo's models, and say where they are"),
-    "check": ("check", "whether this installation, and a configuration, could guide"),
-    "train": ("train", "learn a personalized reward model from a preference set"),
-    "fit": ("fit", "a new user's weights from a few comparisons"),
-    "eval": ("evaluate", "ways to personalize answers, measured side by side"),
-    "convert": ("convert", "a reward model of a checkpoint with a value head, or a LoRA adapter"),
-    "traces": ("traces", "what guidance did to a server's requests, by persona"),
-    "bench": ("bench", "what guidance costs, beside the other ways to get it"),
+    "demo": ("demo", "answer the same prompts, through vLLM, for users of different tastes"),
+    "playground": ("playground", "open a page on which you try guidance on a running server"),
+    "explain": ("explain", "answer one prompt under several settings, and show what guidance did to each token"),
+    "models": ("models", "make the demo's models, and print their folders"),
+    "check": ("check", "check that this installation, and a configuration, can guide"),
+    "train": ("train", "train a personalized reward model on a preference set"),
+    "fit": ("fit", "fit a new user's weights to a few comparisons"),
+    "eval": ("evaluate", "measure several ways to personalize answers side by side"),
+    "convert": ("convert", "make a reward model from a LoRA adapter or a checkpoint with a value head"),
+    "traces": ("traces", "summarize what guidance did to a server's requests"),
+    "bench": ("bench", "measure what guidance costs, beside the other ways to be guided"),
 }
 """Name -> its module, and what it does."""
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text)
+        subparser = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name in argv[:1]:  # the others are not imported
             command = import_module(f"pad_vllm.commands.{module}")
             command.add_arguments(subparser)

@@ -1,4 +1,4 @@
-"""What a server may say: ``additional_config["pad"]``, typed and checked once."""
+"""The configuration of a server: ``additional_config["pad"]``, typed and checked once."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 MAX_TOP_K = 1024
-"""What ``max_top_k`` itself may be."""
+"""The largest ``max_top_k`` allowed."""
 MIN_TRACE_FILE_BYTES = 4096
-"""What ``trace_file_bytes`` itself must be."""
+"""The smallest ``trace_file_bytes`` allowed."""
 CHATS = ("auto", "strict")
-"""What ``chat`` may be."""
+"""The values of ``chat``."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +42,39 @@ class PADConfig:
     """The engine's configuration of PAD.
 
     Args:
-        reward_model: path or hub id of the personalized reward model; its presence is what activates the plugin.
-            ``base`` is the served model itself, whose weights are not loaded again; so is its own path or hub id,
-            unless ``dtype``, ``quantization`` or ``revision`` ask for others. A PEFT adapter is read over the model
-            that it was made for: over the served one, whose weights it shares, or merged while another is loaded.
-        heads: path of a value-head file; found beside the model when absent.
+        reward_model: path or hub id of the personalized reward model; setting it activates the plugin. ``base`` means
+            the served model itself, whose weights are not loaded again. The served model's own path or hub id means
+            the same, unless ``dtype``, ``quantization`` or ``revision`` differ. It may be a PEFT adapter: one made for
+            the served model shares its weights; any other is merged into its own model, which is loaded.
+        heads: path of a value-head file; by default, the file beside the model, if there is one.
         prompt_template: text around ``{prompt}``, with ``{preference}`` in it.
-        insert_after: text at the head of the prompt behind which the preference is inserted.
-        chat: of a prompt that begins as a chat and is none that the chat template writes: ``auto``, it is read as plain
-            text, with a warning; ``strict``, its request is refused.
-        beta: guidance strength of requests that name none.
-        max_divergence: bound, in nats, of what guidance does to a token of requests that name none; None: there is
-            none.
-        top_k: candidates of requests that name no number.
-        max_top_k: most candidates that a request may ask for.
-        reference: of requests that name none: ``base``, the implicit reward against the base model; ``neutral``,
-            against the reward model without the preference; or ``none``, the reward model's own log probability. Where
-            ``additional_config`` says nothing it is ``base`` for a reward model that was made for guidance (it has a
-            ``pad.json`` or value heads beside it), and ``neutral`` for any other.
+        insert_after: text with which prompts begin, and behind which the preference is inserted.
+        chat: what to do with a prompt that begins as a chat, but not as the chat template writes one. ``auto`` reads it
+            as plain text, with a warning; ``strict`` refuses the request.
+        beta: guidance strength, if a request sets none.
+        max_divergence: bound on each token's divergence in nats, if a request sets none; None sets no bound.
+        top_k: number of candidates, if a request sets none.
+        max_top_k: most candidates that a request may set.
+        reference: what the reward is measured against, if a request sets nothing: ``base``, the base model;
+            ``neutral``, the reward model without the preference; or ``none``, which takes the reward model's own log
+            probability. The default is ``base`` for a reward model that was made for guidance (it has a ``pad.json``
+            or value heads beside it), and ``neutral`` for any other.
         personas: name -> request arguments (``pad_preference``, ``pad_weights``, ...; the prefix may be left out), or
-            the path of a JSON or YAML file of them, of which new versions are taken while the server runs.
-        default_persona: persona of requests that ask for nothing.
-        kv_cache_memory_bytes: size of the reward model's KV cache; derived when absent.
+            the path of a JSON or YAML file of them. The server takes new versions of this file while it runs.
+        default_persona: persona of requests that set no guidance.
+        kv_cache_memory_bytes: size of the reward model's KV cache; by default, computed from the engine's.
         max_num_batched_tokens: most tokens in one forward of the reward model; at most 2048 when absent.
-        dtype: of the reward model; the base model's when absent.
-        quantization, revision, trust_remote_code: as vLLM's, for the reward model.
+        dtype: of the reward model; by default, the base model's.
+        quantization, revision, trust_remote_code: as vLLM's options, for the reward model.
         adapters: name -> path or hub id of a PEFT LoRA adapter of the reward model.
-        adapter_base: path or hub id of the model that ``reward_model``, an adapter, is for; as the adapter says, when
-            absent.
-        trace: folder of the requests' traces; absent, nothing is traced.
-        trace_text: whether these have the texts of preferences, prompts and answers.
-        trace_file_bytes, trace_files: size of a file of traces, and how many an engine keeps.
+        adapter_base: path or hub id of the model for which ``reward_model``, an adapter, was made; by default, the one
+            that the adapter names.
+        trace: folder to which traces of requests are written; by default, nothing is traced.
+        trace_text: whether traces contain the texts of preferences, prompts and answers.
+        trace_file_bytes, trace_files: size of a file of traces, and how many files an engine keeps.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        ValueError: a value is not allowed; the message names the key, the value and what is allowed.
     """
 
     reward_model: str
@@ -103,11 +102,11 @@ class PADConfig:
     trace_file_bytes: int = 64 * 2**20
     trace_files: int = 16
     source: Source = field(init=False, compare=False)
-    """Whose weights it has"""
+    """Where the reward model's weights come from"""
     why_reference: str = field(default="as configured", init=False, compare=False)
-    """Of the start's summary."""
+    """Why ``reference`` has its value, for the log."""
     personas_file: str | None = field(default=None, init=False, compare=False)
-    """Where the personas are from; while the engine runs, it is looked at (:mod:`pad_vllm.worker.watch`)."""
+    """The file of the personas, which the engine watches while it runs (:mod:`pad_vllm.worker.watch`)."""
 
     def __post_init__(self) -> None:
         names = ("reward_model", "heads", "insert_after", "default_persona", "dtype", "quantization", "revision")
@@ -222,12 +221,12 @@ class PADConfig:
             object.__setattr__(self, "trust_remote_code", base.trust_remote_code)
         if self.adapter_base is not None and not source.is_adapter:
             raise ValueError(
-                f"pad.adapter_base={self.adapter_base!r}: pad.reward_model is no adapter, so it has no base"
+                f"pad.adapter_base={self.adapter_base!r}: pad.reward_model is not an adapter; leave adapter_base out"
             )
         if source.is_served and source.is_adapter and self.adapters:
             raise ValueError(
-                f"pad.adapters: pad.reward_model={self.reward_model!r} is itself an adapter over the served model, and "
-                f"one is not read through another; set pad.reward_model to {SERVED!r} and name it in pad.adapters"
+                f"pad.adapters: pad.reward_model={self.reward_model!r} is itself an adapter of the served model, and "
+                f"adapters cannot be stacked; set pad.reward_model to {SERVED!r} and list this adapter in pad.adapters"
             )
 
     @property
@@ -237,16 +236,18 @@ class PADConfig:
         return next(texts, "Be concise.")
 
     def resolve(self, asked: PAD | None, admitted: PAD | None = None) -> GuidanceParams | None:
-        """What a request gets: its own fields over its persona's (or the default one's) over the configuration's.
+        """The guidance of a request. Its own fields come first, then those of its persona (or of the default persona),
+        then the configuration's.
 
-        Returns None for a request that asks for nothing where there is no default persona.
+        Returns None if the request sets no guidance and there is no default persona.
 
         Args:
-            asked: the request's own.
-            admitted: its persona, as admission sent it along; where it sent none, that of the start is taken.
+            asked: the request's own fields.
+            admitted: its persona, as admission sent it; if None, the persona is looked up as it was at the start.
 
         Raises:
-            ValueError: an unknown persona, weights for another number of preferences, or top_k over ``max_top_k``.
+            ValueError: the persona is unknown, there is not one weight for each preference, or top_k is over
+                ``max_top_k``.
         """
         name = self.default_persona if asked is None or asked.persona is None else asked.persona
         if name is None and (asked is None or not asked.asks_for_guidance):

@@ -1,4 +1,4 @@
-"""An error in one line."""
+"""Errors as one line of text."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(folder: Path, kept: str) -> Iterator[None]:
-    """Raise OSError, one line that names ``folder`` and says what is ``kept``, where a disk takes no more: whatever the
-    library that wrote raised."""
+    """Raise OSError, one line that names ``folder`` and says what is ``kept``, if a disk is full; whatever error the
+    writing library raised."""
     try:
         yield
     except ValueError:

@@ -1,8 +1,8 @@
-"""What pad-vllm binds to inside vLLM, and whether the installed one still has it.
+"""The internals of vLLM that pad-vllm uses, and whether the installed vLLM still has them.
 
-Logits processors are a public interface of vLLM; a second model with a paged KV cache of its own is not. The names that
-are imported are read from our own sources; what is used of them stands here, and where releases of vLLM differ in
-:mod:`.releases`.
+Logits processors are a public interface of vLLM. A second model with its own paged KV cache is not. The imported names
+are read from pad-vllm's own sources; which members and parameters it uses is listed here, and differences between
+releases of vLLM are in :mod:`.releases`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pad_vllm.errors import one_line
 logger = logging.getLogger(f"vllm.{__name__}")
 
 ALLOW_UNTESTED = "PAD_VLLM_ALLOW_UNTESTED_VLLM"
-"""Environment: 1 starts guidance on a vLLM that is not among the tested."""
+"""Environment variable: 1 starts guidance on a vLLM that pad-vllm was not tested with."""
 
 PARAMETERS = {
     "vllm.compilation.cudagraph_pool:capture_pool": ("pool", "vllm_config"),
@@ -168,7 +168,7 @@ def names() -> list[str]:
 
 
 def moved() -> Iterator[str]:
-    """What the installed vLLM has no more, one line each."""
+    """What the installed vLLM no longer has, one line each."""
     wanted = parameters()
     for name in names():
         try:
@@ -183,7 +183,7 @@ def moved() -> Iterator[str]:
 
 
 def is_tested(number: str) -> bool:
-    """Whether a version of vLLM is among the tested."""
+    """Whether pad-vllm was tested with this version of vLLM."""
     return ".".join(number.split(".")[:2]) in releases.TESTED
 
 
@@ -197,13 +197,13 @@ def check_version() -> None:
     if is_tested(number):
         return
     lost = "; ".join(moved())
-    words = f"pad-vllm is tested with vLLM {' and '.join(releases.TESTED)}, and this is {number}. " + (
-        f"Of the internals that it binds to, these have moved: {lost}."
+    words = f"pad-vllm is tested with vLLM {' and '.join(releases.TESTED)}, but this is {number}. " + (
+        f"These internals of vLLM that it uses have moved: {lost}."
         if lost
-        else "No internal that it binds to moved."
+        else "None of the internals that it uses has moved."
     )
     if os.environ.get(ALLOW_UNTESTED) != "1":
-        raise ValueError(f"{words} {ALLOW_UNTESTED}=1 starts it all the same")
+        raise ValueError(f"{words} Set {ALLOW_UNTESTED}=1 to start anyway")
     logger.warning(words)
 
 

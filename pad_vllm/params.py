@@ -1,4 +1,4 @@
-"""What a request may say: its arguments, their types and ranges, and how they combine with a persona."""
+"""The arguments of a request: their types and ranges, and how they combine with a persona."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ADMITTED = f"{PREFIX}admitted"
 """Key of what admission itself adds to a request's arguments (:class:`pad_vllm.personas.Admitted`)."""
 MAX_BETA = 100.0
 MAX_DIVERGENCE = 1000.0
-"""Nats; far more than any guidance moves a token by, so it lifts a server's bound."""
+"""Nats. Guidance never moves a token so far, so a request with this value has no bound."""
 MAX_PREFERENCES = 8
 """Of one request; and adapters."""
 MAX_CONTEXTS = MAX_PREFERENCES + 1
 """That the reward model reads for one request: one for each preference, and one without."""
 MAX_PREFERENCE_CHARS = 8192
-"""Of a request's preferences together: a first bound, since all other requests wait while they are tokenized."""
+"""Of all preferences of a request together. Other requests wait while these are tokenized, hence a first bound."""
 MAX_PREFERENCE_TOKENS = 1024
-"""Of a request's preferences together, whatever the reward model could hold: they are texts, not documents."""
+"""Of all preferences of a request together, even if the reward model has room for more."""
 REFERENCES = ("base", "neutral", "none")
-"""What a reward is held against: the base model, the reward model without the preference, or nothing."""
+"""What a reward is measured against: the base model, the reward model without the preference, or nothing."""
 MAX_CACHE_SALT_CHARS = 128
 """As vLLM's own bound of ``cache_salt``."""
 MAX_TRACE_CHARS = 128
@@ -115,7 +115,7 @@ def check_persona(name: str, known: Iterable[str], key: str = "pad_persona") -> 
 
 
 def is_ours(key: Any) -> bool:
-    """Whether a request's argument was meant for PAD: with the prefix, in whatever case and with whatever dash."""
+    """Whether a request's argument was meant for PAD: it has the prefix, in any case and with any dash."""
     key = str(key)
     if not LIKE_OURS.match(key):
         return False
@@ -124,13 +124,13 @@ def is_ours(key: Any) -> bool:
 
 
 def is_known(key: Any) -> bool:
-    """Whether a request's argument is one of PAD's, in whatever case and with whatever between its words."""
+    """Whether a request's argument is one of PAD's, in any case and with any separators between its words."""
     key = str(key)
     return bool(LIKE_OURS.match(key)) and _BETWEEN_WORDS.sub("", key).lower() in _KNOWN
 
 
 LIKE_OURS = re.compile(r"[\W_]*p[\W_]*a[\W_]*d", re.IGNORECASE)
-"""How all such names begin; most do not, and are told apart by it at once."""
+"""The beginning of all such names. It rules out most other names at once."""
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 
 
@@ -139,22 +139,23 @@ class PAD:
     """A request's guidance, as Python; ``extra_args`` and ``vllm_xargs`` say the same with the prefix ``pad_``.
 
     Args:
-        preference: text for the reward model's prompt; or up to eight of them, each in a prompt of its own.
-        persona: name of a preset of the server's; fields given here override its own.
+        preference: text for the reward model to read, or a list of up to eight texts, each read in its own context.
+        persona: name of one of the server's personas; fields set here replace the persona's.
         weights: one weight for each of the reward model's value heads.
-        beta: guidance strength; 0 is the base model on its top-k, 1 the reward model's choice among them.
-        top_k: how many of the base model's next tokens are candidates.
-        preference_weights: one for each preference, or each adapter; below 0, less of it. 1/m each when absent.
-        reference: what the reward is held against: ``base``, the base model; ``neutral``, the reward model without the
-            preference; or ``none``.
-        cache_salt: requests with another one share no block of the reward model's KV cache with this one. By itself it
-            asks for no guidance.
-        adapter: name of one of the server's adapters of the reward model, or up to eight of them. Context i reads
+        beta: guidance strength. 0 gives the base model on its top-k; 1 lets the reward model choose among them.
+        top_k: how many of the base model's most likely next tokens are candidates.
+        preference_weights: one weight for each of the m preferences or adapters; by default, 1/m each. A weight below 0
+            asks for less of it.
+        reference: what the reward is measured against: ``base``, the base model; ``neutral``, the reward model without
+            the preference; or ``none``.
+        cache_salt: only requests with the same salt share blocks of the reward model's KV cache. A salt alone does not
+            turn guidance on.
+        adapter: name of one of the server's adapters of the reward model, or a list of up to eight. Context i reads
             preference i (or the only one, or none) through adapter i (or the only one).
-        max_divergence: a bound, in nats, of each token's KL divergence from the guided to the unguided distribution
-            over the candidates: guidance is as strong as that lets it, up to ``beta``. 0: the base
-            model on its top-k.
-        trace: the client's own id of the request, for the server's traces. By itself it asks for no guidance.
+        max_divergence: bound, in nats, on each token's KL divergence from the guided to the unguided distribution over
+            the candidates. Guidance is then as strong as the bound allows, at most ``beta``. 0 gives the base model on
+            its top-k.
+        trace: the client's own id of the request, for the server's traces. An id alone does not turn guidance on.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -213,7 +214,7 @@ class PAD:
 
     @property
     def asks_for_guidance(self) -> bool:
-        """Whether it says more than who shares a cache, and what its trace is called."""
+        """Whether it sets anything beside ``cache_salt`` and ``trace``."""
         return self != PAD(cache_salt=self.cache_salt, trace=self.trace)
 
     @property
@@ -228,7 +229,7 @@ class PAD:
 
     @property
     def num_contexts(self) -> int:
-        """That preferences and adapters ask for: the length of a list, if there is one; 0 where neither is given.
+        """Contexts for its preferences and adapters: the length of a list, if one is given; 0 if neither is set.
 
         Raises:
             ValueError: two lists of different length.
@@ -374,16 +375,18 @@ def SamplingParams(*args: Any, logits_processors: Iterable[PAD] | None = None, *
     processors = [logits_processors] if isinstance(logits_processors, PAD) else list(logits_processors or ())
     if len(processors) > 1 or not all(isinstance(p, PAD) for p in processors):
         raise ValueError(
-            f"logits_processors={shown(processors)}: takes one PAD(...); give several preferences as its list"
+            f"logits_processors={shown(processors)}: must be one PAD(...); for several preferences, give PAD a list "
+            "of them"
         )
     if processors:
         extra_args = dict(kwargs.get("extra_args") or {})
         if clash := [key for key in extra_args if is_ours(key)]:
             raise ValueError(
-                f"extra_args has {shown(clash)}, and logits_processors a PAD(...): give guidance in one place"
+                f"guidance is given twice, by {shown(clash)} in extra_args and by PAD(...) in logits_processors; "
+                "remove one"
             )
         asked = processors[0].extra_args()
         if not asked:
-            raise ValueError("PAD() asks for nothing: give a preference, persona, weights, beta or top_k")
+            raise ValueError("PAD() is empty: give a preference, persona, weights, beta or top_k")
         kwargs["extra_args"] = extra_args | asked
     return vllm.SamplingParams(*args, **kwargs)

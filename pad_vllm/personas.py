@@ -60,7 +60,7 @@ def prefixed(arguments: Mapping[Any, Any]) -> dict[str, Any]:
     """A persona's arguments with their prefix. Raises ValueError for one that is given both with and without it."""
     found = {k if str(k).startswith(PREFIX) else f"{PREFIX}{k}": v for k, v in arguments.items()}
     if len(found) < len(arguments):
-        raise ValueError("an argument is given both with and without its prefix")
+        raise ValueError(f"an argument is given twice, with the prefix {PREFIX} and without it")
     if ADMITTED in found:
         raise ValueError(f"{ADMITTED}: no such argument")
     return found
@@ -104,7 +104,7 @@ class Personas:
         )
 
     def admit(self, name: str) -> Admitted:
-        """Raises ValueError for a persona that there is not."""
+        """Raises ValueError for an unknown persona."""
         arguments = dict(self.arguments[check_persona(name, self.arguments)])
         return Admitted(name=name, arguments=arguments, version=self.version, num_tokens=self.num_tokens[name])
 

@@ -38,12 +38,12 @@ patches.install()  # again: the hook may have run before vLLM's API server was i
 class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Guides requests by a personalized reward model, on the V1 runner and on Model Runner V2.
 
-    Configured by ``additional_config["pad"]`` (:class:`~pad_vllm.config.PADConfig`); without it, nothing is loaded
-    and nothing changes, and requests that ask for guidance are refused. Listed in ``logits_processors`` and
-    registered as an entry point at once, it runs once: at its place in the list, among other processors.
+    ``additional_config["pad"]`` (:class:`~pad_vllm.config.PADConfig`) configures it. Without that it loads nothing and
+    changes nothing, and refuses requests that set guidance. It may be listed in ``logits_processors`` and registered as
+    an entry point at once; it then runs once, at its place in the list.
 
     Raises:
-        ValueError: at the start, for a configuration with which guidance could not work.
+        ValueError: at the start, if the configuration or the engine does not allow guidance.
 
     Example:
         >>> llm = LLM(
@@ -58,7 +58,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     @classmethod
     def running(cls) -> list[PADLogitsProcessor]:
-        """The processors that guide an engine of this process, one for each; their ``adapter.guidance`` is the step."""
+        """The instances that guide an engine of this process. ``adapter.guidance`` of each runs its step."""
         return [processor for processor in cls._built if processor.adapter is not None]
 
     @classmethod
@@ -132,7 +132,9 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         device = device_or_req_states.device if on_v2 else torch.device(device_or_req_states)
         speculator = RewardSpeculator.of(self.vllm_config)
         if speculator is None and reward_model_drafts(self.vllm_config):
-            logger.warning("PAD: vLLM drafts with the reward model by itself, without preferences: its hook was lost")
+            logger.warning(
+                "PAD: vLLM drafts with the reward model, but without preferences: pad-vllm's hook did not run"
+            )
         num_drafts = 0 if speculator is None else speculator.num_speculative_steps
         fits = check_fit(config, self.vllm_config, sees_base_logits)
         is_served = config.source.is_served
@@ -151,8 +153,8 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if is_served:  # the V1 runner builds logits processors before it loads the model
             if not served.is_loaded(self.vllm_config) and (on_v2 or not shows_models()):
                 raise ValueError(
-                    "pad.reward_model: the served model is not known, since pad-vllm's plugin hook did not run before "
-                    "it was loaded; where VLLM_PLUGINS is set, add 'pad' to it"
+                    "pad.reward_model: PAD does not know the served model, because pad-vllm's plugin hook did not "
+                    "run before vLLM loaded it; if VLLM_PLUGINS is set, add 'pad' to it"
                 )
             self._is_pending = not served.is_loaded(self.vllm_config)
             served.when_loaded(self.vllm_config, begin)
@@ -176,7 +178,7 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return self.adapter is None and not self._is_pending
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """V1: requests joined, left or moved."""
+        """V1: requests joined or left the batch, or moved in it."""
         if self.adapter is not None and batch_update is not None:
             cast("V1Adapter", self.adapter).update_state(batch_update)
 

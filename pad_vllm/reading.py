@@ -1,4 +1,4 @@
-"""JSON and YAML that others wrote: whatever is wrong with it is a ValueError, which says where."""
+"""Read JSON and YAML that users wrote. Any mistake in it is a ValueError that says where it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 100
-"""Lists and objects within one another; Python itself gives up at some hundreds, in one place or the next."""
+"""Most lists and objects inside one another. Python itself fails at some hundreds."""
 _JSON_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 

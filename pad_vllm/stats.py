@@ -1,4 +1,4 @@
-"""An engine's numbers: what a worker counts, and a frontend shows."""
+"""An engine's numbers, which its worker counts and a frontend shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a persona into a file of personas that servers read, and others write, at the same time."""
+"""Write a persona into a file of personas that servers read, and that others may write at the same time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from pad_vllm.params import PREFIX
 from pad_vllm.personas import read_personas
 
 KEPT = ("beta", "top_k", "cache_salt")
-"""Of the persona that was there: how strongly it guides and whose cache it shares is nothing that a fit finds."""
+"""Arguments that an update keeps from the old persona: a fit finds neither the strength of guidance nor the cache
+salt."""
 MAX_WAIT = 30.0
 """Seconds for the file's lock, which its writers hold for milliseconds."""
 

@@ -1,4 +1,4 @@
-"""``pad-vllm check``: whether this installation could guide, and whether a configuration could start; without a GPU."""
+"""``pad-vllm check``: check whether this installation can guide and a configuration can start. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="a configuration: the path of a JSON or YAML file, or JSON")
-    parser.add_argument("--model", help="a base model to hold the configured reward model against")
-    parser.add_argument("--max-model-len", type=int, help="that the engine would have")
-    parser.add_argument("--engine-args", type=read_json, metavar="JSON", help="other arguments of the engine")
+    parser.add_argument("config", nargs="?", help="the server's pad configuration: a JSON or YAML file, or JSON itself")
+    parser.add_argument("--model", help="a base model; checks that the configured reward model fits it")
+    parser.add_argument("--max-model-len", type=int, help="of the engine, as vLLM's option")
+    parser.add_argument("--engine-args", type=read_json, metavar="JSON", help="further arguments of vLLM's engine")
 
 
 def run(**settings) -> int:
@@ -41,12 +41,12 @@ def print_report(
 
     Args:
         config: path of a configuration file, or the configuration itself as JSON.
-        model: a base model to hold the reward model against.
-        max_model_len: that the engine would have.
-        engine_args: other arguments of vLLM's engine.
+        model: a base model; checks that the reward model fits it.
+        max_model_len: of the engine.
+        engine_args: further arguments of vLLM's engine.
 
     Returns:
-        Exit status: 0 where guidance could start, 1 where it could not.
+        Exit status: 0 if guidance can start, 1 if it cannot.
     """
     for key, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():
         os.environ.setdefault(key, value)
@@ -100,9 +100,9 @@ def check_vllm() -> str:
         raise ValueError(f"not installed ({error})") from None
     if not internals.is_tested(number):
         allowed = os.environ.get(internals.ALLOW_UNTESTED) == "1"
-        words = f"{number}, and pad-vllm is tested with {' and '.join(releases.TESTED)}"
+        words = f"{number}, but pad-vllm is tested with {' and '.join(releases.TESTED)}"
         if not allowed:
-            raise ValueError(f"{words}; {internals.ALLOW_UNTESTED}=1 starts it all the same")
+            raise ValueError(f"{words}; set {internals.ALLOW_UNTESTED}=1 to start anyway")
         return f"{words}; allowed by {internals.ALLOW_UNTESTED}"
     return number
 
@@ -110,7 +110,7 @@ def check_vllm() -> str:
 def check_internals() -> str:
     if lost := list(internals.moved()):
         raise ValueError("moved: " + "".join(f"\n          {line}" for line in lost))
-    return f"{len(internals.names())} names that pad-vllm binds to, all there"
+    return f"all {len(internals.names())} names that pad-vllm uses are there"
 
 
 def describe_device() -> str:
@@ -133,11 +133,11 @@ def describe_runner() -> str:
         return f"V{1 + envs.VLLM_USE_V2_MODEL_RUNNER}, by VLLM_USE_V2_MODEL_RUNNER"
     if not HAS_TRITON:
         return "V1: Triton has no back end for this device"
-    return "V2, unless the engine asks for something that V2 does not support yet (vLLM's log then names it)"
+    return "V2, unless the engine uses something that V2 does not support yet (vLLM's log then names it)"
 
 
 def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
-    """Of a server of ``base``, where it is known: the reward model may be that."""
+    """The configuration for a server of ``base``, if that is known; the reward model may be ``base`` itself."""
     pad: Any = config
     if config.lstrip().startswith("{"):
         try:
@@ -146,7 +146,7 @@ def read_pad_config(config: str, base: ModelConfig | None = None) -> PADConfig:
             raise ValueError(f"{shown(config)} is not JSON: {error}") from None
     read = PADConfig.from_additional_config({"pad": pad}, base)
     if read is None:
-        raise ValueError("empty: pad would not be active")
+        raise ValueError("the configuration is empty, so pad would not be active")
     return read
 
 
@@ -162,7 +162,7 @@ def describe_config(config: PADConfig) -> str:
 
 
 def check_files(config: PADConfig) -> str:
-    """The reward model and its adapters, as they would stand beside a base model of its own kind; loads no weights."""
+    """Check the reward model and its adapters as if beside a base model of the same kind; loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     from pad_vllm.reward.kind import check_causal_lm
@@ -172,7 +172,7 @@ def check_files(config: PADConfig) -> str:
     if source.is_served:
         read_weights(config)
         own = f", through the adapter {config.reward_model}" if source.is_adapter else ""
-        more = ", of which --model says more" if source.model == SERVED else ""
+        more = "; give --model to check it" if source.model == SERVED else ""
         return f"the served model itself{own}{adapters}{more}"
     check_causal_lm(source.model, source.model_revision)
     named = f"pad.reward_model={config.reward_model!r}" + (f", made for {source.model!r}," if source.is_adapter else "")
@@ -210,7 +210,7 @@ def engine_config(model: str, arguments: Mapping[str, Any]) -> VllmConfig:
 
 
 def base_engine(model: str, max_model_len: int | None, engine_args: Mapping[str, Any]) -> VllmConfig:
-    """Of an engine that serves a model. Raises ValueError where there is none."""
+    """The configuration of an engine that serves a model. Raises ValueError if there is no such model."""
     arguments = {"logits_processors": ["pad_vllm:PADLogitsProcessor"], "max_model_len": max_model_len, **engine_args}
     try:
         return engine_config(model, arguments)
@@ -219,7 +219,7 @@ def base_engine(model: str, max_model_len: int | None, engine_args: Mapping[str,
 
 
 def check_base(config: PADConfig, engine: VllmConfig | ValueError) -> str:
-    """What the start of an engine would check before it loads weights, by the same function."""
+    """Run the checks that an engine's start runs before it loads weights, by the same function."""
     from pad_vllm.worker.compatibility import check_fit
     from pad_vllm.worker.engine_checks import check_engine
 
@@ -234,7 +234,11 @@ def check_base(config: PADConfig, engine: VllmConfig | ValueError) -> str:
         f"{Path(model).name}: {shares}{fits.tokens}; runner V{1 + engine.use_v2_model_runner}; "
         f"{engine.model_config.max_model_len:,} tokens of context, and preferences of up to "
         f"{fits.max_preference_tokens:,}"
-        + (f"; a guided request has {fits.shortage:,} less, and its preference's" if fits.shortage else "")
+        + (
+            f"; a guided request has room for {fits.shortage:,} fewer, and for its preference fewer again"
+            if fits.shortage
+            else ""
+        )
         + (f"\n          the reward model reads: {example!r}" if example else "")
         + (f"\n          warning: {fits.warning}" if fits.warning else "")
     )

@@ -6,7 +6,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder: the released layout, TRL's value head models, or an adapter")
+    parser.add_argument(
+        "source", help="folder of a LoRA adapter, or of a checkpoint with a value head (the authors' release, TRL)"
+    )
     parser.add_argument("target", help="folder to write; must not exist")
 
 

@@ -12,10 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=int, default=DEFAULTS["top_k"], help="candidates per token (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the sampling")
-    parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
-    parser.add_argument("--svg", metavar="FILE", help="write the last question's first answers to a picture, too")
-    served = "over HTTP: two users of one server, and nobody, side by side, and the playground"
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (default %(default)s)")
+    parser.add_argument(
+        "--cache-dir", help="folder that keeps the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)"
+    )
+    parser.add_argument("--svg", metavar="FILE", help="also write a picture of the last question's first answers")
+    served = "start a server, show its answers to two users and an unguided one side by side, and open the playground"
     parser.add_argument("--serve", action="store_true", help=served)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="what to evaluate: a JSON or YAML file; see docs/training.md")
-    parser.add_argument("--output", required=True, help="folder for the table, the JSON and the plots")
+    parser.add_argument("config", help="JSON or YAML file that says what to evaluate; see docs/training.md")
+    parser.add_argument("--output", required=True, help="folder in which the table, the JSON and the plots are written")
 
 
 def run(config: str, output: str) -> int:

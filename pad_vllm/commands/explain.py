@@ -16,26 +16,28 @@ from pad_vllm.reading import read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="a text, or with --chat what a user says")
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt as text; with --chat, what the user says")
     parser.add_argument("--model", required=True, help="the base model")
-    parser.add_argument("--reward-model", help="its reward model, if the configuration names none, or another")
-    parser.add_argument("--config", help="a server's configuration: the path of a JSON or YAML file, or JSON")
+    parser.add_argument("--reward-model", help="the reward model; overrides the one that --config names")
+    parser.add_argument("--config", help="a server's pad configuration: a JSON or YAML file, or JSON itself")
     parser.add_argument(
         "--with",
         dest="settings",
         action="append",
         default=[],
         metavar="JSON",
-        help='a request\'s guidance, as \'{"preference": "Be concise."}\'; once for each answer',
+        help='the guidance of one answer, such as \'{"preference": "Be concise."}\'; give it once for each answer',
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="(default %(default)g: the most likely token)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--tokens", action="store_true", help="print a table with a row for each token, too")
-    parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else, and print no answers")
-    parser.add_argument("--max-model-len", type=int, help="of the engine")
-    parser.add_argument("--engine-args", metavar="JSON", help="other arguments of vLLM's engine")
+    parser.add_argument("--max-tokens", type=int, default=64, help="most tokens of each answer (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="(default %(default)g, which takes the most likely token)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default %(default)s)")
+    parser.add_argument("--tokens", action="store_true", help="also print a table with a row for each token")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page, and print no answers")
+    parser.add_argument("--max-model-len", type=int, help="of the engine, as vLLM's option")
+    parser.add_argument("--engine-args", metavar="JSON", help="further arguments of vLLM's engine")
 
 
 def run(
@@ -84,7 +86,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{option} {shown(text)} is not JSON: {error}") from None
     if not isinstance(read, dict):
-        raise ValueError(f'{option} {shown(text)}: must be an object, as \'{{"preference": "Be concise."}}\'')
+        raise ValueError(f'{option} {shown(text)}: must be an object, such as \'{{"preference": "Be concise."}}\'')
     return read
 
 
@@ -97,5 +99,5 @@ def read_configuration(config: str | None, reward_model: str | None) -> Mapping[
     if reward_model is not None:
         pad = {**pad, "reward_model": reward_model}
     if not pad.get("reward_model"):
-        raise ValueError("which reward model? Give --reward-model, or --config with a configuration that names one")
+        raise ValueError("no reward model is named: give --reward-model, or a --config that names one")
     return pad

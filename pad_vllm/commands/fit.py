@@ -15,42 +15,47 @@ NAME = "new-user"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="the user's comparisons, 20 to 100: as for train")
+    parser.add_argument("data", help="the user's comparisons, best 20 to 100; the format is that of train")
     parser.add_argument(
         "--reward-model",
         required=True,
-        help="folder of a reward model with heads, or with --attributes; or the model that --adapters are for",
+        help="folder of a reward model with heads; with --attributes, of any reward model; with --adapters, of the "
+        "model that they are for",
     )
     basis = parser.add_mutually_exclusive_group()
     basis.add_argument(
-        "--attributes", metavar="FILE", help="weights over these texts, a JSON or YAML list, and not over heads"
+        "--attributes", metavar="FILE", help="fit weights of the texts in this JSON or YAML list, not of heads"
     )
     basis.add_argument(
         "--adapters",
         nargs="+",
         metavar="NAME=FOLDER",
         default=[],
-        help="weights over these LoRA adapters, named as in the server's configuration, and not over heads",
+        help="fit weights of these LoRA adapters, not of heads; names as in the server's configuration",
     )
     parser.add_argument(
         "--next",
         metavar="FILE",
         dest="pool",
-        help="do not fit: say which of this file's pairs of answers the user should compare next, which tells most of "
-        "the weights over --attributes",
+        help="do not fit, but choose from this file the pair of answers that the user should compare next: the one "
+        "that tells most about the weights of --attributes",
     )
-    parser.add_argument("--heads", help="file of heads, where it is not beside the model")
-    parser.add_argument("--name", help=f"of the persona (default {NAME})")
+    parser.add_argument("--heads", help="file of heads, if it is not beside the model")
+    parser.add_argument("--name", help=f"name of the persona (default {NAME})")
     parser.add_argument(
         "--update",
         metavar="FILE",
-        help="write the persona into this JSON or YAML file, beside the others: a server that has its personas from it "
-        "takes it without a restart",
+        help="add the persona to this JSON or YAML file; a server that reads its personas from this file takes it "
+        "without a restart",
     )
-    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
-    parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
-    parser.add_argument("--prompt-template", help="default: as the reward model's pad.json says")
-    parser.add_argument("--insert-after", help="default: as the reward model's pad.json says")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="the data's own names of fields")
+    parser.add_argument("--split", default="train", help="split of the data, if it is a folder (default %(default)s)")
+    parser.add_argument(
+        "--prompt-template", help="text around {prompt} and {preference} (default: from the reward model's pad.json)"
+    )
+    parser.add_argument(
+        "--insert-after", help="text behind which the preference goes (default: from the reward model's pad.json)"
+    )
 
 
 def run(name, update, pool, columns, prompt_template, attributes, adapters, **settings) -> int:
@@ -70,11 +75,11 @@ def run(name, update, pool, columns, prompt_template, attributes, adapters, **se
     else:
         what, found = "heads", fit(**settings)
     print(
-        f"{found.num_comparisons} comparisons: the weights say which answer was chosen in {found.accuracy:.0%}, in "
-        f"{found.held_out_accuracy:.0%} of those left out of the fit in turn."
+        f"{found.num_comparisons} comparisons: the weights predict the choice in {found.accuracy:.0%} of them, and in "
+        f"{found.held_out_accuracy:.0%} of those that the fit has not seen (cross-validation)."
     )
     if found.held_out_accuracy < 0.5 + 1 / found.num_comparisons**0.5:  # two standard errors of a coin
-        print(f"A coin might do as well: these {what} say little of this user, or there are too few comparisons.")
+        print(f"Chance might do as well: these {what} say little about this user, or there are too few comparisons.")
     persona: dict[str, Any]
     if what == "heads":
         persona = {"pad_weights": found.weights}
@@ -100,8 +105,8 @@ def print_next(pool: str, attributes: str | None, update: str | None, settings: 
     if attributes is None or update is not None:
         raise ValueError("--next: goes with --attributes, and without --update")
     pair, bits = choose(**settings, pool=pool, attributes=attributes)
-    print(f"The next comparison, expected to tell {bits:.2f} bits:\n{pair.prompt}")
+    print(f"The comparison to make next (it should tell {bits:.2f} bits):\n{pair.prompt}")
     print(f"\nA: {pair.chosen}\n\nB: {pair.rejected}\n")
-    print("For the user's comparisons if A is chosen; if B is, with the two exchanged:")
+    print("If the user chooses A, add this line to the comparisons; if B, exchange the two answers:")
     print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}))
     return 0

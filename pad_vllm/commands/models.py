@@ -9,9 +9,11 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache-dir", help="where models are kept (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
     parser.add_argument(
-        "--gemma", action="store_true", help="Gemma 3 270M as the base, if you have installed it, under Gemma's terms"
+        "--cache-dir", help="folder that keeps the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)"
+    )
+    parser.add_argument(
+        "--gemma", action="store_true", help="use Gemma 3 270M as the base; install it first, under Gemma's terms"
     )
 
 

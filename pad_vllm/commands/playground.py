@@ -10,10 +10,12 @@ import threading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", metavar="URL", help="of a server that runs the plugin, as http://localhost:8000")
-    parser.add_argument("--host", default="127.0.0.1", help="where the page is served (default %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one (default %(default)s)")
-    parser.add_argument("--api-key", help="the server's; the page does not see it (default $VLLM_API_KEY)")
+    parser.add_argument("url", metavar="URL", help="a server that runs the plugin, such as http://localhost:8000")
+    parser.add_argument("--host", default="127.0.0.1", help="address on which the page is served (default %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="port of the page; 0 takes a free one (default %(default)s)"
+    )
+    parser.add_argument("--api-key", help="API key of the server, which the page does not see (default $VLLM_API_KEY)")
 
 
 def run(url: str, host: str, port: int, api_key: str | None) -> int:

@@ -10,10 +10,12 @@ from pad_vllm.evaluation.traces import FIELDS, grouped, plot_traces, read_traces
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="that pad.trace names in the server's configuration")
-    parser.add_argument("--by", default="persona", choices=FIELDS, help="field of a row (default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="write a plot too: PNG, SVG or PDF; takes pad-vllm[plot]")
-    parser.add_argument("--json", action="store_true", help="print JSON, and no tables")
+    parser.add_argument("folder", help="the folder that pad.trace names in the server's configuration")
+    parser.add_argument(
+        "--by", default="persona", choices=FIELDS, help="group requests by this field (default %(default)s)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also write a plot (PNG, SVG or PDF); needs pad-vllm[plot]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(folder, by, plot, **settings) -> int:
@@ -26,5 +28,5 @@ def run(folder, by, plot, **settings) -> int:
     if plot is not None:
         plot_traces(groups, plot, by)
     if found.num_unread:
-        print(f"{found.num_unread} lines are no traces, and were left out.", file=sys.stderr)
+        print(f"{found.num_unread} lines are not traces and were skipped.", file=sys.stderr)
     return 0

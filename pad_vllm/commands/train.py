@@ -9,30 +9,49 @@ from pad_vllm.commands.options import assignments, given, json_assignments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "data", help="preference set: JSON lines, or a folder that datasets reads; see docs/training.md"
+        "data", help="preference set: JSON lines, or a folder that the datasets library reads; see docs/training.md"
     )
     parser.add_argument("--model", required=True, help="causal language model to start from: path or hub id")
-    parser.add_argument("--output", required=True, help="folder of the reward model; must not exist")
-    parser.add_argument("--reference", help="pi_ref, best the base model to be served (default: the model itself)")
+    parser.add_argument("--output", required=True, help="folder to write the reward model to; must not exist")
     parser.add_argument(
-        "--stages", nargs="+", choices=("backbone", "heads"), help="default: what the data has labels for"
+        "--reference", help="reference model pi_ref; best is the base model that you will serve (default: --model)"
     )
-    parser.add_argument("--eval-data", help="comparisons to measure on (default: a twentieth of the data)")
-    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="names of the data's fields")
-    parser.add_argument("--split", default="train", help="of a folder (default %(default)s)")
-    parser.add_argument("--prompt-template", help="as in the server's configuration")
-    parser.add_argument("--insert-after", help="where other than the chat template's messages say; goes into pad.json")
     parser.add_argument(
-        "--max-length", type=int, help="longer comparisons are left out (default: the model's positions)"
+        "--stages",
+        nargs="+",
+        choices=("backbone", "heads"),
+        help="what to train (default: the backbone, and heads if the data has labels)",
     )
-    parser.add_argument("--max-answer", type=int, help="an answer's first tokens to learn from (default: all)")
+    parser.add_argument("--eval-data", help="comparisons to measure accuracy on (default: a twentieth of the data)")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", default=[], help="the data's own names of fields")
+    parser.add_argument("--split", default="train", help="split of the data, if it is a folder (default %(default)s)")
     parser.add_argument(
-        "--lora-rank", type=int, default=0, help="train a LoRA, which is then the reward model (default: all weights)"
+        "--prompt-template", help="text around {prompt} and {preference}; as in the server's configuration"
     )
-    parser.add_argument("--adapter", help="go on with the LoRA in this folder, such as an earlier run's output")
+    parser.add_argument(
+        "--insert-after",
+        help="text behind which the preference goes (default: where the chat template puts messages); kept in pad.json",
+    )
+    parser.add_argument(
+        "--max-length", type=int, help="leave out comparisons of more tokens (default: the model's positions)"
+    )
+    parser.add_argument("--max-answer", type=int, help="learn from only the first tokens of an answer (default: all)")
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="train a LoRA of this rank, which is then the reward model (default: train all weights)",
+    )
+    parser.add_argument(
+        "--adapter", help="continue to train the LoRA in this folder, such as the output of an earlier run"
+    )
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
     parser.add_argument(
-        "--trainer", nargs="+", metavar="NAME=JSON", default=[], help="of transformers' TrainingArguments"
+        "--trainer",
+        nargs="+",
+        metavar="NAME=JSON",
+        default=[],
+        help="further settings of transformers' TrainingArguments",
     )
     parser.add_argument("--seed", type=int, default=0)
     for stage, lr in (("backbone", 5e-6), ("heads", 1e-3)):
@@ -42,11 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--batch-size", type=int, default=16, help="comparisons a step (default %(default)s)")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of the PAD loss (default %(default)s)")
-    parser.add_argument("--nll-weight", type=float, default=1.0, help="of the chosen answers (default %(default)s)")
+    parser.add_argument(
+        "--nll-weight",
+        type=float,
+        default=1.0,
+        help="weight of the chosen answers' likelihood in the loss (default %(default)s)",
+    )
     parser.add_argument(
         "--opposites",
         action="store_true",
-        help="every comparison has its opposite, of a user who chose the other answer: judge the two together",
+        help="the data has each comparison twice, once from a user who chose the other answer; judge the two together",
     )
 
 

@@ -27,8 +27,8 @@ def _set_environment() -> None:
 
 
 def quiet() -> None:
-    """vLLM in this process says what goes wrong and nothing else, and reaches nothing; before it is imported. What the
-    environment says wins."""
+    """Let vLLM in this process log only errors, and reach no network. Call it before vLLM is imported. The
+    environment's own settings take precedence."""
     _set_environment()
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
@@ -67,12 +67,12 @@ def generate_batches(
     stop: Sequence[str] = (),
     **engine: Any,
 ) -> dict[str, Answers]:
-    """Answers to each batch of requests by one engine of ``model``; request i of every batch draws with ``seed`` + i.
+    """Answers to each batch of requests by one engine of ``model``. Request i of every batch draws with ``seed`` + i.
 
     Args:
-        nll: whether to say how likely the base model finds the answers.
-        stop: texts that end an answer, and are not part of it.
-        engine: arguments of ``vllm.LLM``.
+        nll: whether to measure how likely the base model finds the answers.
+        stop: texts that end an answer and are not part of it.
+        engine: further arguments of ``vllm.LLM``.
     """
     _set_environment()
     context = multiprocessing.get_context("forkserver")

@@ -1,10 +1,10 @@
-"""``pad-vllm eval``: ways to personalize answers, side by side, through the real engine.
+"""``pad-vllm eval``: compare ways to personalize answers, through the real engine.
 
-Every method answers the same cells, a user and a prompt each:
+Every method answers the same cells. A cell is a user and a prompt.
 
 - ``base``: the base model, which knows nothing of the user.
 - ``prompting``: the preference in the base model's prompt.
-- ``best_of_n``: n answers of the base model, of which the reward model picks one.
+- ``best_of_n``: the base model gives n answers, and the reward model picks one.
 - ``pad``: guidance by the preference, at each beta; ``pad_weights``: guidance by weights over the reward model's heads.
 - ``reward_model``: the reward model answers alone.
 - ``dpo``: a model of the base's kind tuned for this very user.
@@ -41,7 +41,7 @@ from pad_vllm.training.train import another_tokenizer
 from pad_vllm.training.trainer import score_answers
 
 METHODS = ("base", "prompting", "best_of_n", "pad", "pad_weights", "reward_model", "dpo")
-"""What ``methods`` may name."""
+"""The names allowed in ``methods``."""
 
 
 Checker = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Judgement]
@@ -50,7 +50,7 @@ Checker = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Judgement]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated.
+    """The settings of an evaluation.
 
     Attributes:
         base: path or hub id of the base model.
@@ -60,11 +60,11 @@ class EvaluationConfig:
             ones), ``dpo`` (path of a model tuned for this user), and whatever else the checker reads.
         prompts: records with a ``prompt`` (text or messages), and whatever else the checker reads.
         checker: ``"module:name"`` of a :data:`Checker`.
-        methods: of :data:`METHODS`; those that need what a user does not have are left out for this user.
-        betas: strengths of ``pad``. ``pad_weights`` has 1.
-        best_of: answers that ``best_of_n`` chooses from.
-        prompting: how a preference enters the base model's prompt, in its last turn.
-        reference: model that says how likely an answer is by itself, in its own tokens. None: the base.
+        methods: of :data:`METHODS`. A method is left out for a user who lacks what it needs.
+        betas: strengths of ``pad``; ``pad_weights`` always has strength 1.
+        best_of: how many answers ``best_of_n`` chooses from.
+        prompting: text that puts a preference into the last turn of the base model's prompt.
+        reference: model that measures how likely an answer is without the preference. None: the base.
         engine: more arguments of ``vllm.LLM``.
     """
 
@@ -85,15 +85,15 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods: {', '.join(sorted(unknown))}: there are {', '.join(METHODS)}")
+            raise ValueError(f"methods: {', '.join(sorted(unknown))}: unknown; must be of {', '.join(METHODS)}")
         if "base" not in self.methods:
-            raise ValueError("methods: base is what the others are held against, and cannot be left out")
+            raise ValueError("methods: must include base, with which the others are compared")
         if not self.users:
-            raise ValueError("users: none")
+            raise ValueError("users: must name at least one user")
         for name, user in self.users.items():
             prompts = user.get("prompts", self.prompts)
             if not prompts:
-                raise ValueError(f"users.{name}: no prompts, of its own or for all")
+                raise ValueError(f"users.{name}: has no prompts; give prompts for this user, or for all users")
             preference = user.get("preference")
             if isinstance(preference, Sequence) and not isinstance(preference, str) and len(preference) != len(prompts):
                 raise ValueError(f"users.{name}: {len(preference)} preferences for {len(prompts)} prompts")

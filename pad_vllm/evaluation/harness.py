@@ -1,7 +1,7 @@
-"""Methods side by side: what each asks of which engine, and which answer it takes.
+"""Run several methods side by side: which engine each needs, what it generates there, and which answer it takes.
 
 A table (:mod:`pad_vllm.evaluation.evaluate`, ``benchmarks/language.py``) says which cells each of its methods
-(:mod:`pad_vllm.evaluation.methods`) answers, and :func:`answers` has them answered.
+(:mod:`pad_vllm.evaluation.methods`) answers, and :func:`answers` generates the answers.
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ class Guided(Method):
     """Guidance by the preference.
 
     Attributes:
-        arguments: more of a cell's request, or others.
-        reward_model: another than the table's.
-        prompting: how the base model reads the preference, too.
+        arguments: further arguments of a cell's request.
+        reward_model: a reward model other than the table's.
+        prompting: also puts the preference into the base model's prompt.
     """
 
     beta: float
@@ -149,11 +149,11 @@ class Weighted(Method):
 
 @dataclass(frozen=True)
 class BestOf(Method):
-    """Of ``n`` samples of the base model the one of the highest reward.
+    """Sample ``n`` answers from the base model, and take the one with the highest reward.
 
     Attributes:
-        shared: whether cells of one prompt choose among the same samples.
-        seed: added to the table's.
+        shared: whether cells with the same prompt choose among the same samples.
+        seed: added to the table's seed.
     """
 
     n: int

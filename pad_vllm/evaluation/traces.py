@@ -55,7 +55,7 @@ def read_traces(folder: str | Path) -> TraceFolder:
     """
     paths = sorted(Path(folder).glob("pad-traces-*.jsonl"))
     if not paths:
-        raise ValueError(f"{folder}: has no pad-traces-*.jsonl, as a server with pad.trace writes them")
+        raise ValueError(f"{folder}: contains no pad-traces-*.jsonl; a server with pad.trace writes them")
     lines, num_unread = [], 0
     for path in paths:
         for text in path.read_bytes().splitlines():

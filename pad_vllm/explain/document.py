@@ -1,4 +1,4 @@
-"""An explanation as a page that loads nothing: styles and script stand in it."""
+"""An explanation as one self-contained HTML page. Its styles and script are inside, and it loads nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def section(number: int, answer: ExplainedAnswer) -> str:
 
 
 def token_span(place: int, token: ExplainedToken, answer: ExplainedAnswer, detail: str) -> str:
-    """Of the tokens of an answer, the Tab key stops at one."""
+    """A token's HTML. Only one token of an answer is a stop of the Tab key."""
     other = "" if token.token_id == token.first_id else " other"
     text = shown_text(token.text).replace("\n", '<b aria-hidden="true">↵</b>\n') or NO_TEXT
     return (
@@ -82,7 +82,7 @@ def token_span(place: int, token: ExplainedToken, answer: ExplainedAnswer, detai
 
 
 def sentence(token: ExplainedToken, contexts: tuple[str, ...]) -> str:
-    """What the base model and guidance made of a token."""
+    """A sentence on what the base model and guidance did with a token."""
     words = [f"{quoted(token.text)}: {percent(token.probability)} by the base model."]
     if token.token_id == token.first_id:
         words.append("It is the base model's first choice.")

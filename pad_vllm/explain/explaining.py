@@ -1,7 +1,7 @@
-"""Answers to one prompt by an engine in this process, with what the base model and guidance made of each token.
+"""Answers to one prompt by an engine in this process, with what the base model and guidance did to each token.
 
-The base model's part are vLLM's own raw ``logprobs``, guidance's are a trace's rows
-(:mod:`pad_vllm.worker.kept_rows`).
+vLLM's own raw ``logprobs`` give the base model's part. A trace's rows (:mod:`pad_vllm.worker.kept_rows`) give that of
+guidance.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ExplainedToken:
     """What the base model found most likely in its place"""
     first_probability: float
     effect: RowEffect | None
-    """None: the answer is not guided"""
+    """None if the answer is not guided"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ExplainedAnswer:
 
     @property
     def num_others(self) -> int:
-        """Tokens that are not the base model's first choice."""
+        """How many tokens differ from the base model's first choice."""
         return sum(token.token_id != token.first_id for token in self.tokens)
 
 
@@ -102,21 +102,21 @@ def explain(
     seed: int = 0,
     engine: Mapping[str, Any] | None = None,
 ) -> Explanation:
-    """Have a vLLM engine in this process answer a prompt unguided, and under each of the settings.
+    """Answer a prompt with a vLLM engine in this process: once unguided, and once under each of the settings.
 
     Args:
         model: path or hub id of the base model.
-        pad: as a server's ``additional_config`` has it.
-        prompt: text, or what a user says in a chat.
-        settings: each a request's guidance, by names with or without ``pad_``.
-        chat: whether the prompt is a chat's.
-        max_tokens: of each answer.
-        temperature: 0: each token is the most likely one.
-        seed: of the sampling, the same for each answer.
-        engine: other arguments of ``vllm.LLM``.
+        pad: the ``pad`` section of a server's ``additional_config``.
+        prompt: text; with ``chat``, what the user says.
+        settings: the guidance of each answer; the prefix ``pad_`` may be left out.
+        chat: whether to put the prompt into the model's chat template.
+        max_tokens: most tokens of each answer.
+        temperature: 0 takes the most likely token.
+        seed: seed of the sampling, the same for each answer.
+        engine: further arguments of ``vllm.LLM``.
 
     Raises:
-        ValueError: names what is wrong, what it is and what is allowed.
+        ValueError: an argument is wrong; the message names it, its value and what is allowed.
     """
     check_text("the prompt", prompt)
     check_int("--max-tokens", max_tokens, 1)
@@ -127,7 +127,10 @@ def explain(
     asked = [read_setting(setting, config) for setting in settings]
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:
-            raise ValueError(f"{name}={shown(engine[name])}: what is explained runs in this process, on one device")
+            raise ValueError(
+                f"{name}={shown(engine[name])}: must be 1, because pad-vllm explain runs the engine in its own "
+                "process, on one device"
+            )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the rows are kept in this process
     from vllm import SamplingParams
 
@@ -152,7 +155,7 @@ def explain(
 
 
 def read_setting(setting: Mapping[str, Any], config: PADConfig) -> PAD:
-    """A request's guidance, held against the configuration. Raises ValueError for one that could not be served."""
+    """A request's guidance, checked against the configuration. Raises ValueError if a server would refuse it."""
     try:
         if not isinstance(setting, Mapping):
             raise ValueError(f"must be an object, not {type(setting).__name__}")
@@ -179,7 +182,7 @@ def _in_words(value: Any) -> str:
 
 
 def start_engine(model: str, pad: Mapping[str, Any], num_requests: int, engine: Mapping[str, Any]) -> LLM:
-    """Guided as ``pad`` says, except that nobody is who asks for nothing, and no files of traces are written."""
+    """An engine that guides as ``pad`` says, but without a default persona and without files of traces."""
     from vllm import LLM
 
     arguments: dict[str, Any] = {
@@ -215,8 +218,8 @@ def explained(label: str, output: RequestOutput, rows: KeptRows | None, tokenize
     """Raises ValueError where guidance failed."""
     if rows is None:
         raise ValueError(
-            f"--with {label}: nothing was kept of it; pad-vllm's plugin hook did not run: where VLLM_PLUGINS is set, "
-            "add 'pad' to it"
+            f"--with {label}: nothing was recorded, because pad-vllm's plugin hook did not run; if VLLM_PLUGINS is "
+            "set, add 'pad' to it"
         )
     if rows.failed:
         raise ValueError(f"--with {label}: guidance failed; the log says why")

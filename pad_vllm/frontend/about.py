@@ -1,6 +1,6 @@
-"""``GET /v1/pad``: what this server's guidance is, for whoever may ask the server for answers.
+"""``GET /v1/pad``: what this server's guidance is, for clients that may send it requests.
 
-Under ``/v1``, so that vLLM's ``--api-key`` guards the names of personas as it guards everything else there.
+The path is under ``/v1``, so vLLM's ``--api-key`` protects the names of personas too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Admission: refusing a bad request in the frontend, with what only the engine knows.
+"""Admission: refuse a bad request in the frontend, by what only the engine knows.
 
-vLLM checks a request's parameters in the frontend process, through a classmethod that gets no engine configuration;
-the reward model and the personas are in the engine's workers. An exception there would end the engine for everybody.
-So a request is held against what the engines announced (:mod:`pad_vllm.channel`).
+vLLM checks a request's parameters in the frontend process, through a classmethod that gets no engine configuration. The
+reward model and the personas are in the engine's workers, where an exception would end the engine for everybody. So a
+request is checked against what the engines have announced (:mod:`pad_vllm.channel`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 NOT_LOADED = (
-    "Speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS must include 'pad' where it is set; "
-    f"{ANNOUNCE_DIR} must name a shared folder where the engine runs on another machine"
+    "Check three things: speculative decoding on the V1 runner drops logits processors; VLLM_PLUGINS, if it is set, "
+    f"must include 'pad'; and if the engine runs on another machine, {ANNOUNCE_DIR} must name a folder that both share"
 )
 LONG_TOKEN = 4
-"""Of the reward model's tokens, which few of the base's are longer than: a prompt that fits so is not counted."""
+"""In the reward model's tokens; few tokens of the base are longer. A prompt that fits by this bound is not counted."""
 
 ROLE_TOKENS = 4
-"""Upper bound on the reward model's tokens for what stands beside a chat's marker: a role's name, a newline."""
+"""Upper bound, in the reward model's tokens, on the text beside a chat's marker: the name of a role, a newline."""
 Misreads = Callable[[Sequence[int]], bool]
 """Whether a prompt begins as a chat, and is none that the chat template writes."""
 
@@ -52,8 +52,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def validate(sampling_params: SamplingParams) -> None:
-    """Refuse a request whose guidance is malformed, or which no engine of this frontend could guide; and send its
-    persona along with it, as it is now.
+    """Refuse a request if its guidance is malformed, or if no engine of this frontend can guide it. Otherwise send its
+    persona along with it, as the persona is now.
 
     Raises:
         ValueError: the message names the argument, its value and what is allowed. vLLM turns it into HTTP 400.
@@ -83,7 +83,7 @@ def validate(sampling_params: SamplingParams) -> None:
 def _validate_asked(
     asked: PAD, vllm_config: VllmConfig | None, prompt_ids: Sequence[int] | None, kept: Admitted | None
 ) -> Admitted | None:
-    """The request's persona, if it has one."""
+    """Check a request that sets guidance; returns its persona, if it has one."""
     check_num_chars(asked.preferences)
     own = engines.own(vllm_config)
     if not own or (vllm_config is not None and drops_processors(vllm_config)):
@@ -103,7 +103,7 @@ def _validate_asked(
 
 
 def _persona(engine: Announcement, personas: Personas, asked: PAD) -> Admitted | None:
-    """The request's own, or the default one, as it is now. Raises ValueError for one that there is not."""
+    """The request's own persona or the default one, as it is now. Raises ValueError if there is no such persona."""
     if asked.persona is not None and engine.configured:
         return personas.admit(asked.persona)
     name = engine.default_persona
@@ -117,8 +117,8 @@ def _validate_unasked(
     prompt_ids: Sequence[int] | None,
     kept: Admitted | None,
 ) -> Admitted | None:
-    """Refuse a request that asks for nothing, where everybody was to be guided and this one would not be. Returns the
-    default persona, if there is one."""
+    """Check a request that sets no guidance: refuse it if every request must be guided and this one cannot be.
+    Returns the default persona, if there is one."""
     own = engines.own(vllm_config)
     guiding = {path: engine for path, engine in own.items() if engine.guides_all}
     personas, admitted = engines.personas_of(own) if guiding else {}, kept
@@ -130,35 +130,35 @@ def _validate_unasked(
     if (is_beam or len(bias) > MAX_LOGIT_BIAS) and guiding:
         check_logit_bias(sampling_params.logit_bias)
         raise ValueError(
-            "beam search cannot be guided: it goes by log-probabilities of the base model, and this server guides "
-            "every request (pad.default_persona)"
+            "beam search cannot be guided, because it ranks texts by the base model's log-probabilities, and this "
+            "server guides every request (pad.default_persona)"
         )
     if vllm_config is None or not drops_processors(vllm_config):
         return admitted
     pad = read_pad(vllm_config.additional_config)
     if pad is not None and pad.get("default_persona") is not None:
         raise ValueError(
-            f"this server is to guide every request (pad.default_persona), and its engine cannot. {NOT_LOADED}"
+            f"this server must guide every request (pad.default_persona), but its engine cannot guide. {NOT_LOADED}"
         )
     return admitted
 
 
 def check_traces(own: list[Announcement], trace: str) -> None:
-    """Raise ValueError for a request with an id for traces where none of the engines keeps any."""
+    """Raise ValueError if a request has an id for traces, but no engine keeps any."""
     if not any(engine.traces for engine in own):
         raise ValueError(
-            f"pad_trace={shown(trace)}: this server keeps no traces; leave it out, or start the server with pad.trace, "
-            "a folder"
+            f"pad_trace={shown(trace)}: this server keeps no traces; leave it out, or set pad.trace, the folder of "
+            "traces, in the server's configuration"
         )
 
 
 def drops_processors(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM leaves logits processors out in silence: it then neither builds them nor says so."""
+    """Whether vLLM leaves logits processors out without saying so."""
     return vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
 
 
 def guides_all(vllm_config: VllmConfig | None) -> bool:
-    """Whether an engine of this frontend guides requests that ask for nothing."""
+    """Whether an engine of this frontend also guides requests without guidance of their own."""
     return any(engine.guides_all for engine in engines.own(vllm_config).values())
 
 
@@ -169,7 +169,7 @@ def check_request(
     vllm_config: VllmConfig | None = None,
     prompt_ids: Sequence[int] | None = None,
 ) -> None:
-    """Raise ValueError if an engine cannot do what a request asks; of a prompt, where it is known.
+    """Raise ValueError if an engine cannot do what a request sets; also for its prompt, if that is known.
 
     Args:
         admitted: its persona, or the default one.
@@ -195,7 +195,7 @@ def check_request(
 
 
 def _merged(asked: PAD, admitted: Admitted | None) -> PAD:
-    """A request with what its persona says besides."""
+    """A request's own fields over those of its persona."""
     persona = None if admitted is None else PAD.from_extra_args(admitted["arguments"])
     return asked.over(persona or PAD())
 
@@ -207,20 +207,20 @@ def check_prompt(
     vllm_config: VllmConfig | None,
     prompt_ids: Sequence[int],
 ) -> None:
-    """Raise ValueError for a prompt that the engine would not guide. The worker decides what cannot be told here."""
+    """Raise ValueError for a prompt that the engine would not guide. The worker checks what cannot be known here."""
     if announcement.chat == "strict" and vllm_config is not None:
         is_misread = _misreads(announcement, vllm_config)
         if (announcement.base_tokenizer or _reads_preference(_merged(asked, admitted))) and is_misread(prompt_ids):
             raise ValueError(
-                "the prompt: pad.chat='strict', and it begins as a chat, and with no message that the chat template "
-                "writes; send messages that the template renders, or plain text"
+                "the prompt begins as a chat, but with no message that the chat template writes, and this server "
+                "refuses such prompts (pad.chat='strict'); send messages for the template to render, or plain text"
             )
     if announcement.max_context_len:
         check_prompt_len(announcement, asked, admitted, vllm_config, prompt_ids)
 
 
 def _reads_preference(merged: PAD) -> bool:
-    """Whether the reward model reads a preference for a request: one of weight 0 is not read."""
+    """Whether the reward model reads a preference for a request. It does not read one of weight 0."""
     texts = merged.preferences
     weights = merged.preference_weights or (1.0,) * len(texts)
     texts = texts * len(weights) if len(texts) == 1 else texts  # of several adapters
@@ -255,8 +255,8 @@ def check_prompt_len(
         num_prompt = _num_translated(base, reward, prompt_ids)
     if (missing := num_prompt + added - most) > 0:
         raise ValueError(
-            f"the prompt and its preference are {num_prompt} and {added} of the reward model's tokens, {missing} more "
-            f"than the {most} that it has positions for; shorten either"
+            f"the prompt takes {num_prompt} of the reward model's tokens and its preference {added}, which is "
+            f"{missing} more than the reward model's {most} positions; shorten one of the two"
         )
 
 
@@ -276,7 +276,7 @@ def _added(arguments: str) -> frozenset[int]:
 
 
 def prepare(vllm_config: VllmConfig) -> None:
-    """At the start: read the tokenizers, or all requests would wait with the first that needs them."""
+    """Read the tokenizers at the start. Otherwise the first request that needs them would make all others wait."""
     for engine in engines.own(vllm_config).values():
         if engine.tokenizer is not None:
             try:
@@ -318,7 +318,9 @@ def _misreads_of(reward: str, base: str, is_pair: bool, prompt_template: str, in
         chat = chat_format(theirs)
         return _misreads_none if chat is None else chat.opens_no_message
     except Exception as error:  # of a tokenizer or a template
-        logger.warning("The frontend cannot tell which prompts pad.chat='strict' refuses; the engine does: %r", error)
+        logger.warning(
+            "The frontend cannot tell which prompts pad.chat='strict' refuses, so the engine decides: %r", error
+        )
         return _misreads_none
 
 

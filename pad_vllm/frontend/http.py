@@ -1,6 +1,6 @@
-"""Refusing, over HTTP, guidance that stands where vLLM's API server would ignore it: HTTP 400.
+"""Refuse guidance over HTTP (status 400) that vLLM's API server would ignore.
 
-That is: arguments elsewhere than in ``vllm_xargs``, and any arguments where an endpoint has no way for them.
+That is guidance anywhere but in ``vllm_xargs``, and any guidance for an endpoint that takes no arguments of plugins.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SCORING_ENDPOINTS = ("/generative_scoring", "/v1/systemone", "/v1/decisions")
-"""Heads of paths that answer by log-probabilities of the base model, which leave guidance out."""
+"""Beginnings of paths that answer with log-probabilities of the base model, which guidance does not change."""
 UNGUIDED_ENDPOINTS = ("/cohere/", *SCORING_ENDPOINTS)
-"""Heads of paths whose requests carry no arguments of plugins."""
+"""Beginnings of paths whose requests carry no arguments of plugins."""
 NOT_ARGUMENTS = frozenset(
     {
         *("messages", "input", "prompt", "system", "instructions", "documents"),
         *("tools", "functions", "response_format", "structured_outputs", "text", "json_schema"),
     }
 )
-"""Fields of a request that hold its text or its schemas: what is called pad there is none of our business."""
+"""Fields of a request that hold its text or its schemas. A name with pad in them is not an argument."""
 
 
 MAX_LIKE = 100
-"""Names in a body that begin as PAD's do; more are no accident, and all would have to be looked at."""
+"""Most names in a body that may begin like PAD's. More are no accident, and checking each would take long."""
 LOST = "(given twice)"
 """Where what a later field of the same name replaces stands for :func:`misplaced`."""
 FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
-"""Bodies that vLLM reads as forms, where it reads any: of audio."""
+"""Types of bodies that vLLM reads as forms: those of audio endpoints."""
 
 
 class BodyField(NamedTuple):
@@ -58,12 +58,15 @@ class BodyField(NamedTuple):
 
 
 def misplaced(body: Any, path: str = "") -> str | None:
-    """What is wrong with the place of guidance in a request's body, as a sentence; None where nothing is."""
+    """A sentence that says which guidance in a request's body is at the wrong place; None if there is none."""
     if not isinstance(body, Mapping):
         return None
     if path.startswith(UNGUIDED_ENDPOINTS):
         found = next(_asked(body, ("vllm_xargs",)), None)
-        return found and f"{found.shown()}: this endpoint cannot be guided; vLLM takes no such arguments here"
+        return (
+            found
+            and f"{found.shown()}: this endpoint cannot be guided, because vLLM takes no arguments of plugins here"
+        )
     allowed, shown = ["vllm_xargs"], '{"vllm_xargs": {"pad_...": ...}}'
     if path == "/inference/v1/generate":
         allowed, shown = ["sampling_params", "extra_args"], '{"sampling_params": {"extra_args": {"pad_...": ...}}}'
@@ -73,11 +76,12 @@ def misplaced(body: Any, path: str = "") -> str | None:
 
 
 def unguided(path: str, vllm_config: VllmConfig | None = None) -> str | None:
-    """What is wrong with a request to ``path`` that asks for nothing, where everybody was to be guided."""
+    """A sentence that says why a request to ``path`` without guidance is refused, if every request must be guided;
+    None if it is not."""
     if path.startswith(SCORING_ENDPOINTS) and admission.guides_all(vllm_config):
         return (
-            "pad.default_persona: this server guides every request, and this endpoint answers by log-probabilities of "
-            "the base model"
+            "pad.default_persona: this server guides every request, but this endpoint cannot be guided: it answers "
+            "with the base model's log-probabilities"
         )
     return None
 
@@ -141,13 +145,13 @@ class RefuseMisplaced:
 
 
 def _content_type(scope: Scope) -> bytes:
-    """The media type that vLLM goes by: the first of several, whatever its case."""
+    """The media type that vLLM reads: the first of several, in lower case."""
     values = (value for name, value in scope.get("headers", ()) if name == b"content-type")
     return next(values, b"").split(b";")[0].strip().lower()
 
 
 def route_path(scope: Scope) -> str:
-    """The path by which a request is routed: without ``--root-path``, where it begins with that."""
+    """The path by which a request is routed: without ``--root-path``, if it begins with that."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
@@ -161,7 +165,7 @@ def _read(body: bytes, path: str) -> str | None:
     except ValueError:
         return None  # vLLM will say so
     except RecursionError:
-        return "the body: nests too deep to be read"
+        return "the body: its objects and lists are nested too deeply to be read"
 
 
 def _all_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

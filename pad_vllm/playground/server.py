@@ -1,7 +1,7 @@
-"""Serves the playground's page, and passes what it asks on to a server of vLLM's, so that this needs no CORS.
+"""Serve the playground's page, and forward its requests to a vLLM server, so that the server needs no CORS.
 
-Only ``/v1/`` is passed on. The API key, where there is one, stays here: the page never sees it. So that no other site
-in the same browser can use it, a request that names another host, or comes from another origin, is refused.
+Only ``/v1/`` is forwarded. The API key stays in this process, and the page never sees it. A request that names another
+host, or comes from another origin, is refused, so that no other site in the same browser can use the key.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @contextlib.contextmanager
 def playground(server: str, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> Iterator[str]:
-    """Serve the page for as long as the context lasts, in a thread: its URL.
+    """Serve the page in a thread as long as the context is open, and return its URL.
 
     Args:
-        server: URL of a server of vLLM's, with or without ``/v1`` at its end.
-        port: 0 takes a free one.
-        api_key: the server's; sent to it, and to nobody else.
+        server: URL of a vLLM server, with or without ``/v1`` at its end.
+        port: port of the page; 0 takes a free one.
+        api_key: API key of the server. It is sent to this server only.
 
     Raises:
-        ValueError: ``server`` is no URL.
-        OSError: nothing can be served at this host and port.
+        ValueError: ``server`` is not a URL.
+        OSError: the page cannot be served on this host and port.
     """
     serving = Playground(server_url(server), host, api_key)
     loop = asyncio.new_event_loop()
@@ -75,7 +75,7 @@ def playground(server: str, host: str = "127.0.0.1", port: int = 0, api_key: str
 
 
 def server_url(text: str) -> URL:
-    """A server's URL without ``/v1``, which clients of OpenAI's are given with it."""
+    """A server's URL without the ``/v1`` that OpenAI clients expect at its end."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(f"{shown(text)} is no server's URL; expected one as http://localhost:8000")
@@ -204,7 +204,7 @@ class Playground:
 
 
 def error_body(status: int, words: str) -> dict:
-    """As vLLM's errors are."""
+    """An error in the form of vLLM's own."""
     return {"error": {"message": words, "type": "PlaygroundError", "param": None, "code": status}}
 
 
@@ -213,7 +213,7 @@ def error_response(status: int, words: str) -> web.Response:
 
 
 def why(error: BaseException) -> str:
-    """Of a connection that failed, in words."""
+    """Why a connection failed, in words."""
     if isinstance(error, asyncio.TimeoutError):
         return f"no connection in {CONNECT_SECONDS} seconds"
     cause = getattr(error, "os_error", error)

@@ -31,16 +31,16 @@ from pad_vllm.reward.kind import ADAPTER_CONFIG, adapter_config, tensor_names
 from pad_vllm.reward.rows import ContextSlot
 
 RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
-"""What vLLM may be told that the largest rank is; ascending."""
+"""The values that vLLM's configuration allows for the largest rank, ascending."""
 NOT_APART = {
     "embed_tokens": "the embedding, which may be the output head too",
-    "experts": "experts, which vLLM changes in place",
+    "experts": "experts, whose weights vLLM changes in place",
 }
-"""What an adapter cannot change where it stays apart, and why."""
+"""Modules that an adapter cannot change unless it is merged, and why."""
 LORA_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 """What PEFT calls the two matrices of a linear layer, and of an embedding."""
 OUTPUT_HEAD = "lm_head"
-"""The last part of its module's name in an adapter."""
+"""The last part of the output head's name in an adapter."""
 NO_ADAPTER = -1
 
 
@@ -49,11 +49,11 @@ class AdapterFolder:
     """A PEFT LoRA folder that vLLM can load."""
 
     key: str
-    """Of the configuration"""
+    """The key of the configuration that names it"""
     path: str
     peft: PEFTHelper
     modules: frozenset[str]
-    """That it has weights for: their names as its base has them"""
+    """Modules for which it has weights, by their names in its base model"""
 
     @property
     def rank(self) -> int:
@@ -61,14 +61,16 @@ class AdapterFolder:
 
 
 def read_folder(key: str, path: str, is_merged: bool = False) -> AdapterFolder:
-    """Read what a PEFT folder says of itself; its weights are left alone.
+    """Read a PEFT folder's own description; its weights are not read.
 
     Args:
-        key: of the configuration, for an error message.
-        is_merged: into the model; then it may change all of it, and bring modules of its own.
+        key: key of the configuration that names the folder, for an error message.
+        is_merged: whether the adapter will be merged into its model. It may then change every part of it, and bring
+            modules of its own.
 
     Raises:
-        ValueError: it cannot be found, is of a kind that vLLM refuses, with vLLM's word, or changes what it cannot.
+        ValueError: the folder cannot be found, vLLM refuses its kind (in vLLM's words), or it changes a module that an
+            adapter cannot change.
     """
     try:
         folder = get_adapter_absolute_path(path)
@@ -78,7 +80,7 @@ def read_folder(key: str, path: str, is_merged: bool = False) -> AdapterFolder:
         if is_merged:
             config["modules_to_save"] = None
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"a PEFT adapter of the type {config['peft_type']}; LORA is read")
+            raise ValueError(f"a PEFT adapter of the type {config['peft_type']}; only LORA is supported")
         peft = PEFTHelper.from_dict(config)
         peft.validate_legal(LoRAConfig(max_lora_rank=RANKS[-1]))
         names = tensor_names(folder, None)
@@ -159,7 +161,7 @@ class Adapters:
             )
         except Exception as error:
             raise ValueError(
-                f"pad.adapters: {type(model).__name__} takes no LoRA adapters: {one_line(error)}"
+                f"pad.adapters: {type(model).__name__} does not support LoRA adapters: {one_line(error)}"
             ) from error
         of_head: list[tuple[int, LoRALayerWeights]] = []
         for number, folder in enumerate(folders, 1):
@@ -172,7 +174,7 @@ class Adapters:
                 self.manager.activate_adapter(number)
             except Exception as error:
                 raise ValueError(
-                    f"{folder.key}={folder.path!r} is no adapter of this reward model: {one_line(error)}"
+                    f"{folder.key}={folder.path!r} does not fit this reward model: {one_line(error)}"
                 ) from error
         self.punica: PunicaWrapperBase = next(iter(self.manager.punica_wrapper_mapping.values()))
         self.numbers = torch.arange(-1, vllm_config.lora_config.max_loras, device=device)
@@ -207,20 +209,20 @@ class Adapters:
         places = dict(self._places())
         for name, weights in lora.loras.items():
             if name not in places:
-                raise ValueError(f"it has weights for {name}, which is none of the reward model's linear layers")
+                raise ValueError(f"it has weights for {name}, which is not a linear layer of the reward model")
             a, b = weights.lora_a, weights.lora_b
             if a is None or b is None:
-                raise ValueError(f"of {name} it has one of the two matrices")
+                raise ValueError(f"it has only one of the two LoRA matrices for {name}")
             found, wanted = (b.shape[0], a.shape[1]), places[name]
             if found != wanted:
-                raise ValueError(f"it changes {name} as a matrix of {list(found)}, and here it is {list(wanted)}")
+                raise ValueError(f"its change to {name} has the shape {list(found)}, but the layer has {list(wanted)}")
 
     def _check_head(self, of_head: list[tuple[int, LoRALayerWeights]], hidden_size: int) -> None:
         for _, weights in of_head:
             found = weights.lora_b.shape[0], weights.lora_a.shape[1]
             if found != (self.vocab_size, hidden_size):
                 wanted = [self.vocab_size, hidden_size]
-                raise ValueError(f"it changes {OUTPUT_HEAD} as a matrix of {list(found)}, and here it is {wanted}")
+                raise ValueError(f"its change to {OUTPUT_HEAD} has the shape {list(found)}, but the layer has {wanted}")
 
     def of_head(self, head: OutputHead) -> HeadAdapters | None:
         """Those of an output head, or of a rank's shard of it; None: there are none."""

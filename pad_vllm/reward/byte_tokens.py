@@ -102,7 +102,10 @@ class ByteTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise ValueError(f"the tokenizer of {name!r} is {type(tokenizer).__name__}, which has no fast form")
+            raise ValueError(
+                f"the tokenizer of {name!r} is {type(tokenizer).__name__}, a slow tokenizer; only fast ones are "
+                "supported"
+            )
         self.tokenizer, self.name = tokenizer, name
         self.vocabulary = tokenizer.get_vocab()
         self.size = 1 + max(self.vocabulary.values())
@@ -157,15 +160,15 @@ class ByteTokens:
             token = tokens[wrong[0]]
             written = self.decode(ids[starts[wrong[0]] : starts[wrong[0] + 1]].tolist())
             raise ValueError(
-                f"the tokenizer of {self.name!r} does not write its own tokens byte for byte: token {token} is "
-                f"{self.bytes[token]!r}, for which it writes {written!r} (one of {len(wrong):,})"
+                f"the tokenizer of {self.name!r} does not encode the text of its own tokens exactly: token {token} "
+                f"is {self.bytes[token]!r}, and encoding that gives {written!r} (one of {len(wrong):,} such tokens)"
             )
         alone = {i for i, content in self._added.items() if self._is_its_own_text(i, content)}
         for n, token in enumerate(tokens):
             if token in alone and ids[starts[n] : starts[n + 1]].tolist() != [token]:
                 raise ValueError(
-                    f"the tokenizer of {self.name!r} does not write its added token {token}, {self.bytes[token]!r}, "
-                    f"for the text that it is, but {ids[starts[n] : starts[n + 1]].tolist()}"
+                    f"the tokenizer of {self.name!r} encodes the text of its added token {token}, "
+                    f"{self.bytes[token]!r}, as other tokens: {ids[starts[n] : starts[n + 1]].tolist()}"
                 )
         return Written({content: n for n, content in enumerate(contents)}, starts, ids)
 
@@ -281,8 +284,8 @@ def check_reading(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if read.removeprefix(" ") != text:
             raise ValueError(
-                f"the tokenizer of {name!r} is read wrongly by transformers itself, as {type(tokenizer).__name__}: of "
-                f"{text!r} it makes {read!r}. See to the tokenizer_class in the model's tokenizer_config.json"
+                f"transformers reads the tokenizer of {name!r} wrongly, as {type(tokenizer).__name__}: it turns "
+                f"{text!r} into {read!r}. Correct tokenizer_class in the model's tokenizer_config.json"
             )
 
 
@@ -299,10 +302,12 @@ def running(settings: dict[str, Any], marker_ids: frozenset[int], is_byte_level:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        raise ValueError(f"of its settings no tokenizer of running text can be made: {one_line(error)}") from None
+        raise ValueError(
+            f"its settings give no tokenizer for text that follows other text: {one_line(error)}"
+        ) from None
     for content, i in moved.items():
         raise ValueError(
-            f"its added token {content!r} is {i}, and would be {tokenizer.token_to_id(content)} in running text"
+            f"its added token {content!r} is {i}, but {tokenizer.token_to_id(content)} in text that follows other text"
         )
     return tokenizer
 

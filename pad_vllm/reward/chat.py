@@ -172,8 +172,8 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
         return ChatFormat(tokenizer)
     except Exception as error:  # whatever the template or the tokenizer raises, prompts are composed as plain text
         logger.warning(
-            "Where the chat template puts messages cannot be found (%s), so a preference goes to the head of a prompt, "
-            "after BOS; pad.insert_after says where else.",
+            "PAD cannot find where the chat template puts messages (%s), so it puts a preference at the start of the "
+            "prompt, after BOS. Set pad.insert_after to put it elsewhere.",
             " ".join(str(error).split()) or repr(error),
         )
         return None

@@ -124,7 +124,9 @@ class Decoder:
             try:
                 self._capture()
             except Exception as error:
-                logger.warning("PAD: no CUDA graphs of the reward model, whose steps are slower for it: %r", error)
+                logger.warning(
+                    "PAD: CUDA graphs of the reward model could not be captured, so its steps are slower: %r", error
+                )
                 self.sizes, self._graphs = (), {}
 
     def forward(self, rows: ContextRows) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The reward model's configuration and memory, derived from the engine's."""
+"""The reward model's configuration and memory, derived from those of the engine."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def padded_sizes(most: int) -> list[int]:
 
 
 def base_memory(base: VllmConfig) -> BaseMemory:
-    """What the base model's KV cache will be, on this rank. To be asked once the reward model's weights are loaded."""
+    """The size of the base model's KV cache on this rank. Call it once the reward model's weights are loaded."""
     model, cache = base.model_config, base.cache_config
     dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
     entries = model.get_num_kv_heads(base.parallel_config) * model.get_head_size() * (1 if model.use_mla else 2)
@@ -166,7 +166,7 @@ def base_memory(base: VllmConfig) -> BaseMemory:
 
 
 def is_first_rank() -> bool:
-    """Whether this is the tensor-parallel rank that speaks for its engine."""
+    """Whether this is the tensor-parallel rank that announces and logs for its engine."""
     return get_tp_group().rank_in_group == 0
 
 

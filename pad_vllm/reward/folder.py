@@ -1,4 +1,4 @@
-"""What stands beside a reward model in its folder or repository, and ``pad.json``, which says how it is to be used."""
+"""Files beside a reward model in its folder or repository; among them ``pad.json``, which says how to use the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pad_vllm.reading import read_json
 
 DEFAULTS_FILE = "pad.json"
 DEFAULT_KEYS = ("prompt_template", "insert_after", "reference", "beta", "max_divergence", "top_k")
-"""Keys of the server's configuration for which a reward model may bring its own defaults."""
+"""Keys of the server's configuration for which a reward model may set its own defaults."""
 
 
 def files_beside(
@@ -55,7 +55,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
     if not isinstance(defaults, dict):
         raise ValueError(f"{path}: must be an object, not {type(defaults).__name__}")
     if strange := sorted(set(defaults) - set(DEFAULT_KEYS)):
-        raise ValueError(f"{path}: {', '.join(strange)}: a reward model's defaults are {', '.join(DEFAULT_KEYS)}")
+        raise ValueError(f"{path}: {', '.join(strange)}: no such key; a reward model may set {', '.join(DEFAULT_KEYS)}")
     return {key: value for key, value in defaults.items() if value is not None}
 
 

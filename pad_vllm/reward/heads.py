@@ -98,7 +98,9 @@ def load_heads(path: Path, hidden_size: int, device: torch.device | str = "cpu")
     public = tuple(map(public_name, names))
     if twice := next((name for name in public if public.count(name) > 1), None):
         both = [repr(name) for name, shown in zip(names, public, strict=True) if shown == twice]
-        raise ValueError(f"heads {str(path)!r}: {' and '.join(both)} are both head {twice!r} to a request; rename one")
+        raise ValueError(
+            f"heads {str(path)!r}: {' and '.join(both)} both mean the head {twice!r} in a request; rename one"
+        )
     return ValueHeads(public, weight.to(device), bias.to(device))
 
 
@@ -111,6 +113,6 @@ def check_head_name(name: str) -> None:
     """Raise ValueError for the name of a dimension that a file of heads, and who reads it, would not keep apart."""
     if not name or name == BACKBONE_HEAD or public_name(name) != name or name.endswith((".weight", ".bias")):
         raise ValueError(
-            f"no dimension can be called so: {BACKBONE_HEAD!r} is the head of the backbone, {RELEASED_HEAD!r} and "
+            f"no dimension can have this name: {BACKBONE_HEAD!r} is the head of the backbone, {RELEASED_HEAD!r} and "
             "'heads.' have a meaning in files of heads, and '.weight' and '.bias' end the names of tensors"
         )

@@ -1,4 +1,4 @@
-"""Whether what is named as a reward model is a causal language model: by its files, before anything is loaded.
+"""Check by its files, before anything is loaded, whether a reward model is a causal language model.
 
 A sequence classifier, a bare backbone and a causal language model of one architecture have the same layers. What tells
 them apart is the output head: in the names of tensors, and in what the configuration calls the model.
@@ -29,8 +29,8 @@ _SCORES = re.compile(r"(^|\.)(scores?|classifier|classification_head|regression_
 
 
 def check_causal_lm(reward_model: str, revision: str | None = None, key: str = "pad.reward_model") -> None:
-    """Raise ValueError, a paragraph that says what it is instead and what to do, for a folder or repository that is no
-    causal language model. One that cannot be found is for who loads it to name.
+    """Raise ValueError for a folder or repository that is not a causal language model. The message says what it is and
+    what to do. A model that cannot be found is left to the loader to report.
 
     Args:
         key: the setting that names it.
@@ -89,12 +89,13 @@ def _what_it_is(reward_model: str, revision: str | None) -> str | None:
 
 
 def adapter_config(model: str, revision: str | None = None) -> dict[str, Any] | None:
-    """What a PEFT folder or repository says of itself; None for what is none. Raises ValueError for a damaged file."""
+    """The configuration of a PEFT folder or repository; None if it is not one. Raises ValueError if the file is
+    damaged."""
     return _read(model, revision, ADAPTER_CONFIG)
 
 
 def is_adapter(model: str, revision: str | None = None) -> bool:
-    """Whether a folder or repository is a PEFT adapter, and no model."""
+    """Whether a folder or repository is a PEFT adapter rather than a model."""
     if not isinstance(model, str) or adapter_config(model, revision) is None:
         return False
     config = _read(model, revision, "config.json")

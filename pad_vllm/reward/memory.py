@@ -1,11 +1,12 @@
-"""How large the reward model's KV cache is, where nobody says. Numbers in, a number out; bytes unless named."""
+"""The size of the reward model's KV cache, if the configuration does not set it. Sizes are in bytes unless named
+otherwise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TYPICAL_TOKENS = 1024
-"""Of a request with its answer, in the base's tokens; at most half of what the engine takes."""
+"""Of a typical request with its answer, in the base's tokens; at most half of what the engine takes."""
 TYPICAL_PREFERENCE = 32
 """Tokens of a preference in words, those of the template around it apart."""
 

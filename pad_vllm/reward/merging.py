@@ -55,8 +55,8 @@ class Merge:
         if left:
             raise ValueError(
                 f"pad.reward_model={self.folder.path!r}: the adapter changes {', '.join(sorted(left)[:3])}"
-                f"{' and others' if len(left) > 3 else ''}, which the model that it is merged into does not have as a "
-                "plain matrix; name that model unquantized in pad.adapter_base"
+                f"{' and others' if len(left) > 3 else ''}, which are not plain matrices of the model that it is "
+                "merged into; set pad.adapter_base to that model, unquantized"
             )
         yield from full.items()  # as the output head of a model whose head was its embedding
 
@@ -70,18 +70,18 @@ class Merge:
             delta = delta.T  # fan_in_fan_out
         if not tensor.is_floating_point() or tensor.shape != delta.shape:
             raise ValueError(
-                f"pad.reward_model={self.folder.path!r}: the adapter changes {name} as a matrix of "
-                f"{list(delta.shape)}, and the model that it is merged into has {list(tensor.shape)} in "
-                f"{str(tensor.dtype).removeprefix('torch.')} there; name the model that it was made for, "
-                "unquantized, in pad.adapter_base"
+                f"pad.reward_model={self.folder.path!r}: the adapter's change to {name} has the shape "
+                f"{list(delta.shape)}, but the model that it is merged into has {list(tensor.shape)} in "
+                f"{str(tensor.dtype).removeprefix('torch.')} there; set pad.adapter_base to the model that it was made "
+                "for, unquantized"
             )
         return (tensor.float() + scaling * delta.to(tensor.device)).to(tensor.dtype)
 
     def _fitting(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         if ours.shape != theirs.shape:
             raise ValueError(
-                f"pad.reward_model={self.folder.path!r}: its own {name} is {list(ours.shape)}, and the model's "
-                f"{list(theirs.shape)}"
+                f"pad.reward_model={self.folder.path!r}: its own {name} has the shape {list(ours.shape)}, but the "
+                f"model's has {list(theirs.shape)}"
             )
         return ours.to(theirs.dtype)
 

@@ -235,7 +235,8 @@ class PagedModel:
             return []
         if self.cg_support.min_cg_support is AttentionCGSupport.NEVER:
             logger.info(
-                "PAD: %s has no CUDA graphs, so the reward model runs eagerly.", self.cg_support.min_cg_attn_backend
+                "PAD: the attention back end %s supports no CUDA graphs, so the reward model runs eagerly.",
+                self.cg_support.min_cg_attn_backend,
             )
             return []
         return compilation.cudagraph_capture_sizes
@@ -265,15 +266,16 @@ class PagedModel:
         name = type(self.model).__name__
         if len(calls) != 1:
             raise ValueError(
-                f"pad.reward_model: {name} computes its logits in a way of its own, not for candidates alone"
+                f"pad.reward_model: {name} computes its logits in its own way, and PAD cannot compute them for "
+                "candidates alone"
             )
         processor, args, kwargs = calls[0]
         head, _, bias = (*args, *[None] * 3)[:3]
         weight = getattr(head, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(
-                f"pad.reward_model: the output head of {name} is not a plain [vocabulary, hidden] matrix, whose rows "
-                "PAD needs for its candidates"
+                f"pad.reward_model: the output head of {name} is not a plain [vocabulary, hidden] matrix; PAD needs "
+                "the rows of its candidates"
             )
         num_shards = get_tensor_model_parallel_world_size()
         whole_or_shard = OutputHead(

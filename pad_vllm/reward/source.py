@@ -1,4 +1,4 @@
-"""Whose weights a reward model has: its own, the served model's, or those of the model that an adapter was made for."""
+"""Where a reward model's weights come from: itself, the served model, or the model that an adapter was made for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SERVED = "base"
 """``pad.reward_model``: the served model."""
 OF_WEIGHTS = ("dtype", "quantization", "revision")
-"""Keys of the configuration that say how weights of its own are loaded."""
+"""Keys of the configuration that say how the reward model's own weights are loaded."""
 
 
 class Source(NamedTuple):
@@ -69,8 +69,8 @@ def source_of(given: dict[str, Any], base: ModelConfig | None) -> Source:
         for key in OF_WEIGHTS:
             if key in given:
                 raise ValueError(
-                    f"pad.{key}={given[key]!r}: reward_model {SERVED!r} is the served model, as it is served; leave "
-                    f"pad.{key} out (a folder of that name is './{SERVED}')"
+                    f"pad.{key}={given[key]!r}: cannot be set where reward_model is {SERVED!r}, the served model "
+                    f"itself; leave pad.{key} out (a folder of that name is './{SERVED}')"
                 )
         if base is None:
             return Source(SERVED, SERVED, None, is_served=True)
@@ -98,7 +98,7 @@ def is_same(model: str, other: str) -> bool:
 
 
 def _as_served(given: dict[str, Any], base: ModelConfig) -> bool:
-    """Whether nothing asks for other weights than the served ones."""
+    """Whether the configuration sets nothing that would need other weights than the served ones."""
     dtypes = str(base.dtype).removeprefix("torch."), "auto"
     as_served = {"dtype": dtypes, "quantization": (base.quantization,), "revision": (base.revision,)}
     return all(key not in given or given[key] in allowed for key, allowed in as_served.items())

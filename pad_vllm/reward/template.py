@@ -44,7 +44,7 @@ def check_prompt_template(template: str) -> None:
     if template.count(PROMPT) != 1:
         raise ValueError(f"must contain {PROMPT} exactly once, and contains it {template.count(PROMPT)} times")
     if PREFERENCE not in template:
-        raise ValueError(f"must contain {PREFERENCE}, or a preference could not enter the reward model's prompt")
+        raise ValueError(f"must contain {PREFERENCE}, which marks where the preference goes")
 
 
 SEAM_TOKENS = 8
@@ -53,7 +53,7 @@ EXAMPLE = "How do I keep tomatoes fresh?"
 CHUNK = 512
 """Characters of a preference that are read before it is known not to be too long."""
 MAX_SPELLED = 16
-"""Special tokens that a preference may spell: each makes it a text more to encode."""
+"""Most special tokens that a preference may spell. Each splits the preference, and the parts are encoded one by one."""
 CACHE_BYTES = 2**24
 """Of encoded preferences that are kept; as many again, of those in chats."""
 
@@ -203,7 +203,7 @@ class PromptTemplate:
     def _warn(self, kind: str, what: str) -> None:
         """Tell of a prompt of a kind that was not told of yet."""
         if self._kinds.is_new(kind):
-            logger.warning("%s: the preference goes to its head.", what)
+            logger.warning("%s: PAD puts the preference at its start.", what)
 
     def check_preferences(self, preferences: Sequence[str]) -> None:
         """Raise ValueError for a preference that is too long, or too many tokens in all of them together."""
@@ -268,7 +268,7 @@ class PromptTemplate:
                 raise ValueError(f"pad_preference: over {max_tokens} tokens, at most {max_tokens} are allowed")
             if num_special > MAX_SPELLED:
                 raise ValueError(
-                    f"pad_preference: spells over {MAX_SPELLED} of the reward model's special tokens, at most "
+                    f"pad_preference: contains more than {MAX_SPELLED} of the reward model's special tokens, at most "
                     f"{MAX_SPELLED} are allowed"
                 )
 

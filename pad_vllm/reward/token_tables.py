@@ -303,10 +303,10 @@ def load_tables(
         try:
             return _read_tables(folder / TABLES_FILE)
         except Exception as error:  # cut short, flipped: zip, zlib and NumPy raise what they like
-            logger.warning("PAD: %s is damaged, and is made again: %r", folder / TABLES_FILE, error)
+            logger.warning("PAD: %s is damaged and is being made again: %r", folder / TABLES_FILE, error)
             write(folder)
     except OSError as error:  # no room, or not ours to write
-        logger.warning("PAD: the tables of the two tokenizers are not kept: %r", error)
+        logger.warning("PAD: the tables of the two tokenizers could not be saved: %r", error)
     return made[0] if made else make()
 
 

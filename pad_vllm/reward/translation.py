@@ -82,11 +82,11 @@ class PromptTranslator:
                 return Translated(ids, begins_answer=chat.answer == "")
             is_misread = structure.looks_like_chat(text)
             if is_misread and self._kinds.is_new(structure.kind(text)):
-                why = "is none that the base model's chat template writes"
+                why = "begins as a chat, but not as the base model's chat template writes one"
                 if chat is not None:
                     roles = ", ".join(message.role for message in chat.messages)
                     why = f"is a chat that the reward model's chat template refuses ({roles})"
-                logger.warning("A prompt %s: it is translated as text.", why)
+                logger.warning("A prompt %s. PAD translates it as plain text.", why)
         return Translated(self._translate_plain(text), is_misread=is_misread)
 
     @cached_property
@@ -98,7 +98,9 @@ class PromptTranslator:
         try:
             return ChatStructure(self.marked)
         except Exception as error:  # whatever a template or a tokenizer raises
-            logger.warning("The base model's chat template cannot be followed (%s): prompts are plain text.", error)
+            logger.warning(
+                "PAD cannot follow the base model's chat template (%s), so it translates prompts as plain text.", error
+            )
             return None
 
     @cached_property

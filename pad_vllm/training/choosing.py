@@ -27,16 +27,17 @@ from pad_vllm.training.fit import load_reward_model, solve
 from pad_vllm.training.sliders import differentials, read_attributes, scorer_of
 
 PRIOR_SPREAD = 3.0
-"""Nats, the standard deviation of a pair's margin before there is any choice: nearly all choices are open to both
-sides, and a user's mind is not."""
+"""Nats. The standard deviation of a pair's margin before the first choice: nothing is known of the user yet, and
+nearly every choice may go either way."""
 MISTAKES = 0.1
 """Share of choices that are mistakes."""
 NUM_NODES = 32
-"""Of the quadrature over a margin."""
+"""Nodes of the quadrature over a margin."""
 
 
 class Posterior(NamedTuple):
-    """What choices tell of weights: ``mean`` (num_features,), ``covariance`` (num_features, num_features), float64."""
+    """What is known of the weights from the choices: ``mean`` (num_features,), ``covariance`` (num_features,
+    num_features), float64."""
 
     mean: torch.Tensor
     covariance: torch.Tensor
@@ -140,7 +141,7 @@ def choose(
 
     choices, pairs = encoded(made), encoded(left)
     if not pairs:
-        raise DataError(f"{pool}: no pair of at most {max_length} tokens is left that the user has not compared")
+        raise DataError(f"{pool}: the user has compared every pair of at most {max_length} tokens")
     scorer = scorer_of(model, reward_model, heads)
     features = differentials(scorer, template, [pair for _, pair in [*choices, *pairs]], texts)
     best, bits = next_pair(features[: len(choices)], features[len(choices) :])

@@ -44,14 +44,15 @@ COLUMNS = {
 }
 """The names under which a field is looked for, in this order."""
 NOT_READ = ("history", "context", "conversation", "conversations", "dialogue", "tools", "documents", "images")
-"""Fields of what an answer was written for, as other tools name them."""
+"""Fields by which other tools give more of what an answer was written for. They are not read here."""
 NOT_READ_OF_MESSAGES = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "images")
 Messages = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to a prompt, of which a user with ``preference`` chose one. ``where`` is its place in its file."""
+    """Two answers to a prompt. A user with ``preference`` chose one of them. ``where`` is the comparison's place in
+    its file."""
 
     prompt: str | Messages
     chosen: str
@@ -121,15 +122,15 @@ def _comparison(record: Any, names: Mapping[str, Sequence[str]], where: str) -> 
         found = [(n, record[n]) for n in names[name] if record.get(n) is not None]
         if strange := [n for n, value in found if value != found[0][1]]:
             raise DataError(
-                f"{where}, fields {found[0][0]!r} and {strange[0]!r}: both are taken for {name!r} and differ; drop one"
+                f"{where}, fields {found[0][0]!r} and {strange[0]!r}: both mean {name!r}, but they differ; remove one"
             )
         return found[0] if found else (names[name][0], None)
 
     read = {n for known in names.values() for n in known}
     if foreign := next((n for n in NOT_READ if record.get(n) and n not in read), None):
         raise DataError(
-            f"{where}, field {foreign!r}: is not read, and the answers may hang on it; write all that they answer into "
-            "'prompt', as messages, and take the field out"
+            f"{where}, field {foreign!r}: is not read, although the answers may depend on it; write everything that "
+            "they answer into 'prompt', as messages, and remove the field"
         )
 
     def split(name: str) -> tuple[Messages, str]:
@@ -155,8 +156,8 @@ def _prompt(find: Callable[[str], tuple[str, Any]], heads: Sequence[Messages], w
     head = heads[0] or heads[1]
     if heads[0] and heads[1] and heads[0] != heads[1]:
         raise DataError(
-            f"{where}, field {find('rejected')[0]!r}: the messages before its answer are others than those of "
-            f"{find('chosen')[0]!r}, and two answers are compared to one conversation"
+            f"{where}, field {find('rejected')[0]!r}: the messages before its answer differ from those of "
+            f"{find('chosen')[0]!r}; both answers must continue the same conversation"
         )
     key, prompt = find("prompt")
     place = f"{where}, field {key!r}"
@@ -170,14 +171,14 @@ def _prompt(find: Callable[[str], tuple[str, Any]], heads: Sequence[Messages], w
         _check_encodable(prompt, place)
         prompt = _with_input(prompt, key, find, where)
         if head and not any(message["content"].strip() == prompt.strip() for message in head):
-            raise DataError(f"{place}: is none of the messages before the answers; one of the two has to go")
+            raise DataError(f"{place}: is not among the messages before the answers; remove one of the two")
         prompt = head or prompt  # a conversation says more than one turn
     else:
         prompt = _messages(prompt, place)
         if head[-len(prompt) :] == prompt:
             prompt = head  # with what comes before
         elif head and prompt[-len(head) :] != head:
-            raise DataError(f"{place}: ends otherwise than the messages before the answers; one of the two has to go")
+            raise DataError(f"{place}: ends differently from the messages before the answers; remove one of the two")
     return _with_system(prompt, find, where)
 
 
@@ -190,8 +191,8 @@ def _with_input(prompt: str, key: str, find: Callable[[str], tuple[str, Any]], w
         raise DataError(f"{where}, field {name!r}: expected text, found {say(about)}")
     if key != "instruction":
         raise DataError(
-            f"{where}, field {name!r}: is read beside 'instruction' alone, and the answers may hang on it; write it "
-            f"into {key!r}, or take it out"
+            f"{where}, field {name!r}: is read only beside 'instruction', but the answers may depend on it; write it "
+            f"into {key!r}, or remove it"
         )
     _check_encodable(about, f"{where}, field {name!r}")
     return f"{prompt}\n{about}"
@@ -208,7 +209,7 @@ def _with_system(prompt: str | Messages, find: Callable[[str], tuple[str, Any]],
     messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
     own = messages[0]["content"] if messages[0]["role"] == "system" else content
     if own != content:
-        raise DataError(f"{where}, field {name!r}: the conversation begins with another system message")
+        raise DataError(f"{where}, field {name!r}: differs from the system message with which the conversation begins")
     return messages if messages[0]["role"] == "system" else ({"role": "system", "content": content}, *messages)
 
 
@@ -221,7 +222,7 @@ _TRANSCRIPT = re.compile(
 
 
 def _refuse_transcripts(chosen: str, rejected: str, where: str) -> None:
-    """An answer may be a dialogue, but two do not begin with the same turn."""
+    """Raise DataError if both answers begin with the same turn: they are then transcripts, not answers."""
     first, second = (_TRANSCRIPT.match(answer) for answer in (chosen, rejected))
     if first and second and (first["special"] or first["turn"] == second["turn"]):
         raise DataError(
@@ -342,7 +343,7 @@ def prompt_ids(
             return tokenizer.encode(prompt)
         prompt = ({"role": "user", "content": prompt},)
     if not tokenizer.chat_template:
-        raise DataError(f"{where}: a conversation of messages, and the tokenizer has no chat template; give text")
+        raise DataError(f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; give text")
     try:
         text = bounded_render(tokenizer, prompt, add_generation_prompt=True)
         return tokenizer.encode(text, add_special_tokens=False)

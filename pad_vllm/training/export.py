@@ -30,11 +30,11 @@ _BACKBONE_PREFIX = "pretrained_model."
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``target`` in one rename when all is written, and vanishes otherwise.
+    """A folder to write into. When all is written it becomes ``target`` in one rename; if writing fails, it is removed.
 
     Raises:
         FileExistsError: ``target`` exists.
-        OSError: the disk takes no more.
+        OSError: the disk is full.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists")
@@ -60,10 +60,10 @@ def export(
     """Write a reward model that the plugin loads.
 
     Args:
-        model: or the folder of a LoRA, which becomes the reward model as it is.
+        model: the model, or the folder of a LoRA, which is copied as it is.
         heads: ``<name>.weight`` and ``<name>.bias``, in the order in which users give their weights.
-        record: how it was made, for ``training.json``.
-        defaults: how it is to be used, for ``pad.json``.
+        record: how the model was made, for ``training.json``.
+        defaults: how the model is to be used, for ``pad.json``.
     """
     with whole_folder(Path(target)) as folder:
         if isinstance(model, Path):
@@ -87,15 +87,15 @@ def save_heads(path: Path, heads: Mapping[str, torch.Tensor]) -> None:
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
-    """Make a reward model directory of a checkpoint in another layout.
+    """Make a reward model from a checkpoint in another layout.
 
-    A model tuned by DPO, any causal language model and a LoRA adapter need nothing: name it as ``reward_model``. This
-    merges an adapter into its base model, and splits a checkpoint with a value head (the layout of the authors'
-    release, and of TRL's value head models: ``v_head.summary.*`` beside or among the backbone's weights) into backbone
-    and heads.
+    A model tuned by DPO, another causal language model and a LoRA adapter work as they are: name one as
+    ``reward_model``. This function merges an adapter into its base model. It also splits a checkpoint with a value head
+    into backbone and heads: the layout of the authors' release, and that of TRL's value head models
+    (``v_head.summary.*`` beside or among the backbone's weights).
 
     Raises:
-        ValueError: there is nothing that this can convert.
+        ValueError: the source is neither.
     """
     source = Path(source)
     if Path(target).exists():

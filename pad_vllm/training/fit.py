@@ -1,9 +1,9 @@
-"""``pad-vllm fit``: a new user's weights from a few comparisons.
+"""``pad-vllm fit``: fit a new user's weights to a few comparisons.
 
-The user's reward is a sum of the heads' rewards, R = sum_i w_i R_i, and the chosen answer is preferred with probability
-sigmoid(R(chosen) - R(rejected)): logistic regression on what each head makes of a comparison, the low-rank
-factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis. Attributes in words
-are another basis: :mod:`pad_vllm.training.sliders`.
+The reward of a user is a weighted sum of the heads' rewards, R = sum_i w_i R_i. The user prefers the chosen answer with
+probability sigmoid(R(chosen) - R(rejected)). So the weights are fitted by logistic regression on the heads' rewards.
+This is the low-rank factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis.
+Attributes in words are another basis: :mod:`pad_vllm.training.sliders`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ NUM_FOLDS = 5
 
 
 class FittedWeights(NamedTuple):
-    """A user's weights, one per head (or attribute) in the order of ``names``, and how often they say which answer was
-    chosen: on comparisons left out of the fit in turn (``held_out_accuracy``), and on all (``accuracy``)."""
+    """A user's weights, one per head (or attribute) in the order of ``names``, and how often they predict the chosen
+    answer: on comparisons that the fit has not seen (``held_out_accuracy``, cross-validated), and on all
+    (``accuracy``)."""
 
     names: tuple[str, ...]
     weights: list[float]
@@ -51,30 +52,29 @@ def fit(
     split: str = "train",
     seed: int = 0,
 ) -> FittedWeights:
-    """Weights for the user who made the comparisons in ``data``.
+    """Fit weights of heads to the comparisons in ``data``, which one user made.
 
-    The largest weight is scaled to 1, the strength at which heads are trained; how strongly to guide is for ``beta`` to
-    say.
+    The largest weight is scaled to 1, the strength at which heads are trained; ``beta`` sets the strength of guidance.
 
     Args:
         reward_model: folder of a reward model, or of an adapter, with named heads, as ``pad-vllm train`` writes it.
         data: the user's comparisons; see :mod:`pad_vllm.training.data`.
-        heads: a file of heads, where it is not beside the model.
-        prompt_template, insert_after: where other than the reward model's ``pad.json`` says.
+        heads: a file of heads, if it is not beside the model.
+        prompt_template, insert_after: override the reward model's ``pad.json``.
 
     Raises:
-        ValueError: no heads to weigh, or fewer comparisons than folds.
+        ValueError: there are no heads, or fewer comparisons than folds.
     """
     path = locate_heads(heads, reward_model, None)
     if path is None:
         raise ValueError(
-            f"{reward_model}: no heads beside it, and a user is a mix of heads; see pad-vllm train, or fit "
-            "weights over attributes in words (--attributes)"
+            f"{reward_model}: no value heads beside it, to which weights could be fitted; train heads with pad-vllm "
+            "train, or fit weights of attributes in words (--attributes)"
         )
     model, template = load_reward_model(reward_model, prompt_template, insert_after)
     value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
     if len(value_heads.names) < 2:
-        raise ValueError(f"{path}: a single head, {value_heads.names[0]!r}; there is nothing to mix")
+        raise ValueError(f"{path}: has only the head {value_heads.names[0]!r}; fitting weights takes at least two")
     pairs = encode_enough(read_comparisons(data, columns, split), model, template)
     return fit_weights(head_rewards(HeadedModel.of(model, value_heads), pairs), value_heads.names, seed)
 

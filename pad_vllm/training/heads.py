@@ -1,8 +1,8 @@
-"""Stage 2: one linear map per preference dimension, over a frozen backbone (the paper's R = w_p . phi).
+"""Stage 2: train one linear map per preference dimension over a frozen backbone (the paper's R = w_p . phi).
 
-A head is a direction: with weight a, ``a (W h + b)`` is added to the hidden state that lm_head reads, so a user wants
-more of a dimension, or less, or does not care (0). What is added to is the backbone's own hidden state, exported as a
-head of its own, the identity, whose weight is 1 for everybody.
+A head is a direction: with weight a, ``a (W h + b)`` is added to the hidden state that lm_head reads. So a user wants
+more of a dimension (a > 0), less of it (a < 0), or does not care (0). The backbone's own hidden state is exported as a
+head too: the identity, whose weight is 1 for everybody.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from pad_vllm.reward.source import SERVED, Source
 
 
 def load_causal_lm(key: str, path: str) -> PreTrainedModel:
-    """A causal language model. Raises ValueError for one that cannot be loaded, or is none: transformers would give a
-    classifier a new output head, of random numbers."""
+    """A causal language model. Raises ValueError if it cannot be loaded or is another kind of model; transformers
+    would give a classifier a new output head with random weights."""
     check_causal_lm(path, key=key)
     try:
         return AutoModelForCausalLM.from_pretrained(path)
@@ -23,13 +23,13 @@ def load_causal_lm(key: str, path: str) -> PreTrainedModel:
 
 
 def load_source(key: str, source: Source) -> PreTrainedModel:
-    """A reward model; one that is an adapter is merged into the model that it was made for.
+    """A reward model. One that is an adapter is merged into the model that it was made for.
 
     Raises:
-        ValueError: it cannot be loaded; or it is the served model, and nothing is served here.
+        ValueError: it cannot be loaded, or it is ``base``, the served model, while no model is served here.
     """
     if source.model == SERVED:
-        raise ValueError(f"{key}={SERVED!r}: nothing is served here; give the served model's path or hub id")
+        raise ValueError(f"{key}={SERVED!r}: no model is served here; give the path or hub id of the model")
     if not source.is_adapter:
         return load_causal_lm(key, source.model)
     return load_merged(key, source.reward_model, source.model)

@@ -1,13 +1,13 @@
-"""``pad-vllm fit --adapters``: a user's weights over adapters of one model, from a few comparisons.
+"""``pad-vllm fit --adapters``: fit a user's weights of adapters of one model to a few comparisons.
 
-An adapter that was tuned by DPO for a taste is a reward: by its log-ratio against the model that it was made for,
+An adapter that DPO tuned for a taste gives a reward, its log-ratio to the model that it was made for,
 
     D_j(answer) = log p_j(answer | prompt) - log p(answer | prompt)
 
-and a user's reward is a sum of these, R = sum_j w_j D_j, whose weights are fitted as those over attributes in words
-are (:mod:`pad_vllm.training.sliders`). Served, each adapter is a context of its own with such a weight, against the
-neutral reference, the model without any adapter: token by token that is R. Where the served model is the reward model,
-that reference is at hand and costs nothing.
+and a user's reward is a weighted sum of these, R = sum_j w_j D_j. The weights are fitted like those of attributes in
+words (:mod:`pad_vllm.training.sliders`). In serving, each adapter has its own context with its weight, and is compared
+with the neutral reference, the model without any adapter. Summed over tokens, that is R. If the served model is the
+reward model, that reference costs nothing.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def fit_adapters(
     split: str = "train",
     seed: int = 0,
 ) -> FittedWeights:
-    """Weights over ``adapters`` for the user who made the comparisons in ``data``; at most
-    :data:`~pad_vllm.params.MAX_PREFERENCES` of them are not 0.
+    """Fit weights of ``adapters`` to the comparisons in ``data``, which one user made. At most
+    :data:`~pad_vllm.params.MAX_PREFERENCES` weights are not 0.
 
     Args:
-        reward_model: folder of the model that the adapters are for: the served one, where ``pad.reward_model`` is
-            ``base``. A single head beside it applies, as in serving.
-        data: the user's comparisons; see :mod:`pad_vllm.training.data`. What they say under ``preference`` is not read:
-            the adapters stand in its place.
+        reward_model: folder of the model that the adapters were made for; with ``pad.reward_model: base``, the served
+            model. If one head stands beside it, the head applies, as in serving.
+        data: the user's comparisons; see :mod:`pad_vllm.training.data`. Their ``preference`` is ignored, because the
+            adapters take its place.
         adapters: name -> path or hub id of a PEFT LoRA adapter, as ``pad.adapters``.
         heads, prompt_template, insert_after: as for :func:`~pad_vllm.training.sliders.fit_sliders`.
 
@@ -80,14 +80,14 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
         try:
             config = peft.PeftConfig.from_pretrained(path)
             if config.peft_type != "LORA":
-                raise ValueError(f"a PEFT adapter of the type {config.peft_type}; LORA is read")
+                raise ValueError(f"a PEFT adapter of the type {config.peft_type}; only LORA is supported")
             own = f"pad{number:03}"  # peft looks for it anywhere in the names of tensors
             adapted = adapted or peft.PeftModel(model, config, adapter_name=own)
             loaded = adapted.load_adapter(path, own)
             if strange := [*loaded.unexpected_keys, *loaded.missing_keys]:
-                raise ValueError(f"it and the model do not have the same layers, as {strange[0]}")
+                raise ValueError(f"it does not have the same layers as the model, for example {strange[0]}")
         except Exception as error:
-            raise ValueError(f"--adapters: {name}={path!r} is no adapter of this model: {one_line(error)}") from error
+            raise ValueError(f"--adapters: {name}={path!r} does not fit this model: {one_line(error)}") from error
     if adapted is None:
         raise ValueError("--adapters: none is given")
     return adapted.eval()

@@ -1,4 +1,4 @@
-"""What ``pad-vllm train`` is asked for, and what of it can be refused before anything is loaded."""
+"""The settings of ``pad-vllm train``, and the checks that need nothing loaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SAVING = {"save_strategy": "steps", "save_total_limit": 2, "eval_strategy": "ste
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast a stage learns, and what of PAD's objective.
+    """How long and how fast a stage learns, and the weights in its objective.
 
-    ``opposites``: every comparison has its opposite, and the two are judged together
-    (:func:`~pad_vllm.training.objective.pad_loss`).
+    ``opposites``: the data has each comparison twice, once from a user who chose the other answer, and the loss judges
+    the two together (:func:`~pad_vllm.training.objective.pad_loss`).
     """
 
     lr: float
@@ -36,27 +36,28 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What ``pad-vllm train`` is asked for.
+    """The settings of ``pad-vllm train``.
 
     Attributes:
         data: preference set; see :mod:`pad_vllm.training.data`.
         model: path or hub id of the causal language model to start from.
-        output: the reward model's folder; must not exist.
-        reference: pi_ref, path or hub id, best the model that will be served as the base. None: ``model``.
+        output: folder to write the reward model to; must not exist.
+        reference: path or hub id of pi_ref; best is the base model that will be served. None: ``model``.
         stages: of :data:`STAGES`; None: the backbone, and the heads if any comparison has labels.
-        eval_data: comparisons to measure accuracy on. None: a twentieth of ``data``, which is then not trained on.
+        eval_data: comparisons to measure accuracy on. None: a twentieth of ``data``, which training leaves out.
         columns, split: as :func:`~pad_vllm.training.data.read_comparisons` takes them.
-        prompt_template, insert_after: how a preference enters; written to the reward model's ``pad.json``, from where
-            the server reads it.
-        max_length: tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
-        max_answer: tokens of an answer to learn from, the first ones. How an answer is written shows early, and shorter
-            answers are more comparisons in the same time. Takes a reference with the model's tokenizer.
+        prompt_template, insert_after: where a preference goes in a prompt. Both are written to the reward model's
+            ``pad.json``, from which the server reads them.
+        max_length: most tokens of prompt and answer; longer comparisons are left out. None: the models' positions.
+        max_answer: learn from only so many first tokens of an answer. The style of an answer shows early, and with
+            shorter answers training sees more comparisons in the same time. Needs a reference with the model's
+            tokenizer.
         trainer: more settings of transformers' ``TrainingArguments``, such as ``{"gradient_checkpointing": True}``.
-        lora_rank: train a LoRA of this rank (takes peft) instead of all weights; it is then the reward model, and
-            ``model`` its base. 0: all weights.
-        adapter: go on with the LoRA in this folder (peft's format, as ``output`` of an earlier run is), made for
-            ``model``; it has a rank of its own. Without the stage of the backbone heads are learned over it.
-        save_steps: a checkpoint every so many steps, from which a killed run goes on when started again.
+        lora_rank: train a LoRA of this rank (needs peft) instead of all weights. The LoRA is then the reward model, and
+            ``model`` its base. 0: train all weights.
+        adapter: continue to train the LoRA in this folder, which was made for ``model`` (peft's format, such as the
+            ``output`` of an earlier run). It keeps its rank. Without the stage ``backbone``, heads are trained over it.
+        save_steps: steps between checkpoints. A run that was killed continues from its last checkpoint.
     """
 
     data: str
@@ -104,19 +105,21 @@ def check_settings(config: TrainingConfig) -> None:
         for name in config.trainer
         if name in (*taken, *SAVING) or name not in TrainingArguments.__dataclass_fields__
     ]:
-        raise ValueError(f"trainer: {', '.join(foreign)}: set by another option, or not of TrainingArguments")
+        raise ValueError(f"trainer: {', '.join(foreign)}: set by another option, or unknown to TrainingArguments")
     check_training_numbers(config)
     if config.lora_rank and "backbone" not in (config.stages or STAGES):
-        raise ValueError("lora_rank: a LoRA is trained with the backbone, which is not among the stages")
+        raise ValueError(
+            "lora_rank: only the stage 'backbone' trains a LoRA; add it to the stages, or leave lora_rank out"
+        )
     if any(stage.opposites and stage.batch_size % 2 for stage in (config.backbone, config.heads)):
-        raise ValueError("opposites: comparisons come by two, so batch_size has to be even")
+        raise ValueError("opposites: comparisons are judged in pairs, so batch_size must be even")
     if config.adapter is not None:
         if config.lora_rank:
-            raise ValueError("adapter: it has a rank already, so lora_rank cannot be asked for")
+            raise ValueError("adapter: it has its own rank; leave lora_rank out")
         if not (Path(config.adapter) / "adapter_config.json").is_file():
             raise ValueError(f"adapter: {config.adapter} has no adapter_config.json")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs in one process, on one device; see lora_rank for large models")
+        raise ValueError("training runs in one process on one device; for large models, set lora_rank")
 
 
 def check_training_numbers(config: TrainingConfig) -> None:

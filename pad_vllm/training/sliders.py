@@ -1,16 +1,16 @@
-"""``pad-vllm fit --attributes``: a new user's weights over attributes in words, from a few comparisons.
+"""``pad-vllm fit --attributes``: fit a new user's weights of attributes in words to a few comparisons.
 
-Drift (arXiv 2502.14289): what an attribute, as "be brief", makes of an answer is the reward model's differential
+As in Drift (arXiv 2502.14289), an attribute such as "be brief" scores an answer by the reward model's differential
 log-likelihood
 
     D_a(answer) = log p(answer | prompt with the attribute as preference) - log p(answer | prompt)
 
-and the user's reward a sum of these, R = sum_a w_a D_a. The chosen answer is preferred with probability
-sigmoid(R(chosen) - R(rejected)), so the weights are a logistic regression, as of heads in :mod:`pad_vllm.training.fit`.
-Nothing is trained, and any causal language model with the base's tokenizer will do.
+and the user's reward is a weighted sum of these scores, R = sum_a w_a D_a. The user prefers the chosen answer with
+probability sigmoid(R(chosen) - R(rejected)), so the weights are fitted by logistic regression, like those of heads in
+:mod:`pad_vllm.training.fit`. No model is trained, and any causal language model with the base's tokenizer will do.
 
-Served, the attributes are a list of preferences with these weights, each in a context of its own, against the neutral
-reference, the context without one: token by token that is R.
+In serving, the attributes are a list of preferences with these weights. Each is read in its own context and compared
+with the neutral reference, the context without a preference. Summed over tokens, that is R.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def fit_sliders(
     split: str = "train",
     seed: int = 0,
 ) -> FittedWeights:
-    """Weights over ``attributes`` for the user who made the comparisons in ``data``; at most :data:`MAX_PREFERENCES` of
-    them are not 0.
+    """Fit weights of ``attributes`` to the comparisons in ``data``, which one user made. At most
+    :data:`MAX_PREFERENCES` weights are not 0.
 
     Args:
-        reward_model: folder of a causal language model. A single head beside it applies, as in serving; of several
-            none does.
-        data: the user's comparisons; see :mod:`pad_vllm.training.data`. What they say under ``preference`` is not read:
-            the attributes stand in its place.
+        reward_model: folder of a causal language model. If one head stands beside it, the head applies, as in serving;
+            several heads are ignored.
+        data: the user's comparisons; see :mod:`pad_vllm.training.data`. Their ``preference`` is ignored, because the
+            attributes take its place.
         attributes: a file that :func:`read_attributes` reads.
-        heads: a file of heads, where it is not beside the model.
-        prompt_template, insert_after: where other than the reward model's ``pad.json`` says.
+        heads: a file of heads, if it is not beside the model.
+        prompt_template, insert_after: override the reward model's ``pad.json``.
 
     Raises:
-        ValueError: attributes or comparisons that cannot be used, fewer comparisons than folds, or attributes that make
-            no difference between this user's answers.
+        ValueError: attributes or comparisons cannot be used, there are fewer comparisons than folds, or no attribute
+            tells this user's answers apart.
     """
     texts = read_attributes(attributes)
     comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
@@ -159,7 +159,9 @@ def fit_slider_weights(
     # One scale for all: all are nats, and an attribute that the model hardly reads should stay as small as it is.
     scale = differences.square().mean().sqrt().item()
     if not scale:
-        raise ValueError(f"no {what} makes a difference: with each, the reward model finds all these answers alike")
+        raise ValueError(
+            f"no {what} makes a difference: whichever the reward model reads, it scores all these answers alike"
+        )
     found = regress(differences / scale, seed, MAX_PREFERENCES)
     together, alone = differences @ found.solution, differences[:, found.solution != 0]
     effect = (together.square().mean() / alone.square().mean(0).max()).sqrt()

@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train, and write the reward model. Started again after it was killed, it goes on where its checkpoints end.
+    """Train a reward model and write it. A run that was killed, started again, continues from its last checkpoint.
 
     Returns:
-        What was measured: for each stage the accuracy on comparisons not trained on, over all and by dimension.
+        For each stage, the accuracy on comparisons that it was not trained on, over all of them and by dimension.
 
     Raises:
-        ValueError: the data (:class:`~pad_vllm.training.data.DataError`), the settings, or a run of other settings left
-            unfinished at the same place.
+        ValueError: the data (:class:`~pad_vllm.training.data.DataError`) or a setting is wrong, or an unfinished run
+            with other settings is at the same place.
         FileExistsError: the output exists.
     """
     output = Path(config.output)
@@ -57,7 +57,9 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer("model", config.model)
     other_tokenizer = another_tokenizer(config.reference, tokenizer) if config.reference else None
     if other_tokenizer is not None and config.max_answer is not None:
-        raise ValueError("max_answer: another tokenizer of the reference would cut its answers elsewhere")
+        raise ValueError(
+            "max_answer: cannot be set, because the reference has another tokenizer, which would cut answers elsewhere"
+        )
     template = PromptTemplate(tokenizer, config.prompt_template, config.insert_after)
     positions = [m.config.get_text_config().max_position_embeddings for m in (model, reference)]
     max_length = min(config.max_length or math.inf, *positions)
@@ -81,16 +83,16 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
         if len(groups) < 2:
             one = "pair of opposites" if config.backbone.opposites else "comparison"
             raise DataError(
-                f"{config.data}: one {one} of at most {max_length} tokens, and one is kept to measure accuracy on; "
-                "give more, or others to measure on (--eval-data)"
+                f"{config.data}: only one {one} of at most {max_length} tokens, but one is needed to train on and "
+                "another to measure accuracy on; give more, or give --eval-data"
             )
         eval_pairs, pairs = ([pairs[i] for group in part for i in group] for part in (groups[:cut], groups[cut:]))
     names = sorted({name for pair in pairs for name in pair.labels})
     stages = config.stages or (STAGES if names else STAGES[:1])
     if "heads" in stages and not names:
-        raise DataError(f"{config.data}: no comparison has labels, from which heads would be learned")
+        raise DataError(f"{config.data}: no comparison has labels, which training heads needs")
     work = output.with_name(f"{output.name}.unfinished")
-    kept = f"What was trained is kept in {work}, up to its last checkpoint, and the same command goes on from there"
+    kept = f"{work} keeps what was trained, up to the last checkpoint; the same command continues from there"
     with writing(work, kept):
         _begin_work(work, config)
         metrics = _learn(_Run(config, work, quiet), model, reference, tokenizer, (pairs, eval_pairs), stages, names)
@@ -107,7 +109,7 @@ def _learn(
     stages: Sequence[str],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """The stages, on ``data`` to train and to measure on, and the reward model written; what was measured."""
+    """Run the stages on ``data`` (to train on, to measure on), write the reward model, and return what was measured."""
     config, dtype, (pairs, eval_pairs) = run.config, model.dtype, data
     metrics: dict[str, Any] = {}
     trained = _with_lora(model, config) if config.has_lora else model
@@ -135,7 +137,8 @@ def _learn(
 
 
 def another_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """A reference's, where it is not the reward model's; one without a tokenizer reads the reward model's tokens."""
+    """The tokenizer of a reference, if it differs from the reward model's. A reference without a tokenizer reads the
+    reward model's tokens."""
     try:
         theirs = AutoTokenizer.from_pretrained(reference)
     except (OSError, ValueError):
@@ -263,7 +266,9 @@ def _begin_work(work: Path, config: TrainingConfig) -> None:
     work.mkdir(parents=True, exist_ok=True)
     file = work / "settings.json"
     if file.exists() and file.read_text() != text:
-        raise ValueError(f"{work} holds an unfinished run of other settings or data: remove it, or name another output")
+        raise ValueError(
+            f"{work} holds an unfinished run with other settings or data: remove it, or name another output"
+        )
     if not file.exists():
         part = file.with_suffix(".part")
         part.write_text(text)

@@ -30,7 +30,7 @@ from pad_vllm.worker.tokens import SharedTokens, check_vocabulary, load_shared_t
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 MIN_PREFERENCE_TOKENS = 16
 MUCH_SMALLER = 8
-"""How many times smaller than the base a reward model is that should not choose alone."""
+"""A reward model so many times smaller than the base should not choose the token alone."""
 
 
 class Weights(NamedTuple):
@@ -212,14 +212,14 @@ def read_weights(config: PADConfig) -> Weights:
 
 
 def check_chat(config: PADConfig, template: PromptTemplate, tokens: SharedTokens) -> None:
-    """Raise ValueError for a chat template whose messages cannot be found, where prompts must be understood."""
+    """Raise ValueError if prompts must be understood (``strict``), but the chat template's messages cannot be found."""
     tokenizers = [tokens.chat_tokenizer] if tokens.pair is None else [tokens.pair.translator.base.tokenizer]
     has_template = any(getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers)
     is_lost = template.chat is None if tokens.pair is None else tokens.pair.translator.structure is None
     if has_template and is_lost and not config.insert_after:
         raise ValueError(
-            "pad.chat='strict': where the base model's chat template puts messages cannot be found; set "
-            "pad.insert_after, or pad.chat to 'auto'"
+            "pad.chat='strict': PAD cannot find where the base model's chat template puts messages; set "
+            "pad.insert_after, or set pad.chat to 'auto'"
         )
 
 
@@ -355,9 +355,9 @@ def fit_context(
     least = MIN_PREFERENCE_TOKENS if template else 0
     if positions <= added + least:
         raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: its {positions} positions hold no prompt beside {added} tokens "
-            f"of prompt_template and {least} of a preference; shorten pad.prompt_template, or take a reward model with "
-            "more positions"
+            f"pad.reward_model={config.reward_model!r}: its {positions} positions leave no room for a prompt beside "
+            f"{added} tokens of prompt_template and {least} of a preference; shorten pad.prompt_template, or use a "
+            "reward model with more positions"
         )
     # What is left beside the longest request, or half of the context: most prompts are far shorter.
     room = max(positions - base_max_model_len - added, (positions - added) // 2, least)
@@ -374,17 +374,17 @@ def beta_warning(config: PADConfig, reward: ModelConfig, base: ModelConfig, is_t
     """
     if config.reference != "base" or config.beta < 1:
         return None
-    doubts = [] if is_trained else [f"nothing beside it says that it was trained for this ({DEFAULTS_FILE}, heads)"]
+    doubts = [] if is_trained else [f"no file beside it ({DEFAULTS_FILE}, heads) says that it was trained for this"]
     sizes = [_body_size(model) for model in (base, reward)]
     if min(sizes) > 0 and sizes[0] >= MUCH_SMALLER * sizes[1]:
         doubts.append(f"it is about {sizes[0] / sizes[1]:.0f} times smaller than the base model")
     if not doubts:
         return None
     return (
-        f"With pad.reference 'base' and pad.beta {config.beta:g} the reward model alone, {config.reward_model!r}, "
-        f"chooses among the base model's candidates, and {' and '.join(doubts)}: answers may lose what the base model "
-        "knows. Set pad.reference to 'neutral', with which it says only what the preference changes, or compare them "
-        "with those at a pad.beta of 0.3 to 0.8."
+        f"With pad.reference 'base' and pad.beta {config.beta:g}, the reward model alone, {config.reward_model!r}, "
+        f"chooses among the base model's candidates, but {' and '.join(doubts)}. Answers may lose what the base model "
+        "knows. Set pad.reference to 'neutral', which keeps only what the preference changes, or try a pad.beta of "
+        "0.3 to 0.8."
     )
 
 

@@ -106,7 +106,10 @@ class Guidance:
         if params.guides and (prompt.is_misread or any(one.is_misread for one in composed)):
             self.stats.plain_prompts += 1
             if self.loaded.fit.config.chat == "strict":
-                raise ValueError("pad.chat='strict': its prompt begins as a chat, and is none that the template writes")
+                raise ValueError(
+                    "its prompt begins as a chat, but not as the chat template writes one; pad.chat='strict' "
+                    "refuses that"
+                )
         check_logit_bias(controls.logit_bias)
         self._write_slot(slot, params, prompt.num_own, composed, adapters, list(contexts.values()), end_id)
         self.contexts.begin(slot, len(prompt_ids), prompt)
@@ -131,13 +134,13 @@ class Guidance:
         max_len, vocab_size = self.loaded.model.max_model_len, self.loaded.vocab_size
         if len(composed.ids) > max_len:
             raise ValueError(
-                f"its prompt is {len(composed.ids)} of the reward model's tokens, and a context holds {max_len}"
+                f"its prompt takes {len(composed.ids)} of the reward model's tokens, but a context holds {max_len}"
             )
         composed = composed._replace(ids=self.contexts.own_ids(composed.ids))
         low, high = min(composed.ids), max(composed.ids)
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"its prompt has tokens {low} to {high}, and the reward model a vocabulary of {vocab_size}"
+                f"its prompt has token ids from {low} to {high}, but the reward model's vocabulary has {vocab_size}"
             )
         return composed
 
@@ -170,7 +173,7 @@ class Guidance:
             self.engine.blocks.remove(context)
 
     def clear(self, slot: RequestSlot) -> None:
-        """Forget a request that could not begin, however far it came."""
+        """Forget a request that could not begin, whatever parts of it had begun."""
         held = [self.engine.blocks.contexts[place] for place in context_slots(slot)]
         self.free([context for context in held if context is not None])
         self.slots.controls.clear(slot)

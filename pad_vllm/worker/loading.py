@@ -86,16 +86,17 @@ def maker(fits: Fit, vllm_config: VllmConfig) -> Callable[[VllmConfig], nn.Modul
 
 
 def warnings(fits: Fit) -> Iterator[str]:
-    """What an operator should know of a reward model that fits."""
+    """Warnings to the operator about a reward model that fits."""
     if fits.tokens.foreign:
-        yield f"Guided requests never generate what the reward model does not know: {listed(fits.tokens.foreign)}."
+        foreign = listed(fits.tokens.foreign)
+        yield f"Guided requests never generate these tokens, which the reward model does not know: {foreign}."
     if fits.warning is not None:
         yield fits.warning
 
 
 @torch.inference_mode()
 def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_states: torch.Tensor) -> None:
-    """Raise ValueError if candidates would be scored otherwise than the reward model scores its vocabulary.
+    """Raise ValueError if PAD's scores of candidates would differ from the reward model's own logits.
 
     Args:
         hidden_states: [1, hidden_size].
@@ -103,8 +104,8 @@ def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_
     if not bool(hidden_states.isfinite().all()):
         raise ValueError(
             f"pad.reward_model={reward_model!r}: its hidden states are not finite numbers in "
-            f"{str(hidden_states.dtype).removeprefix('torch.')}; set pad.dtype to one that holds them, as "
-            "bfloat16 or float32, or see whether the weights are sound"
+            f"{str(hidden_states.dtype).removeprefix('torch.')}; set pad.dtype to one that holds them, such as "
+            "bfloat16 or float32, or check that the weights are sound"
         )
     if head.all_reduce is not None:
         return  # a rank has a shard, and the architecture is the same
@@ -114,6 +115,6 @@ def check_logits(reward_model: str, model: PagedModel, head: OutputHead, hidden_
     theirs = model.model.compute_logits(hidden_states).float().gather(1, ids)
     if not torch.allclose(theirs, ours, rtol=0.05, atol=0.05):
         raise ValueError(
-            f"pad.reward_model={reward_model!r}: its logits are more than an output head, soft cap and "
-            "scale, so they cannot be computed for candidates alone"
+            f"pad.reward_model={reward_model!r}: its logits are not just an output head, soft cap and "
+            "scale, so PAD cannot compute them for candidates alone"
         )

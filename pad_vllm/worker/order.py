@@ -64,31 +64,31 @@ def place(found: list[Processor]) -> int:
 
 
 def num_giving_way(found: list[Processor]) -> int:
-    """How many of ours vLLM builds before the one that guides."""
+    """How many of our instances vLLM builds before the one that guides."""
     return sum(processor.is_ours for processor in found[: place(found)])
 
 
 def is_first(found: list[Processor]) -> bool:
-    """Whether no other stands before the one that guides."""
+    """Whether no other processor runs before the one that guides."""
     return all(processor.is_ours for processor in found[: place(found)])
 
 
 def log_order(found: list[Processor]) -> None:
-    """Log the order, where there is anything beside PAD; warn of what the operator could not put where it stands."""
+    """Log the order, if there is any processor beside PAD. Warn of one that runs after PAD although its operator
+    could not choose that."""
     at = place(found)
     shown = ["PAD" if i == at else str(p) for i, p in enumerate(found) if i == at or not p.is_ours]
     if len(shown) == 1:
         return
     logger.info(
-        "PAD: logits processors run in this order: %s. What one masks before PAD is no candidate; what stands behind "
-        "it changes the guided rows.",
+        "PAD: logits processors run in this order: %s. Those before PAD can rule out candidates; those after PAD "
+        "change the guided logits.",
         ", ".join(shown),
     )
     behind = [p.name for p in found[at + 1 :] if not p.is_listed and not p.is_ours]
     if behind:
         logger.warning(
-            "PAD: %s, registered as an entry point, runs behind PAD: a token that it masks is still a candidate, and "
-            "where it masks all candidates nothing is left to choose from. To run it before, list "
-            "pad_vllm:PADLogitsProcessor in logits_processors.",
+            "PAD: %s, registered as an entry point, runs after PAD, so it may mask candidates that PAD has chosen, "
+            "even all of them. To run it before PAD, list pad_vllm:PADLogitsProcessor in logits_processors.",
             ", ".join(behind),
         )

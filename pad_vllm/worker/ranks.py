@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks must have in common. On several machines each reads files of its own."""
+"""Check that all tensor-parallel ranks have the same configuration. On several machines each reads its own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pad_vllm.checks import shown_name
 from pad_vllm.config import PADConfig
 
 PLACES = ("reward_model", "heads", "adapter_base", "adapters")
-"""Keys that say where something is, which may be elsewhere on another machine."""
+"""Keys that name paths, which may differ between machines."""
 
 TIMEOUT = timedelta(minutes=30)
 """Ranks of Model Runner V2 come here when they have loaded the base model, some later than others."""
@@ -50,8 +50,8 @@ def _said_by(rank: int, store: PrefixStore) -> dict[str, str]:
         store.wait([str(rank)], TIMEOUT)
     except RuntimeError:
         raise ValueError(
-            f"pad: rank {rank} has said nothing of its configuration in {TIMEOUT}; all machines of an engine need the "
-            "plugin, and the same --logits-processors"
+            f"pad: rank {rank} has not reported its configuration within {TIMEOUT}; every machine of an engine "
+            "needs the plugin and the same --logits-processors"
         ) from None
     failure, theirs = json.loads(store.get(str(rank)))
     if failure:
@@ -60,18 +60,18 @@ def _said_by(rank: int, store: PrefixStore) -> dict[str, str]:
 
 
 def check_alike(first: dict[str, str], theirs: dict[str, str], rank: int) -> None:
-    """Raise ValueError for what ``rank`` was told otherwise than rank 0."""
+    """Raise ValueError for a setting of ``rank`` that differs from rank 0's."""
     for key in first | theirs:
         if first.get(key) != theirs.get(key):
             values = [shown_name(values.get(key, "nothing")) for values in (first, theirs)]
             raise ValueError(
-                f"pad{key}: rank 0 reads {values[0]} and rank {rank} {values[1]}; all machines of an engine need the "
-                "same additional_config, and the same files"
+                f"pad{key}: rank 0 has {values[0]}, but rank {rank} has {values[1]}; every machine of an engine "
+                "needs the same additional_config and the same files"
             )
 
 
 def said(config: PADConfig | None) -> dict[str, str]:
-    """What a rank was told, by its key: all that decides how a request is guided."""
+    """The settings of a rank by key: everything that decides how a request is guided."""
     if config is None:
         return {"": "nothing"}
     values = {f".{f.name}": getattr(config, f.name) for f in fields(config) if f.init and f.name not in PLACES}

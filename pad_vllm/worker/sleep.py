@@ -42,7 +42,7 @@ def make_kept(make: Callable[[], Guidance], vllm_config: VllmConfig, in_pools: b
         if not is_kept(tensor, segments):
             raise ValueError(
                 "pad cannot guide this engine: enable_sleep_mode: with this vLLM and this PyTorch a sleep of level 2 "
-                "discards the reward model, and nobody loads it again; start without --enable-sleep-mode"
+                "discards the reward model, and nothing loads it again; start without --enable-sleep-mode"
             )
     return guidance
 

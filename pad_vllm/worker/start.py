@@ -1,4 +1,4 @@
-"""What the start of a guided engine does once it is loaded: the largest kernel call, what it announces and logs."""
+"""The last steps of a guided engine's start: run the largest kernel call, announce what it accepts, log a summary."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def announcement(loaded: Loaded, vllm_config: VllmConfig, traces: bool) -> Annou
 
 
 def about_guidance(config: PADConfig) -> dict[str, Any]:
-    """What a client may want to know of an engine's guidance, and no request is checked by."""
+    """What clients may want to know of an engine's guidance. Admission does not read it."""
     return {
         "reward_model": {"name": config.reward_model, "kind": config.source.kind},
         "defaults": {"beta": config.beta, "top_k": config.top_k, "reference": config.reference},
@@ -147,7 +147,7 @@ def about_guidance(config: PADConfig) -> dict[str, Any]:
 
 
 def describe_weights(loaded: Loaded) -> str:
-    """Whose they are and what they take."""
+    """Whose weights the reward model has, and how much memory they take."""
     source, config, adapters = loaded.fit.config.source, loaded.fit.config, loaded.model.adapters
     words = f"{sum(p.nbytes for p in loaded.own_parameters()) / 2**30:.2f} GiB of weights"
     if source.is_served:
@@ -161,14 +161,14 @@ def describe_weights(loaded: Loaded) -> str:
 
 
 def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
-    """Say what guides, with what, and how much of it there is."""
+    """Log which model guides, with which settings, and how many requests it has room for."""
     model, fits = loaded.model, loaded.fit
     config, num_tokens = fits.config, (model.num_blocks - 1) * model.block_size
     typical = fits.typical_context(base_max_model_len)
     logger.info(
         "PAD guidance by %s: reference %s (%s), beta %g%s, top_k %d (at most %d), %d personas, heads: %s, kernels: %s. "
-        "Reward model: %s, KV cache of %s tokens (%.2f GiB), %.1f requests of a typical %d tokens, "
-        "%.1f of the full %d.",
+        "Reward model: %s, KV cache of %s tokens (%.2f GiB): room for %.1f requests of a typical %d tokens, "
+        "or %.1f of the full %d.",
         config.reward_model,
         config.reference,
         config.why_reference,
@@ -189,8 +189,9 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     )
     if fits.shortage:
         logger.info(
-            "PAD: the reward model has %d positions, so a guided request has %d of its tokens less than the engine's "
-            "max_model_len of %d, and its preference's; it ends where its longest context is full.",
+            "PAD: the reward model has %d positions. A guided request therefore has room for %d tokens less than the "
+            "engine's max_model_len of %d, and for its preference's tokens less again; it ends when its longest "
+            "context is full.",
             model.max_model_len,
             fits.shortage,
             base_max_model_len,
@@ -198,6 +199,9 @@ def log_summary(loaded: Loaded, kernels: str, base_max_model_len: int) -> None:
     if fits.tokens.pair is not None:
         logger.info("PAD: the reward model has %s.", fits.tokens.pair)
     elif fits.tokens.no_opinion:
-        logger.info("PAD: the reward model has no opinion of %s.", listed(fits.tokens.no_opinion))
+        logger.info(
+            "PAD: the reward model does not score these tokens, which keep the base model's probability: %s.",
+            listed(fits.tokens.no_opinion),
+        )
     if fits.template is not None:
-        logger.info("PAD: what the reward model reads: %r", fits.example())
+        logger.info("PAD: an example of what the reward model reads: %r", fits.example())

@@ -148,16 +148,16 @@ def load_shared_tokens(
     ends = end_ids(base, theirs)
     if ends and ends <= foreign.keys():
         raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: it has none of the base model's end tokens "
-            f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; take "
+            f"pad.reward_model={config.reward_model!r}: it does not know any end token of the base model "
+            f"({', '.join(f'{foreign[i]!r} ({i})' for i in sorted(ends))}), so a guided request would never end; use "
             "a reward model with the same end of turn"
         )
     written = answer_end(theirs, ends, marker_tokens(theirs).values())
     if written in foreign:
         raise ValueError(
-            f"pad.reward_model={config.reward_model!r}: the base model's chat template writes {foreign[written]!r} "
-            f"({written}) behind an answer, which the reward model does not know, so a guided request would never end "
-            "there; take a reward model with the same end of turn"
+            f"pad.reward_model={config.reward_model!r}: the base model's chat template ends an answer with "
+            f"{foreign[written]!r} ({written}), which the reward model does not know, so a guided request would never "
+            "end there; use a reward model with the same end of turn"
         )
     answers = answer_tokens(theirs, ends, reasoning)
     no_opinion = {i: token for i, token in answers.items() if i in foreign}
@@ -250,8 +250,8 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTo
         known = max(ordinary, int(tokens.pair.tables.pieces.max()))  # of markers the base has too
         if reward <= known:
             raise ValueError(
-                f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {known + 1} tokens in its "
-                "tokenizer; the reward model needs a row for each"
+                f"pad.reward_model={reward_model!r}: its output head has {reward} rows, but its tokenizer has "
+                f"{known + 1} tokens; each of them needs a row"
             )
         return min(base, len(tokens.pair.tables.key))
     needed = base
@@ -260,7 +260,7 @@ def check_vocabulary(reward_model: str, reward: int, base: int, tokens: SharedTo
         needed = 1 + max((i for i in tokens.tokenizer.get_vocab().values() if i not in added), default=-1)
     if reward < needed:
         raise ValueError(
-            f"pad.reward_model={reward_model!r}: a vocabulary of {reward}, and {needed} tokens to score; PAD scores "
-            "the base model's own tokens, so the reward model needs a row for each"
+            f"pad.reward_model={reward_model!r}: its output head has {reward} rows, but PAD scores the base model's "
+            f"{needed} tokens; each of them needs a row"
         )
     return max(min(reward, base), 1 + max(tokens.no_opinion, default=-1))

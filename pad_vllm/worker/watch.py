@@ -34,7 +34,7 @@ MAX_BYTES = 2**26
 
 
 class Look(NamedTuple):
-    """What the file system says of a file; zeros where there is none."""
+    """What the file system says of a file; zeros if there is no file."""
 
     inode: int = 0
     size: int = 0
@@ -151,7 +151,7 @@ class PersonasWatch:
         """Let requests that come from now on go by this version, if it is valid and another one."""
         try:
             if self.taken == Look():
-                raise ValueError(f"pad.personas={self.path!r}: there is no such file any more")
+                raise ValueError(f"pad.personas={self.path!r}: the file is gone")
             self.checked_by = self.checked_by or self.fits.on_another_thread()
             new = self.checked_by.with_personas(parse_file("pad.personas", self.path, content))
         except Exception as error:  # whatever a parser raises
@@ -165,7 +165,7 @@ class PersonasWatch:
         self.refused = b""
         if self.version != version:
             logger.info(
-                "PAD: requests that come from now on get the personas of version %s (%s): %d of them, %d new, %d gone.",
+                "PAD: new requests get version %s of the personas (%s): %d personas, %d added, %d removed.",
                 shown_version(self.version),
                 self.path,
                 len(self.names),
@@ -182,8 +182,7 @@ class PersonasWatch:
         self.refused = digest
         self.count(errors=1)
         logger.error(
-            "PAD: a new version of the personas cannot be taken, and changes nothing: %s. Requests get version %s as "
-            "before.",
+            "PAD: the new version of the personas is refused: %s. Requests still get version %s.",
             one_line(error),
             shown_version(self.version),
         )

@@ -123,10 +123,16 @@ def num_own_parameters(llm) -> int:
         ({"r": 1024}, "LoRA rank 1024 is greater than max_lora_rank 512"),
         ({"peft_type": "IA3"}, "a PEFT adapter of the type IA3"),
         ({"bias": "all"}, "Adapter bias is not supported"),
-        ({"targets": ["lm_head"], "vocab_size": 600}, r"it changes lm_head as a matrix of \[600, 64\], and here it is"),
+        (
+            {"targets": ["lm_head"], "vocab_size": 600},
+            r"its change to lm_head has the shape \[600, 64\], but the layer has",
+        ),
         ({"targets": ["embed_tokens"]}, "it changes embed_tokens: the embedding"),
-        ({"hidden_size": 96}, r"it changes model.layers.0.self_attn.q_proj as a matrix of \[96, 96\], and here it is"),
-        ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is none of"),
+        (
+            {"hidden_size": 96},
+            r"its change to model.layers.0.self_attn.q_proj has the shape \[96, 96\], but the layer has",
+        ),
+        ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is not a linear layer"),
         ({"remove": "adapter_model.safetensors"}, "no weights in it"),
         ({"remove": "adapter_config.json"}, "no adapter_config.json in it"),
     ],
@@ -172,10 +178,10 @@ def test_an_adapter_is_not_merged_into_a_quantized_matrix(models, tmp_path):
     merge = Merge(read_folder("pad.reward_model", str(tmp_path / "adapter"), is_merged=True))
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(
-        ValueError, match=r"has \[64, 64\] in uint8 there; name the model.*unquantized, in pad.adapter_base"
+        ValueError, match=r"has \[64, 64\] in uint8 there; set pad.adapter_base to the model.*, unquantized"
     ):
         list(merge.apply([(name, torch.zeros(64, 64, dtype=torch.uint8))]))
-    with pytest.raises(ValueError, match="which the model that it is merged into does not have"):
+    with pytest.raises(ValueError, match="which are not plain matrices of the model that it is merged into"):
         list(merge.apply([("model.layers.0.self_attn.q_proj.qweight", torch.zeros(1))]))
 
 

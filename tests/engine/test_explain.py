@@ -220,4 +220,4 @@ def test_what_is_wrong_is_said_before_an_engine_starts(models, capsys, arguments
 def test_a_reward_model_has_to_be_named(models, capsys):
     with pytest.raises(SystemExit):
         main(["explain", "a b", "--model", str(models.base), "--with", '{"preference": "a"}'])
-    assert "which reward model?" in capsys.readouterr().err
+    assert "no reward model is named" in capsys.readouterr().err

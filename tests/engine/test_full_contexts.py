@@ -73,5 +73,5 @@ def test_a_prompt_that_cannot_fit_is_refused(engine, encode, expect, compose):
     prompt = prompt[: POSITIONS - (len(compose(prompt, preference)) - len(prompt))]
     out = engine.generate([prompt], greedy(2, preference=preference))
     assert out == [[*expect(prompt, preference=preference, max_tokens=1), END]]
-    with pytest.raises(VLLMValidationError, match=f"1 more than the {POSITIONS} that it has positions for"):
+    with pytest.raises(VLLMValidationError, match=f"1 more than the reward model's {POSITIONS} positions"):
         engine.generate([[*prompt, 9]], greedy(2, preference=preference))

@@ -79,7 +79,7 @@ def test_v1_never_drops_guidance_in_silence(models, encode, default_persona):
         with pytest.raises(VLLMValidationError, match="no engine has announced PAD guidance"):
             engine.generate([encode("a")], greedy(4, preference="formal"))
         if default_persona:
-            with pytest.raises(VLLMValidationError, match=r"this server is to guide every request .* V1 runner drops"):
+            with pytest.raises(VLLMValidationError, match=r"this server must guide every request .* V1 runner drops"):
                 engine.generate([encode("a")], greedy(4))
         else:
             assert len(engine.generate([encode("a")], greedy(4))[0]) == 4

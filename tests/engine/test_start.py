@@ -83,10 +83,10 @@ def test_bad_configuration_stops_the_start(models, broken):
             {"reward_model": str(broken["tokens"])},
             ["its tokenizer is not that of the base model", "no tokens for single bytes"],
         ),
-        "vocabulary": ({"reward_model": str(broken["vocabulary"])}, ["a vocabulary of 256"]),
+        "vocabulary": ({"reward_model": str(broken["vocabulary"])}, ["its output head has 256 rows"]),
         "positions": (
             {"reward_model": str(broken["short"])},
-            ["its 32 positions hold no prompt beside", "of a preference; shorten"],
+            ["its 32 positions leave no room for a prompt beside", "of a preference; shorten"],
         ),
         "nan": (
             {"reward_model": str(broken["nan"])},
@@ -167,7 +167,7 @@ def test_engines_that_could_not_be_guided_do_not_start(models):
             ({"enable_prompt_embeds": True}, "enable_prompt_embeds: the reward model reads tokens"),
         ],
         "v2": [
-            ({"speculative_config": synthetic}, "'synthetic' accepts drafts whatever the guided logits say"),
+            ({"speculative_config": synthetic}, "'synthetic' ignores the guided logits"),
             ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
         ],
     }

@@ -236,4 +236,4 @@ def test_personas_change_under_load(encode, expect, server, personas):
         assert all(what in allowed for began, _, what in load.answers if since < began < until)
     personas.replace({"terse": {"preference": PREFERENCE, "beta": 1.5}})  # of the other tests
     wait_for_version(server, {"terse": PAD(preference=PREFERENCE, beta=1.5)})
-    assert server.log.read_text().count("cannot be taken, and changes nothing: pad.personas") == 2
+    assert server.log.read_text().count("the new version of the personas is refused: pad.personas") == 2

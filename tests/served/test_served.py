@@ -299,7 +299,7 @@ def test_a_prompt_that_is_none_of_the_chat_template_is_400(models, encode, expec
     for prompt in ("</s>say why", ids, [ids]):
         for stream in (False, True):
             status, answer = server.post("/v1/completions", refused | {"prompt": prompt, "stream": stream})
-            assert (status, answer["error"]["message"].split(",")[0]) == (400, "the prompt: pad.chat='strict'")
+            assert (status, answer["error"]["message"].split(",")[0]) == (400, "the prompt begins as a chat")
         assert server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4})[0] == 200
     generate = {"token_ids": ids, "sampling_params": {"max_tokens": 2, "extra_args": {"pad_beta": 1}}}
     assert server.post("/inference/v1/generate", generate)[0] == 200  # no preference, for which a place was to be found

@@ -128,7 +128,7 @@ def test_another_run_is_not_continued(base, pairs, tmp_path, monkeypatch):
         patch.setattr(trainer.PADTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config_of(base, pairs, tmp_path / "reward"), quiet=True)
-    with pytest.raises(ValueError, match="unfinished run of other settings"):
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
         train(config_of(base, pairs, tmp_path / "reward", seed=1), quiet=True)
 
 
@@ -254,10 +254,10 @@ def test_a_model_in_half_precision_is_trained_in_full(base, pairs, tmp_path):
         ({"trainer": {"gradient_accumulation_steps": 0}}, "trainer: gradient_accumulation_steps=0: must be at least 1"),
         ({"trainer": {"optim": "none"}}, "trainer: none is not a valid OptimizerNames"),
         ({"adapter": "/nowhere"}, "adapter: /nowhere has no adapter_config.json"),
-        ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has a rank already"),
-        ({"stages": ("heads",), "lora_rank": 4}, "lora_rank: a LoRA is trained with the backbone"),
+        ({"adapter": "/nowhere", "lora_rank": 4}, "adapter: it has its own rank"),
+        ({"stages": ("heads",), "lora_rank": 4}, "lora_rank: only the stage 'backbone' trains a LoRA"),
         ({"data": "/nowhere"}, "/nowhere: no such file"),
-        ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or not of"),
+        ({"trainer": {"gradient": 1}}, "trainer: gradient: set by another option, or unknown to"),
         ({"trainer": {"learning_rate": 1}}, "trainer: learning_rate: set by another option"),
     ],
 )
@@ -286,8 +286,10 @@ def test_one_comparison_is_too_few(base, pairs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
-    words = "one comparison of at most 512 tokens, and one is kept to measure accuracy on; give more, or others"
-    assert capsys.readouterr().err == f"error: {data}: {words} to measure on (--eval-data)\n"
+    words = (
+        "only one comparison of at most 512 tokens, but one is needed to train on and another to measure accuracy on"
+    )
+    assert capsys.readouterr().err == f"error: {data}: {words}; give more, or give --eval-data\n"
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
     with pytest.raises(SystemExit) as ended:
         main([*command, "--trainer", "optim=adamw"])
@@ -319,7 +321,7 @@ def test_a_full_disk_is_a_line_and_loses_nothing(when, base, pairs, undisturbed,
     assert "Traceback" not in found.stderr
     work = tmp_path / "reward.unfinished"
     assert " cannot be written: " in last[0]
-    assert f"What was trained is kept in {work}" in last[0]
+    assert f"{work} keeps what was trained" in last[0]
     assert [path.name for path in tmp_path.iterdir()] == ["reward.unfinished"]
     assert "accuracy" in run_command(command)
     assert weights_of(tmp_path / "reward") == undisturbed
@@ -446,7 +448,7 @@ def test_the_fit_command_prints_a_persona(base, pairs, undisturbed, tmp_path, ca
     names = load_heads(tmp_path / "reward" / "heads.safetensors", 64).names
     assert len(persona["pad_weights"]) == len(names)
     assert "20 comparisons" in out
-    for bad, says in ((str(base), "no heads beside it"), (str(tmp_path / "reward"), "a fit takes at least 5")):
+    for bad, says in ((str(base), "no value heads beside it"), (str(tmp_path / "reward"), "a fit takes at least 5")):
         few = models.write_records(tmp_path / "few.jsonl", records[:3])
         with pytest.raises(SystemExit) as ended:
             main(["fit", str(few), "--reward-model", bad])

@@ -150,7 +150,7 @@ def test_what_others_may_write_says_nothing(folder, monkeypatch, spoil):
     assert channel.announced() == {}
     if spoil in ("folder", "owner"):
         words = "chmod go-w" if spoil == "folder" else "and this process is user 12345's"
-        with pytest.raises(ValueError, match=f"{words}.*; TMPDIR, or {ANNOUNCE_DIR}, must name a folder of your own"):
+        with pytest.raises(ValueError, match=f"{words}.*; set TMPDIR or {ANNOUNCE_DIR} to a folder of your own"):
             channel.announce(GUIDED, owner)
         assert channel.announce(Announcement(configured=False), owner) is None
     monkeypatch.undo()
@@ -174,8 +174,8 @@ print(sorted(os.listdir(os.environ[channel.ANNOUNCE_DIR])))
     process = start(f"sys.argv[1:] = [{full!r}]\n" + code, root)
     words, left = process.communicate(timeout=60)[0].splitlines()
     assert words.startswith("pad cannot ")
-    assert f"File too large; TMPDIR, or {ANNOUNCE_DIR}, must name a folder of your own" in words
-    assert words.endswith("on a disk with room")
+    assert f"File too large; set TMPDIR or {ANNOUNCE_DIR} to a folder of your own" in words
+    assert words.endswith("on a disk with free space")
     assert [name.rpartition(".")[2] for name in eval(left)] == ["json", "lock"][full == "announcement" :]
     assert list(root.iterdir()) == []
 
@@ -188,7 +188,7 @@ def test_where_no_folder_can_be_made_the_start_says_why(root, monkeypatch):
     assert ANNOUNCE_DIR not in os.environ
     for words in (channel.why_no_folder(), refusal()):
         assert "No such file or directory" in words
-        assert f"TMPDIR, or {ANNOUNCE_DIR}, must name a folder of your own" in words
+        assert f"set TMPDIR or {ANNOUNCE_DIR} to a folder of your own" in words
     assert channel.announce(Announcement(configured=False), Owner()) is None
 
 

@@ -149,7 +149,7 @@ def test_a_template_that_hides_its_messages_is_told_and_prompts_are_plain(log, c
     tokenizer = make_chat_tokenizer(FAMILIES["chatml"]._replace(template=chat_template))
     template = PromptTemplate(tokenizer, LINE)
     assert template.chat is None
-    assert "Where the chat template puts messages cannot be found" in log.text
+    assert "PAD cannot find where the chat template puts messages" in log.text
     assert template.compose([5, 6], PREFERENCE) == [*template.encode_preference(PREFERENCE)[0], 5, 6]
 
 

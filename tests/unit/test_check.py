@@ -37,7 +37,7 @@ def test_the_command(models, config, capsys):
     for words in (
         f"pad-vllm: {pad_vllm.__version__}; Python 3.",
         f"vLLM: {releases.version()}",
-        "names that pad-vllm binds to, all there",
+        "names that pad-vllm uses are there",
         "guidance kernels: reference",
         "runner: V1",
         "persona 'mixed': pad_weights=[1.0, 0.0, 2.0]",
@@ -88,7 +88,7 @@ def test_one_set_of_weights(models, tmp_path, capsys):
 
 def test_fewer_positions_than_requests_may_have_are_said(models, config, capsys):
     assert print_report(str(config), str(models.base), 1024) == 0
-    words = r"1,024 tokens of context, and preferences of up to 4\d\d; a guided request has \d\d less"
+    words = r"1,024 tokens of context, and preferences of up to 4\d\d; a guided request has room for \d\d fewer"
     assert re.search(words, capsys.readouterr().out)
 
 
@@ -162,10 +162,10 @@ def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
     monkeypatch.setitem(releases.PARAMETERS, releases.TESTED[-1], installed)  # by which a newer one is judged
     monkeypatch.delenv(internals.ALLOW_UNTESTED, raising=False)  # as `make vllm-newest` has it
     monkeypatch.setattr(releases, "version", lambda: "0.41.2")
-    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, and this is 0\.41\.2\. No internal"):
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32 and 0\.33, but this is 0\.41\.2\. None of the internals"):
         internals.check_version()
     assert print_report(None, None, None) == 1
-    assert "FAILED  vLLM: 0.41.2, and pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
+    assert "FAILED  vLLM: 0.41.2, but pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out
     monkeypatch.setenv(internals.ALLOW_UNTESTED, "1")
     internals.check_version()
     assert print_report(None, None, None) == 0

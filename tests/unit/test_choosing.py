@@ -91,7 +91,7 @@ def test_the_command_names_a_pair(models, tmp_path, capsys):
             main([*command, "--attributes", str(tmp_path / "attributes.json")])
         out = capsys.readouterr().out
         assert ended.value.code == 0
-        assert out.startswith("The next comparison, expected to tell ")
+        assert out.startswith("The comparison to make next (it should tell ")
         asked.append(json.loads(out.splitlines()[-1]))
         assert asked[-1] in records
         with own.open("a") as file:

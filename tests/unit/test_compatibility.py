@@ -83,7 +83,7 @@ def test_another_end_of_turn_is_refused(models, tmp_path):
     """A guided request would never end."""
     base = save(tmp_path / "base", models.base, renamed={"</s>": "<|end|>"})
     reward = save(tmp_path / "reward", models.reward, eos_token="<|user|>")
-    with pytest.raises(ValueError, match=r"none of the base model's end tokens \('<\|end\|>' \(1\)\)"):
+    with pytest.raises(ValueError, match=r"does not know any end token of the base model \('<\|end\|>' \(1\)\)"):
         shared(base, reward)
 
 
@@ -102,7 +102,7 @@ def test_what_the_template_writes_behind_an_answer_must_be_known(models, tmp_pat
     (base / "chat_template.jinja").write_text(CHATML)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, KNOWN + 1]}))
     reward = save(tmp_path / "reward", models.reward)
-    with pytest.raises(ValueError, match=rf"template writes '<\|im_end\|>' \({KNOWN + 1}\) behind an answer"):
+    with pytest.raises(ValueError, match=rf"template ends an answer with '<\|im_end\|>' \({KNOWN + 1}\)"):
         shared(base, reward)
     both = save(tmp_path / "both", models.reward, ("<|im_start|>", "<|im_end|>"))
     assert KNOWN + 1 not in shared(base, both, num_rows=512).foreign

@@ -100,10 +100,10 @@ def test_a_reference_reads_answers_in_its_own_tokens():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"methods": ("base", "magic")}, "methods: magic: there are base, prompting"),
-        ({"methods": ("pad",)}, "base is what the others are held against"),
-        ({"users": {}}, "users: none"),
-        ({"prompts": []}, "users.ada: no prompts"),
+        ({"methods": ("base", "magic")}, "methods: magic: unknown; must be of base, prompting"),
+        ({"methods": ("pad",)}, "must include base, with which the others are compared"),
+        ({"users": {}}, "users: must name at least one user"),
+        ({"prompts": []}, "users.ada: has no prompts"),
         ({"users": {"ada": {"preference": ["a", "b"]}}}, "users.ada: 2 preferences for 1 prompts"),
     ],
 )

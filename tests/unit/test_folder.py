@@ -67,7 +67,7 @@ def test_the_served_model_is_not_asked_for_at_a_hub(models, monkeypatch):
     [
         ("{", "pad.json: cannot be read"),
         ("[]", "pad.json: must be an object, not list"),
-        ('{"max_top_k": 3}', "pad.json: max_top_k: a reward model's defaults are prompt_template, insert_after"),
+        ('{"max_top_k": 3}', "pad.json: max_top_k: no such key; a reward model may set prompt_template, insert_after"),
         ('{"beta": "strong"}', "pad.json: pad.beta='strong'"),
         ('{"prompt_template": "{prompt}"}', "pad.json: pad.prompt_template='{prompt}': must contain {preference}"),
         ('{"max_divergence": -1}', "pad.json: pad.max_divergence=-1: must be between 0 and 1000"),
@@ -93,7 +93,7 @@ def test_check_shows_where_the_preference_stands(models, capsys):
     out = capsys.readouterr().out
     assert "reads: '<s><|user|>[Guidelines] Your task" in out, out  # pytest cuts it
     assert "[Principles] be concise [Instruction] How do I keep tomatoes fresh?<|assistant|>'" in out
-    assert "warning: With pad.reference 'base' and pad.beta 1 the reward model alone" in out
+    assert "warning: With pad.reference 'base' and pad.beta 1, the reward model alone" in out
     assert print_report(json.dumps(pad | {"beta": 0.8}), str(models.base), 256) == 0
     assert "warning" not in capsys.readouterr().out
 
@@ -102,7 +102,7 @@ def test_check_shows_where_the_preference_stands(models, capsys):
     ("pad", "sizes", "is_trained", "words"),
     [
         ({}, (4096, 32, 4096, 32), True, None),
-        ({}, (4096, 32, 4096, 32), False, "nothing beside it says that it was trained"),
+        ({}, (4096, 32, 4096, 32), False, "says that it was trained for this"),
         ({}, (4096, 32, 2048, 16), True, "about 8 times smaller than the base model"),
         ({}, (4096, 32, 2048, 20), True, None),
         ({"beta": 0.8}, (4096, 32, 512, 8), False, None),

@@ -71,5 +71,5 @@ def test_refused(tmp_path):
     for name in ("heads.a", "v_head.summary"):
         other = "a" if name == "heads.a" else "summary"
         twice = write(tmp_path / "t.safetensors", **{f"{n}.weight": torch.eye(2) for n in (name, other)})
-        with pytest.raises(ValueError, match=f"are both head '{other}' to a request; rename one"):
+        with pytest.raises(ValueError, match=f"both mean the head '{other}' in a request; rename one"):
             load_heads(twice, 2)

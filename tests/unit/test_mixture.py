@@ -102,7 +102,7 @@ def test_the_command_finds_a_mixture_again(models, adapters, merged, tmp_path, c
     assert list(found)[:2] == ["warm", "dry"]
     assert found["dry"] / found["warm"] == pytest.approx(-0.5, abs=0.15)
     assert abs(found.get("odd", 0)) < 0.15 * found["warm"]
-    held_out = int(out.partition(", in ")[2].partition("%")[0])
+    held_out = int(out.partition(" and in ")[2].partition("%")[0])
     assert held_out >= 85
     pad = PADConfig.from_pad({"reward_model": "base", "adapters": adapters, "personas": persona})
     assert pad.personas["ada"].adapters == tuple(found)
@@ -125,14 +125,14 @@ def test_what_cannot_be_weighed(models, adapters, tmp_path):
     config = json.loads((kind / "adapter_config.json").read_text())
     (kind / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
     for path, says in (
-        (other, r"--adapters: x='.*other' is no adapter of this model: .*layers\.7\."),
+        (other, r"--adapters: x='.*other' does not fit this model: .*layers\.7\."),
         (nothing, "no adapter makes a difference"),
-        (kind, "of the type .*LOHA; LORA is read"),
-        (tmp_path / "nowhere", "x='.*nowhere' is no adapter of this model: Can't find"),
+        (kind, "of the type .*LOHA; only LORA is supported"),
+        (tmp_path / "nowhere", "x='.*nowhere' does not fit this model: Can't find"),
     ):
         with pytest.raises(ValueError, match=says):
             fit_adapters(str(models.base), data, {"x": str(path)})
     with pytest.raises(ValueError, match="--adapters: 'x' is given twice"):
         assignments("--adapters", ["x=a", "y=b", "x=c"])
-    with pytest.raises(ValueError, match="nothing is served here"):
+    with pytest.raises(ValueError, match="no model is served here"):
         fit_adapters("base", data, adapters)

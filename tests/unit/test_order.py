@@ -39,7 +39,7 @@ def test_an_unlisted_processor_behind_pad_is_warned_of(log):
     order.log_order(found(None))
     (info, warning) = log.records
     assert f"PAD, {BEHIND} (entry point)." in info.getMessage()
-    assert f"{BEHIND}, registered as an entry point, runs behind PAD" in warning.getMessage()
+    assert f"{BEHIND}, registered as an entry point, runs after PAD" in warning.getMessage()
 
 
 @pytest.mark.usefixtures("another_plugin")

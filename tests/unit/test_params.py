@@ -65,10 +65,10 @@ def test_sampling_params_of_the_old_api():
 @pytest.mark.parametrize(
     ("processors", "extra_args", "message"),
     [
-        ([PAD(beta=1), PAD(beta=2)], None, "takes one PAD"),
-        ([lambda ids, logits: logits], None, "takes one PAD"),
-        ([PAD()], None, "asks for nothing"),
-        ([PAD(beta=1)], {"pad_beta": 2}, "in one place"),
+        ([PAD(beta=1), PAD(beta=2)], None, "must be one PAD"),
+        ([lambda ids, logits: logits], None, "must be one PAD"),
+        ([PAD()], None, "is empty: give a preference"),
+        ([PAD(beta=1)], {"pad_beta": 2}, "guidance is given twice"),
     ],
 )
 def test_sampling_params_refuses(processors, extra_args, message):
@@ -181,7 +181,7 @@ def test_a_requests_bound_stands_over_its_personas_and_the_servers():
         ({"personas": {"a": {}}}, r"pad.personas\['a'\]={}: must be an object with at least one"),
         ({"personas": {"a": {"pad_beta": -1}}}, r"pad.personas\['a'\]: pad_beta=-1"),
         ({"personas": {"a": {"persona": "a"}}}, "a persona cannot name another"),
-        ({"personas": {"a": {"beta": 1, "pad_beta": 2}}}, "both with and without its prefix"),
+        ({"personas": {"a": {"beta": 1, "pad_beta": 2}}}, "given twice, with the prefix pad_ and without it"),
         ({"personas": {"a": {"top_k": 100}}}, "pad_top_k=100: must be between 1 and 64"),
         ({"personas": {"a": {"bata": 1}}}, "did you mean 'pad_beta'"),
     ],

@@ -105,26 +105,29 @@ def test_layouts(record, expected, tmp_path):
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "labels": {"a": NaN}}', "'a': expected a finite number"),
         (
             {"chosen": answer("a"), "rejected": [CHAT[0] | {"content": "?"}, *answer("b")[1:]]},
-            "field 'rejected': the messages before its answer are others than those of 'chosen'",
+            "field 'rejected': the messages before its answer differ from those of 'chosen'",
         ),
         # What would be dropped.
         (
             {"prompt": "Why?", "chosen": [*EARLIER, *answer("a")], "rejected": [EARLIER[0], SYSTEM, *answer("b")]},
-            "field 'rejected': the messages before its answer are others than those of 'chosen'",
+            "field 'rejected': the messages before its answer differ from those of 'chosen'",
         ),
         (
             GOOD | {"prompt": "How?", "chosen": answer("a")},
-            "field 'prompt': is none of the messages before the",
+            "field 'prompt': is not among the messages before the",
         ),
-        (GOOD | {"prompt": EARLIER, "chosen": answer("a")}, "field 'prompt': ends otherwise than the messages before"),
+        (
+            GOOD | {"prompt": EARLIER, "chosen": answer("a")},
+            "field 'prompt': ends differently from the messages before",
+        ),
         (
             GOOD | {"system": "Be a pirate.", "prompt": [SYSTEM | {"content": "x"}, *CHAT]},
             "field 'system': the conv",
         ),
         (GOOD | {"system": 3}, "field 'system': expected text, found 3"),
-        (GOOD | {"input": "Hallo"}, "field 'input': is read beside 'instruction' alone"),
-        (GOOD | {"question": "How?"}, "fields 'prompt' and 'question': both are taken for 'prompt' and differ"),
-        (GOOD | {"history": [["a", "b"]]}, "field 'history': is not read, and the answers may hang on it"),
+        (GOOD | {"input": "Hallo"}, "field 'input': is read only beside 'instruction'"),
+        (GOOD | {"question": "How?"}, "fields 'prompt' and 'question': both mean 'prompt', but they differ"),
+        (GOOD | {"history": [["a", "b"]]}, "field 'history': is not read, although the answers may depend on it"),
         (GOOD | {"tools": [{"name": "f"}]}, "field 'tools': is not read"),
         (GOOD | {"prompt": [CHAT[0] | {"tool_calls": [{}]}]}, "field 'prompt', message 1: 'tool_calls' is not read"),
         (
@@ -153,7 +156,7 @@ def test_layouts(record, expected, tmp_path):
         ('{"prompt": ' + "[" * 3000, "not JSON (more than 100 lists and objects in one another at column 111)"),
         # Heads that a file of heads would not keep apart.
         *(
-            (GOOD | {"labels": {name: 1}}, f"field 'labels', {name!r}: no dimension can be called so")
+            (GOOD | {"labels": {name: 1}}, f"field 'labels', {name!r}: no dimension can have this name")
             for name in ("backbone", "heads.x", "v_head.summary", "x.weight", "")
         ),
     ],

@@ -49,12 +49,12 @@ def ranks():
     [
         ({}, ["terse", "terse"]),
         ({"reward_model": "/elsewhere/the same"}, ["terse", "terse"]),
-        (None, ["pad: rank 0 reads a configuration and rank 1 nothing", "nothing"]),
-        ("absent", ["pad: rank 1 has said nothing of its configuration in 0:00:02; all machines", "no plugin"]),
-        ({"personas": {"terse": {"preference": "formal"}}}, ["pad.personas['terse']: rank 0 reads PAD("] * 2),
-        ({"personas": PERSONAS | {"bob": {"beta": 2}}}, ["pad.personas['bob']: rank 0 reads nothing"] * 2),
-        ({"top_k": 4}, ["pad.top_k: rank 0 reads 10 and rank 1 4; all machines of an engine need the same"] * 2),
-        ({"adapters": {"warm": "here"}}, ["pad.adapters['warm']: rank 0 reads nothing"] * 2),
+        (None, ["pad: rank 0 has a configuration, but rank 1 has nothing", "nothing"]),
+        ("absent", ["pad: rank 1 has not reported its configuration within 0:00:02; every machine", "no plugin"]),
+        ({"personas": {"terse": {"preference": "formal"}}}, ["pad.personas['terse']: rank 0 has PAD("] * 2),
+        ({"personas": PERSONAS | {"bob": {"beta": 2}}}, ["pad.personas['bob']: rank 0 has nothing"] * 2),
+        ({"top_k": 4}, ["pad.top_k: rank 0 has 10, but rank 1 has 4; every machine of an engine needs the same"] * 2),
+        ({"adapters": {"warm": "here"}}, ["pad.adapters['warm']: rank 0 has nothing"] * 2),
         (
             {"personas": "gone.yaml"},
             ["on rank 1: pad.personas='gone.yaml'", "pad.personas='gone.yaml': cannot be read"],

@@ -230,4 +230,4 @@ def test_a_fit_that_says_nothing_is_called_so(models, tmp_path, capsys, monkeypa
     command = ["fit", str(own), "--reward-model", str(models.reward), "--attributes", str(tmp_path / "attributes.yaml")]
     with pytest.raises(SystemExit):
         main(command)
-    assert "A coin might do as well" in capsys.readouterr().out
+    assert "Chance might do as well" in capsys.readouterr().out

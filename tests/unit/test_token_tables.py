@@ -173,7 +173,7 @@ def refused(model, pre_tokenizer=None) -> PreTrainedTokenizerFast:
         (refused(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "no tokens for single bytes"),
         (refused(models.Unigram([("a", 0.0)], 0)), "Unigram.* has no tokens for single bytes"),
         (refused(models.BPE({"a": 0}, []), pre_tokenizers.ByteLevel()), "no token for 2.. of the bytes"),
-        (object(), "is object, which has no fast form"),
+        (object(), "is object, a slow tokenizer"),
     ],
 )
 def test_a_tokenizer_that_loses_text_is_refused(tokenizer, reason):

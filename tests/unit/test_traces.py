@@ -292,7 +292,7 @@ def test_tables_by_persona_and_a_plot(tmp_path, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr()
     assert "| ada     | 3        | 1      | 40     | 20.0% ± 28.3 | 1.750 ± 0.707" in printed.out
-    assert "1 lines are no traces" in printed.err
+    assert "1 lines are not traces" in printed.err
     assert "ada (3)" in image.read_text() or image.stat().st_size > 5000
     with pytest.raises(SystemExit):
         main(["traces", str(tmp_path), "--json", "--by", "beta"])
@@ -303,4 +303,4 @@ def test_a_folder_without_traces_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["traces", str(tmp_path)])
     assert end.value.code == 1
-    assert "has no pad-traces" in capsys.readouterr().err
+    assert "contains no pad-traces" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_what_is_not_understood_is_told_of_by_its_kind(log, reward):
     translator = PromptTranslator(ByteTokens(tokenizer, "base"), ByteTokens(reward, "reward"), ends)
     for head in heads:
         assert translator.read(tokenizer.encode(head + "say why", add_special_tokens=False)).is_misread
-    assert log.text.count("is none that the base model's chat template writes") == 3
+    assert log.text.count("begins as a chat, but not as the base model's chat template writes one") == 3
     for n in range(MAX_KINDS + 10):
         template._warn(str(n), "Something else")
     assert log.text.count("Something else") == MAX_KINDS - 3

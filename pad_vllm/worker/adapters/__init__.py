@@ -1,9 +1,9 @@
 """The runner adapters: which rows of a step are guided, and where the tokens of their requests are.
 
-An adapter tells :class:`~pad_vllm.worker.guidance.Guidance` what vLLM's runner does to its requests. Nothing may raise
-once the engine runs: an exception in a logits processor ends the engine for every client. A request that cannot be
-guided gets end tokens instead: it ends at once (with ``ignore_eos``, once it has its length of them), and is never
-answered without guidance.
+An adapter tells :class:`~pad_vllm.worker.guidance.Guidance` what vLLM's runner does to its requests. Once the engine
+runs, nothing may raise: an exception in a logits processor ends the engine for every client. A request that cannot be
+guided gets end tokens instead, so that it ends at once (with ``ignore_eos``, when it has reached its length). It is
+never answered without guidance.
 """
 
 from __future__ import annotations
