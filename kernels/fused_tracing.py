@@ -75,33 +75,37 @@ def score_contexts_kernel(
 
 
 @triton.jit
-def log_softmax(values, is_counted):
-    """[K], over those that count."""
-    most = tl.max(tl.where(is_counted, values, LEAST), 0)
-    total = tl.sum(tl.where(is_counted, tl.exp(values - most), 0.0), 0)
+def log_softmax(values, is_there, is_counted):
+    """[K], of those that are there; of groups, whose members have one value, the first alone counts."""
+    most = tl.max(tl.where(is_there, values, LEAST), 0)
+    total = tl.sum(tl.where(is_there & is_counted, tl.exp(values - most), 0.0), 0)
     return values - most - tl.log(tl.maximum(total, 1e-38))
 
 
 @triton.jit
-def count_row(guided, z, ids, is_candidate):
-    """What a row's values begin with: whether z' is sound, whether the first choice is another, and the divergence."""
+def count_row(row_ptr, z, ids, is_candidate, WIDTH: tl.constexpr):
+    """z' [K], whether it is sound, and what a row's values [WIDTH] begin with: 1, whether the first choice is another,
+    and the divergence."""
+    written = tl.load(row_ptr + ids, mask=is_candidate, other=0.0).to(tl.float32)
+    guided, i = written, tl.arange(0, WIDTH)
     finite = tl.abs(guided) < float("inf")  # false for NaN
     num_bad = tl.sum((is_candidate & (finite == 0)).to(tl.int32), 0)
     sound = (num_bad == 0) & (tl.max(is_candidate.to(tl.int32), 0) > 0)
     guided = tl.where(is_candidate & finite, guided, LEAST)
-    log_p, log_q = log_softmax(guided, is_candidate), log_softmax(z, is_candidate)
+    log_p, log_q = log_softmax(guided, is_candidate, is_candidate), log_softmax(z, is_candidate, is_candidate)
     divergence = tl.sum(tl.where(is_candidate, tl.exp(log_p) * (log_p - log_q), 0.0), 0)
     best, last = tl.max(guided, 0), 0x7FFFFFFF
     now = tl.min(tl.where(is_candidate & (guided == best), ids, last), 0)
     z_best = tl.max(tl.where(is_candidate, z, LEAST), 0)
     before = tl.min(tl.where(is_candidate & (z == z_best), ids, last), 0)
-    return sound, now != before, divergence
+    changed = (now != before).to(tl.float32)
+    return written, sound, tl.where(i == 0, 1.0, tl.where(i == 1, changed, tl.where(i == 2, divergence, 0.0)))
 
 
 @triton.jit
 def expectation(guided, values, has_opinion):
     """Of values [K], under softmax of z' over the candidates that the reward model has an opinion of."""
-    p = tl.where(has_opinion, tl.exp(log_softmax(guided, has_opinion)), 0.0)
+    p = tl.where(has_opinion, tl.exp(log_softmax(guided, has_opinion, has_opinion)), 0.0)
     return tl.sum(tl.where(has_opinion, p * values, 0.0), 0)
 
 
@@ -169,9 +173,7 @@ def trace_kernel(
         candidates = tl.load(candidates_ptr + row_idx * K + place)
         is_candidate = candidates > LOWEST_KEY
         z, ids = from_key(candidates)
-        guided = tl.load(logits_ptr + row * logits_stride + ids, mask=is_candidate, other=0.0).to(tl.float32)
-        sound, changed, divergence = count_row(guided, z, ids, is_candidate)
-        values = tl.where(i == 0, 1.0, tl.where(i == 1, changed.to(tl.float32), tl.where(i == 2, divergence, 0.0)))
+        guided, sound, values = count_row(logits_ptr + row * logits_stride, z, ids, is_candidate, WIDTH)
         has_opinion = is_candidate
         if no_opinion_ptr is not None:
             has_opinion = is_candidate & (tl.load(no_opinion_ptr + ids, mask=is_candidate, other=1) == 0)
@@ -182,17 +184,17 @@ def trace_kernel(
             y = z
             if HAS_CONTROLS:
                 y = tl.load(y_ptr + row_idx * K + place)
-            against = log_softmax(y, has_opinion)
+            against = log_softmax(y, has_opinion, has_opinion)
         elif reference >= 0:
             r = load_scores(scores_ptr, (first + reference) * K + place, has_opinion, soft_cap, scale, HAS_SOFT_CAP)
-            against = log_softmax(r, has_opinion)
+            against = log_softmax(r, has_opinion, has_opinion)
         for j in range(num_contexts):
             is_read = True
             if weights_ptr is not None:
                 is_read = tl.load(weights_ptr + first + j) != 0.0
             if is_read:
                 r = load_scores(scores_ptr, (first + j) * K + place, has_opinion, soft_cap, scale, HAS_SOFT_CAP)
-                reward = expectation(guided, log_softmax(r, has_opinion) - against, has_opinion)
+                reward = expectation(guided, log_softmax(r, has_opinion, has_opinion) - against, has_opinion)
                 values = tl.where(i == FIRST_REWARD + j, reward, values)
         values = tl.where(sound, values, 0.0)
         add_row(
@@ -210,14 +212,6 @@ def load_group_scores(scores_ptr, context, num_all, num_parts, first, has_opinio
         r = tl.load(scores_ptr + at, mask=has_opinion, other=0.0)
         most, total = add_exponentials(most, total, r)
     return most + tl.log(tl.maximum(total, 1e-38))
-
-
-@triton.jit
-def log_softmax_of_groups(values, is_first, has_opinion):
-    """[K], over the distinct groups: each counts once."""
-    most = tl.max(tl.where(has_opinion, values, LEAST), 0)
-    total = tl.sum(tl.where(is_first & has_opinion, tl.exp(values - most), 0.0), 0)
-    return values - most - tl.log(tl.maximum(total, 1e-38))
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ROW_POINTERS)
@@ -256,9 +250,7 @@ def trace_groups_kernel(
         group = tl.load(groups_ptr + row_idx * K + place)
         is_candidate, has_opinion = group != -1, group >= 0
         z, ids = from_key(candidates)
-        guided = tl.load(logits_ptr + row * logits_stride + ids, mask=is_candidate, other=0.0).to(tl.float32)
-        sound, changed, divergence = count_row(guided, z, ids, is_candidate)
-        values = tl.where(i == 0, 1.0, tl.where(i == 1, changed.to(tl.float32), tl.where(i == 2, divergence, 0.0)))
+        guided, sound, values = count_row(logits_ptr + row * logits_stride, z, ids, is_candidate, WIDTH)
         first_of_group = tl.full([K], K, tl.int32)
         most, total = tl.full([K], LEAST, tl.float32), tl.zeros([K], tl.float32)
         for start in range(0, K, NUM_OTHERS):
@@ -278,17 +270,17 @@ def trace_groups_kernel(
         first, num_all = row_idx * num_contexts, tl.num_programs(0) * num_contexts
         against = tl.zeros([K], tl.float32)
         if reference == HOLDS_BASE:
-            against = log_softmax_of_groups(most + tl.log(tl.maximum(total, 1e-38)), is_first, has_opinion)
+            against = log_softmax(most + tl.log(tl.maximum(total, 1e-38)), has_opinion, is_first)
         elif reference >= 0:
             r = load_group_scores(scores_ptr, first + reference, num_all, num_parts, first_of_group, has_opinion, K)
-            against = log_softmax_of_groups(r, is_first, has_opinion)
+            against = log_softmax(r, has_opinion, is_first)
         for j in range(num_contexts):
             is_read = True
             if weights_ptr is not None:
                 is_read = tl.load(weights_ptr + first + j) != 0.0
             if is_read:
                 r = load_group_scores(scores_ptr, first + j, num_all, num_parts, first_of_group, has_opinion, K)
-                reward = expectation(guided, log_softmax_of_groups(r, is_first, has_opinion) - against, has_opinion)
+                reward = expectation(guided, log_softmax(r, has_opinion, is_first) - against, has_opinion)
                 values = tl.where(i == FIRST_REWARD + j, reward, values)
         values = tl.where(sound, values, 0.0)
         add_row(
