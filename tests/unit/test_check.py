@@ -162,7 +162,7 @@ def test_an_untested_vllm_is_refused_unless_allowed(monkeypatch, capsys):
     monkeypatch.setitem(releases.PARAMETERS, releases.TESTED[-1], installed)  # by which a newer one is judged
     monkeypatch.delenv(internals.ALLOW_UNTESTED, raising=False)  # as `make vllm-newest` has it
     monkeypatch.setattr(releases, "version", lambda: "0.41.2")
-    with pytest.raises(ValueError, match=r"vLLM 0\.32 and 0\.33, but this is 0\.41\.2\. None of the internals"):
+    with pytest.raises(ValueError, match=r"with vLLM 0\.32 and 0\.33, but this is 0\.41\.2\. None of the internals"):
         internals.check_version()
     assert print_report(None, None, None) == 1
     assert "FAILED  vLLM: 0.41.2, but pad-vllm is tested with 0.32 and 0.33" in capsys.readouterr().out

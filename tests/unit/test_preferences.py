@@ -122,7 +122,7 @@ def test_layouts(record, expected, tmp_path):
         ),
         (
             GOOD | {"system": "Be a pirate.", "prompt": [SYSTEM | {"content": "x"}, *CHAT]},
-            "field 'system': the conv",
+            "field 'system': differs from",
         ),
         (GOOD | {"system": 3}, "field 'system': expected text, found 3"),
         (GOOD | {"input": "Hallo"}, "field 'input': is read only beside 'instruction'"),
