@@ -11,7 +11,6 @@ Greedy, ``ignore_eos``, prompts that no cache has seen.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
 from .methods import BackendProcess, Setup, Workload, host_on_v2
-from .models import make_models, make_models_of_two_tokenizers
+from .models import add_model_arguments, make_models, make_models_of_two_tokenizers
 from .record import Record
 
 NUM_PERSONAS = 16
@@ -327,17 +326,7 @@ def measure_throughput(setup: Setup, args: argparse.Namespace) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
-    parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
-    parser.add_argument(
-        "--reward", help="path or hub id of a reward model with its tokenizer; base: the base model itself"
-    )
-    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
-    parser.add_argument("--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of a random Llama")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
-    parser.add_argument("--load-format", default="auto", help="vLLM's; dummy: no weights are written or read")
-    parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="of the base (default %(default)s)")
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=64)
