@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .models import BASE_SIZES, REWARD_SIZES
 from .record import Record
 
 TO_FIRST, BETWEEN = "ttft_median_ms", "itl_median_ms"
@@ -30,16 +31,24 @@ class ServedRecord(Record):
 
     def report(self) -> Iterator[str]:
         settings = self.of["settings"]
-        models = f"{settings['base']} and {settings['reward']}" if settings["base"] else "random models made for it"
+        base, reward = (
+            sizes | settings[key] for sizes, key in ((BASE_SIZES, "base_config"), (REWARD_SIZES, "reward_config"))
+        )
+        made = "random models, {num_hidden_layers} layers of {hidden_size} guided by {} of {}"
+        models = made.format(reward["num_hidden_layers"], reward["hidden_size"], **base)
+        if settings["base"]:
+            models = f"{settings['base']} guided by {settings['reward']}"
+        most_others = max(row["others"] for section in self.results.values() for row in section["rows"])
         dates = sorted({section["date"] for section in self.results.values()})
         yield "# Under load\n\nWhat guidance costs a server: `python -m benchmarks.served`, by vLLM's own client.\n"
         yield (
             f"On {self.of['hardware']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, vLLM {settings['vllm']}, "
             f"{settings['dtype']}{', eager' if settings['enforce_eager'] else ''}, {models}. Prompts of "
             f"{settings['prompt_len']} tokens, answers of {settings['output_len']}, k = {settings['top_k']}; at most "
-            f"{settings['max_num_seqs']} requests in a batch. Servers and client share the machine. Medians of "
-            f"{settings['repeats']} repeats; in brackets the ratio to the first row, the median of the repeats' own, "
-            "and between which two these lie. The 90th percentiles are medians of the repeats' own."
+            f"{settings['max_num_seqs']} requests in a batch. Servers and client share the machine. "
+            "Medians of the repeats; in brackets the ratio to the first row, the median of the repeats' own, and "
+            "between which two these lie. The 90th percentiles are medians of the repeats' own. "
+            f"Processes that have no part in it took {most_others:.0%} of the processors at most."
         )
         for section in self.results.values():
             for offered in dict.fromkeys(row["offered_per_s"] for row in section["rows"]):
@@ -47,10 +56,11 @@ class ServedRecord(Record):
 
     def _table(self, rows: Runs, offered: float | None) -> Iterator[str]:
         first = rows[0]
+        repeats = len({row["part"] for row in rows})
         if offered is None:
-            yield f"\n## Saturation: {first['requests']} requests at once\n"
+            yield f"\n## Saturation: {first['requests']} requests at once, {repeats} times\n"
         else:
-            yield f"\n## {offered:.2f} requests a second arrive, {first['requests']} in all\n"
+            yield f"\n## {offered:.2f} requests a second arrive, {first['requests']} in all, {repeats} times\n"
         yield "| | " + " | ".join(name for name, _, _ in SHOWN.values()) + " |"
         yield "| --- |" + " ---: |" * len(SHOWN)
         for configuration in configurations_of(rows):
