@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,29 @@ SHARED = 7 / 8
 NUM_WORDS = 65_536
 """Of which byte-level BPE is made, alike for every size: the smaller one's tokens are the first of the larger one's."""
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models, given or made, and how an engine has them."""
+    parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
+    parser.add_argument(
+        "--reward", help="path or hub id of a reward model with its tokenizer, or 'base': the base model guides itself"
+    )
+    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random base")
+    parser.add_argument(
+        "--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random reward model"
+    )
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
+    parser.add_argument(
+        "--load-format",
+        default="auto",
+        help="as vLLM's option; dummy writes and reads no weights (default %(default)s)",
+    )
+    parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, default=2 << 30, help="KV cache of the base model (default %(default)s)"
+    )
 
 
 def make_models(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:

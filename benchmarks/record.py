@@ -1,6 +1,6 @@
 """The record of a benchmark: sections measured on one machine under one set of settings, kept as each of them ends.
 
-``throughput.json`` is the record, ``throughput.md`` and, with matplotlib, ``throughput.png`` are drawn from it.
+``NAME.json`` is the record; ``NAME.md`` and, with matplotlib, ``NAME.png`` are drawn from it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 class Record:
     """What ``folder`` holds of measurements on this machine with these settings; of others, nothing.
+    That of throughput; other benchmarks have their own name, report and plot.
 
     Args:
         folder: of the record; None keeps it in memory.
@@ -24,12 +25,14 @@ class Record:
         sections: name -> what it shows, in the order of the report.
     """
 
+    name = "throughput"
+
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], sections: Mapping[str, str]) -> None:
         self.folder, self.sections = folder, sections
         self.of = {"hardware": hardware(), "settings": json.loads(json.dumps(settings))}
         self.results: dict[str, dict[str, Any]] = {}
-        if folder is not None and (folder / "throughput.json").exists():
-            kept = json.loads((folder / "throughput.json").read_text())
+        if folder is not None and (folder / f"{self.name}.json").exists():
+            kept = json.loads((folder / f"{self.name}.json").read_text())
             if all(kept.get(key) == value for key, value in self.of.items()):
                 self.results = kept["results"]
 
@@ -42,14 +45,17 @@ class Record:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "throughput.json.part"
+        part = self.folder / f"{self.name}.json.part"
         part.write_text(json.dumps(self.of | {"results": self.results}, indent=1) + "\n")
-        part.rename(self.folder / "throughput.json")  # whole, or as it was
-        (self.folder / "throughput.md").write_text("\n".join(self._report()) + "\n")
+        part.rename(self.folder / f"{self.name}.json")  # whole, or as it was
+        (self.folder / f"{self.name}.md").write_text("\n".join(self.report()) + "\n")
         with contextlib.suppress(ImportError):
-            plot_throughput(self.folder / "throughput.png", self.results)
+            self.plot(self.folder / f"{self.name}.png")
 
-    def _report(self) -> Iterator[str]:
+    def plot(self, path: Path) -> None:
+        plot_throughput(path, self.results)
+
+    def report(self) -> Iterator[str]:
         settings = self.of["settings"]
         models = f"{settings['base']} and {settings['reward']}" if settings["base"] else "random models made for it"
         dates = sorted({section["date"] for section in self.results.values()})

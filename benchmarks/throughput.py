@@ -11,7 +11,6 @@ Greedy, ``ignore_eos``, prompts that no cache has seen.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from pad_vllm.reward.template import DEFAULT_PROMPT_TEMPLATE
 
 from . import drafts
 from .methods import BackendProcess, Setup, Workload, host_on_v2
-from .models import make_models, make_models_of_two_tokenizers
+from .models import add_model_arguments, make_models, make_models_of_two_tokenizers
 from .record import Record
 
 NUM_PERSONAS = 16
@@ -328,25 +327,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure (default: all)"
     )
-    parser.add_argument("--base", help="path or hub id of a base model (default: a random one is made)")
-    parser.add_argument(
-        "--reward", help="path or hub id of a reward model with its tokenizer, or 'base': the base model guides itself"
-    )
-    parser.add_argument("--base-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random base")
-    parser.add_argument(
-        "--reward-config", type=json.loads, default={}, metavar="JSON", help="sizes of the random reward model"
-    )
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="of random models (default %(default)s)")
-    parser.add_argument(
-        "--load-format",
-        default="auto",
-        help="as vLLM's option; dummy writes and reads no weights (default %(default)s)",
-    )
-    parser.add_argument("--dtype", default="float32", help="(default %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument(
-        "--kv-cache-memory-bytes", type=int, default=2 << 30, help="KV cache of the base model (default %(default)s)"
-    )
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="batch sizes (default 1 16 64)")
     parser.add_argument("--prompt-len", type=int, default=16, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer (default %(default)s)")

@@ -23,7 +23,8 @@ def run_command(
 def run_python(
     arguments: Sequence[Any], folder: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
-    """A script to its end; what it printed. AssertionError where it failed. ``environment`` is added to this one."""
+    """A script, or ``-m`` and a module, to its end; what it printed. AssertionError where it failed. ``environment`` is
+    added to this one."""
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as work:
         log = Path(work) / "log"
@@ -43,9 +44,14 @@ def _run(arguments: list[str], folder: Path, log: Path, environment: Mapping[str
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     fork_processes()
-    sys.argv = arguments
-    sys.path[0] = str(Path(arguments[0]).parent)
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            sys.path[0] = str(folder)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path[0] = str(Path(arguments[0]).parent)
+            runpy.run_path(arguments[0], run_name="__main__")
     finally:
         sys.stdout.flush()
