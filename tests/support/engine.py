@@ -20,6 +20,9 @@ CORES = sorted(os.sched_getaffinity(0))
 A_CORE_EACH = f"{CORES[0]}|{CORES[-1]}"
 """VLLM_CPU_OMP_THREADS_BIND of two ranks."""
 PLUGIN = ["pad_vllm:PADLogitsProcessor"]
+KV_CACHE = 128 << 20
+"""Bytes of a base model's KV cache, where a test says nothing of it. VLLM_CPU_KVCACHE_SPACE is at least a GiB, which a
+start fills with zeros."""
 ONE_CONTEXT = 1024 * 2 * 2 * 32 * 4
 """Bytes of the tests' reward model's KV cache: tokens, layers, key and value, head size, float32."""
 
@@ -58,6 +61,7 @@ def _start(runner: str, multiprocess: bool, kernels: str, kwargs: dict[str, Any]
     from vllm import LLM
 
     interpreter.complete()
+    del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # or it would be taken for what is asked here
     if not multiprocess:
         kwargs["distributed_executor_backend"] = "uni"
     _llm = LLM(**kwargs)
@@ -152,6 +156,7 @@ class Engine(Worker):
         if before is not None:
             self.run(before)
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
+        settings["kv_cache_memory_bytes"] = KV_CACHE
         try:
             self.run(_start, runner, multiprocess, kernels, settings | kwargs)
         except BaseException:
