@@ -55,10 +55,10 @@ picture: $(INSTALLED)
 quick: lint $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow" tests/unit tests/kernels
 
-# The releases are installed beside each other; lint and tests run one after the other.
+# The releases are installed beside each other, and lint runs as soon as it can; then the tests, one release after the
+# other.
 test:
-	$(MAKE) --jobs=2 $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
-	$(MAKE) lint
+	$(MAKE) --jobs=2 lint $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
 	$(MAKE) tests
 
 .PHONY: tests
