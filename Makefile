@@ -3,6 +3,7 @@
 # make picture    docs/playground.png: the playground beside that server, in Chromium
 # make quick    lint, and the tests that start no engine: in under two minutes
 # make test    lint, every test, and on the other releases of vLLM those that depend on vLLM
+# make test-all    that, and the few tests that take long and seldom fail: once a week
 # make vllm-0.33    another release beside .venv; `VLLM=0.33 make test` then runs every test on it, and VLLM=0.33 any other
 #     target too
 # make vllm-newest    on the day of a release: the newest one in the registry, what moved in it, and which tests fail
@@ -39,7 +40,7 @@ endif
 INSTALLED := $(BIN)/installed $(VLLM:%=.vllm/%/installed)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve-demo picture quick test soak fuzz alignment bench families lint format requirements vllm-newest clean
+.PHONY: demo serve-demo picture quick test test-all soak fuzz alignment bench families lint format requirements vllm-newest clean
 .PHONY: site release workflows
 
 demo: $(INSTALLED)
@@ -54,15 +55,18 @@ picture: $(INSTALLED)
 quick: lint $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow" tests/unit tests/kernels
 
-# The releases are installed beside each other; lint and tests run one after the other.
+# The releases are installed beside each other, and lint runs as soon as it can; then the tests, one release after the
+# other.
 test:
-	$(MAKE) --jobs=2 $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
-	$(MAKE) lint
+	$(MAKE) --jobs=2 lint $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=vllm-%))
 	$(MAKE) tests
 
 .PHONY: tests
 tests: $(INSTALLED) $(if $(VLLM),,$(OTHER_RELEASES:%=test-%))
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) -m "not weekly"
+
+test-all: test
+	$(BIN)/python $(PYTEST) -m weekly
 
 test-%: .vllm/%/installed
 	PYTHONPATH=$(CURDIR)/.vllm/$* $(BIN)/python $(PYTEST) -m "every_release and not one_release"

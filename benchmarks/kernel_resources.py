@@ -41,9 +41,9 @@ TOP_KS = (16, 64)
 """What the launcher rounds k of 10, and the default max_top_k, up to; the larger one takes more, and is compiled for
 all targets."""
 WHOLE = "sm_90"
-LARGEST = {"select", "merge", "score", "score, few rows", "undo controls", "reweight", "gather groups", "score groups"}
-LARGEST |= {"score large groups, tf32", "reweight groups"}
-"""Of the other targets a test compiles these alone: all of all take minutes."""
+HELD = {"select", "score", "score groups"}
+"""`make test` compiles every kernel for sm_90, with the larger K, and of the other targets the two whose registers are
+limited, and one of groups; `make test-all` compiles all of all, which takes minutes."""
 TRACE_VALUES = 12
 """Of a row, where requests may have nine contexts."""
 SLICES = 32
@@ -193,8 +193,9 @@ def resources(compiled: Any, said: str, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
 
 
-def is_held_by_tests(target: str, kernel_name: str) -> bool:
-    return target == WHOLE or kernel_name in LARGEST
+def is_held(target: str, kernel_name: str, K: int) -> bool:
+    """Whether `make test` compiles a kernel."""
+    return TOP_KS[-1] == K and (target == WHOLE or kernel_name in HELD)
 
 
 def resources_of_all(all_of_all: bool = True) -> dict:
@@ -204,7 +205,7 @@ def resources_of_all(all_of_all: bool = True) -> dict:
         for name, target in TARGETS.items()
         for K in (TOP_KS if name == WHOLE else TOP_KS[-1:])
         for kernel_name, kernel, constants, warps in configurations(K)
-        if all_of_all or is_held_by_tests(name, kernel_name)
+        if all_of_all or is_held(name, kernel_name, K)
     ]
     return {"triton": triton.__version__, "unit": "registers a thread, bytes", "results": rows}
 

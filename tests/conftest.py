@@ -8,6 +8,8 @@ import pytest
 
 TIERS = ("engine", "kernels", "served", "training", "unit")
 """The folders of the tests, and the markers that these give; those whose files take longest first."""
+LONGEST = ("training/test_language.py", "served/test_docs.py")
+"""Files that take minutes. Each is one worker's, and the other one must not wait for it in the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,12 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("tests.support.fixtures")
 
 
-def tier(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).parts[0]
+def place(item: pytest.Item) -> Path:
+    return item.path.relative_to(Path(__file__).parent)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each test is marked by its folder. The longest files run first, so that parallel workers end together."""
     for item in items:
-        item.add_marker(tier(item))
-    items.sort(key=lambda item: TIERS.index(tier(item)))
+        item.add_marker(place(item).parts[0])
+    items.sort(key=lambda item: (str(place(item)) not in LONGEST, TIERS.index(place(item).parts[0])))

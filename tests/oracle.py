@@ -47,6 +47,7 @@ read, and ref is 0. Of groups the two are those of the candidate's group; and N 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -214,10 +215,17 @@ def penalized(
     return y
 
 
+@functools.lru_cache(maxsize=4096)
+@torch.no_grad()
+def logits_after(model, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """A model's logits [vocab]. Kept for a while: answers to one prompt under other settings begin alike."""
+    return model(torch.tensor([token_ids])).logits[0, -1].clone()
+
+
 def reward_logits(model, token_ids: list[int], head: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """The reward model's logits [vocab] after ``token_ids``; ``head`` is (W [d, d], b [d]) on the hidden state."""
     if head is None:
-        return model(torch.tensor([token_ids])).logits[0, -1]
+        return logits_after(model, tuple(token_ids))
     weight, bias = head
     h = model.model(torch.tensor([token_ids])).last_hidden_state[0, -1]
     return model.lm_head(weight @ h + bias)
@@ -264,7 +272,7 @@ def generate(
     contexts = contexts if isinstance(contexts[0], list) else [contexts]
     output: list[int] = []
     while len(output) < max_tokens:
-        y = base(torch.tensor([prompt_ids + output])).logits[0, -1]
+        y = logits_after(base, (*prompt_ids, *output)).clone()
         if mask is not None:
             y = mask(y, output)
         z = penalized(biased(y, dict(logit_bias)), prompt_ids, output, *penalties)

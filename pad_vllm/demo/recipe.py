@@ -115,9 +115,16 @@ FULL = Recipe(
         ),
     )
 )
-_SHORT = Round(beta=3.0, stage=Stage(lr=5e-4, batch_size=2, opposites=True), num_comparisons=4, num_test_comparisons=1)
+_SHORT = Round(
+    beta=3.0,
+    stage=Stage(lr=5e-4, batch_size=2, opposites=True),
+    prompted=1,
+    guided=2,
+    num_comparisons=2,
+    num_test_comparisons=1,
+)
 TINY = Recipe(
-    (_SHORT, replace(_SHORT, beta=1.0, prompted=1, guided=3, guided_combinations=1)),
+    (_SHORT, replace(_SHORT, beta=1.0, guided=1, guided_combinations=1)),
     num_prompts=2,
     num_test_prompts=1,
     prompts_per_part=2,

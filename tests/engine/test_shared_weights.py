@@ -44,15 +44,20 @@ class Adapted:
         self.paths = {name: str(root / name) for name in made}
         self.merged = {name: make_adapter(root / name, models.base, **how) for name, how in made.items()}
         self.merged[None] = models.base_model
+        self._answers: dict[str, list[int]] = {}
 
     def expect(
         self, compose, prompt, preference=None, adapter=None, preference_weights=None, served=None, **settings
     ) -> list[int]:
-        """What a request should generate; ``served``: of an adapter of the base model's own."""
+        """What a request should generate, asked of the oracle once for both runners; ``served``: of an adapter of the
+        base model's own."""
+        asked = repr((prompt, preference, adapter, preference_weights, served, settings))
+        if asked in self._answers:
+            return self._answers[asked]
         num = next((len(one) for one in (preference, adapter) if isinstance(one, list)), 1)
         texts, names = (one if isinstance(one, list) else [one] * num for one in (preference, adapter))
         contexts = [prompt if text is None else compose(prompt, text) for text in texts]
-        return oracle.generate(
+        self._answers[asked] = oracle.generate(
             self.merged[served],
             prompt,
             settings.pop("max_tokens", MAX_TOKENS),
@@ -63,6 +68,7 @@ class Adapted:
             eos_token_id=None,
             **settings,
         )
+        return self._answers[asked]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,7 +119,14 @@ def test_bad_configuration_stops_the_start(models, broken):
         assert "\n" not in error, (name, error)
 
 
-def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
+def write_to(log: Path) -> None:
+    """What this process and those that it starts write."""
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def test_pipeline_parallelism_stops_the_start(models, tmp_path, monkeypatch):
     """In the engine core's process, as it is served: the paragraph is in its log."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", A_CORE_EACH)
     pad = {"reward_model": str(models.reward)}
@@ -126,12 +135,12 @@ def test_pipeline_parallelism_stops_the_start(models, capfd, monkeypatch):
             "v1",
             models.base,
             multiprocess=True,
-            preloaded=False,
+            before=partial(write_to, tmp_path / "log"),
             pipeline_parallel_size=2,
             logits_processors=PLUGIN,
             additional_config={"pad": pad},
         )
-    assert "pad cannot guide this engine: pipeline_parallel_size=2" in "".join(capfd.readouterr())
+    assert "pad cannot guide this engine: pipeline_parallel_size=2" in (tmp_path / "log").read_text()
 
 
 def start_engines(cases: list[dict], base: str, reward: str, runner: str) -> list[str]:

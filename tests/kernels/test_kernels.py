@@ -70,7 +70,7 @@ def run_guide(implementation: str, logits, hidden, head, rows, vocabulary, kwarg
 @pytest.fixture(scope="module")
 def interpreter():
     """A process with the Triton interpreter on."""
-    worker = Worker()
+    worker = Worker("v2")
     worker.run(set_environment, "v2")
     yield worker
     worker.close()

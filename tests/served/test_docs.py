@@ -126,19 +126,21 @@ def environment(multiprocess: bool = True) -> dict[str, str]:
     return os.environ | OFFLINE | {"PATH": path} | settings
 
 
-def readers_environment() -> dict[str, str]:
-    """What somebody has who has read the README, and set nothing but what it says of a CPU."""
+def readers_environment(compiled: bool) -> dict[str, str]:
+    """What somebody has who has read the README, and set nothing but what it says of a CPU. Not ``compiled``: and has
+    turned compilation off, which takes minutes."""
     assert "`export VLLM_CPU_KVCACHE_SPACE=4`" in (ROOT / "README.md").read_text()
-    ours = ("VLLM", "PAD_VLLM", "OMP", "TRITON")
-    theirs = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    return theirs | OFFLINE | {"PATH": f"{BIN}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    of_tests = ("VLLM", "PAD_VLLM", "OMP", "TRITON")
+    theirs = {key: value for key, value in os.environ.items() if not key.startswith(of_tests)}
+    ours = {"VLLM_CPU_KVCACHE_SPACE": "1", **({} if compiled else {"VLLM_CPU_CI_ENV": "1"})}
+    return theirs | OFFLINE | {"PATH": f"{BIN}:{os.environ['PATH']}"} | ours
 
 
-def run_as_it_stands(folder: Path, body: str) -> str:
+def run_as_it_stands(folder: Path, body: str, compiled: bool) -> str:
     """Python of the README, saved to a file and run, with nothing imported or set beforehand; what it printed."""
     (folder / "readme.py").write_text(body)
-    command = [sys.executable, "readme.py"]
-    done = subprocess.run(command, cwd=folder, env=readers_environment(), capture_output=True, text=True, timeout=400)
+    command, environ = [sys.executable, "readme.py"], readers_environment(compiled)
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.stdout.strip()
     return done.stdout
@@ -167,6 +169,16 @@ def run(folder: Path, language: str, body: str) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_runs(folder, document):
+    run_commands(folder, document)
+
+
+@pytest.mark.weekly
+def test_every_command_of_the_readme_runs_compiled(folder):
+    """As it does for its readers."""
+    run_commands(folder, "README.md", compiled=True)
+
+
+def run_commands(folder: Path, document: str, compiled: bool = False) -> None:
     server: TypedServer | Server | None = None
     try:
         for language, body in blocks(document):
@@ -191,13 +203,13 @@ def test_every_command_runs(folder, document):
                     server.close()
                 # One is typed into a shell, in a minute; the others say nothing more.
                 is_typed = document == "README.md" and server is None
-                server = TypedServer(folder, body) if is_typed else forked_server(folder, body)
+                server = TypedServer(folder, body, compiled) if is_typed else forked_server(folder, body)
             else:
                 if server is not None and server.port != PORT:
                     body = body.replace(f"localhost:{PORT}", f"localhost:{server.port}")
                     body = body.replace("examples/client.py", f"examples/client.py http://localhost:{server.port}/v1")
                 as_it_stands = document == "README.md" and language == "python"
-                out = run_as_it_stands(folder, body) if as_it_stands else run(folder, language, body)
+                out = run_as_it_stands(folder, body, compiled) if as_it_stands else run(folder, language, body)
                 if "examples/client.py" in body:
                     assert "a typing error: pad_persona='tense': no such persona; did you mean 'terse'?" in out
     finally:
@@ -208,7 +220,7 @@ def test_every_command_runs(folder, document):
 class TypedServer:
     """``vllm serve`` as it is typed into a shell; on another port only where its own is taken."""
 
-    def __init__(self, folder: Path, body: str) -> None:
+    def __init__(self, folder: Path, body: str, compiled: bool) -> None:
         line, self.port = body.rstrip(), PORT
         with socket.socket() as free:
             try:
@@ -217,7 +229,7 @@ class TypedServer:
                 free.bind(("127.0.0.1", 0))
                 self.port = free.getsockname()[1]
                 line = f"{line} --port {self.port}"
-        where = {"cwd": folder, "env": readers_environment()}
+        where = {"cwd": folder, "env": readers_environment(compiled)}
         with (folder / "log").open("w") as log:
             command = ["bash", "-c", f"exec {line}"]
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **where)

@@ -21,10 +21,13 @@ def run_command(
 
 
 def run_python(
-    arguments: Sequence[Any], folder: Path | None = None, environment: Mapping[str, str] | None = None
+    arguments: Sequence[Any],
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    status: int = 0,
 ) -> str:
-    """A script, or ``-m`` and a module, to its end; what it printed. AssertionError where it failed. ``environment`` is
-    added to this one."""
+    """A script, or ``-m`` and a module, to its end; what it printed. AssertionError where it ended with another status.
+    ``environment`` is added to this one."""
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as work:
         log = Path(work) / "log"
@@ -33,7 +36,7 @@ def run_python(
         process.start()
         process.join()
         printed = log.read_text()
-    assert process.exitcode == 0, f"{arguments}\n{printed[-6000:]}"
+    assert process.exitcode == status, f"{arguments}\n{printed[-6000:]}"
     return printed
 
 

@@ -20,6 +20,9 @@ CORES = sorted(os.sched_getaffinity(0))
 A_CORE_EACH = f"{CORES[0]}|{CORES[-1]}"
 """VLLM_CPU_OMP_THREADS_BIND of two ranks."""
 PLUGIN = ["pad_vllm:PADLogitsProcessor"]
+KV_CACHE = 128 << 20
+"""Bytes of a base model's KV cache, where a test says nothing of it. VLLM_CPU_KVCACHE_SPACE is at least a GiB, which a
+start fills with zeros."""
 ONE_CONTEXT = 1024 * 2 * 2 * 32 * 4
 """Bytes of the tests' reward model's KV cache: tokens, layers, key and value, head size, float32."""
 
@@ -58,6 +61,7 @@ def _start(runner: str, multiprocess: bool, kernels: str, kwargs: dict[str, Any]
     from vllm import LLM
 
     interpreter.complete()
+    del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # or it would be taken for what is asked here
     if not multiprocess:
         kwargs["distributed_executor_backend"] = "uni"
     _llm = LLM(**kwargs)
@@ -113,14 +117,10 @@ for _runner, _server in SERVERS.items():
 
 
 class Worker:
-    """A fresh process that runs functions, and raises here what they raise there.
+    """A fresh process that runs functions, and raises here what they raise there; it has a runner's vLLM already."""
 
-    ``preloaded``: the runner for which it has vLLM already.
-    """
-
-    def __init__(self, preloaded: str | None = None) -> None:
-        context = Preloaded(preloaded) if preloaded else multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _inherit, (dict(os.environ),))
+    def __init__(self, runner: str) -> None:
+        self._pool = ProcessPoolExecutor(1, Preloaded(runner), _inherit, (dict(os.environ),))
 
     def run(self, function: Callable, *args: Any) -> Any:
         return self._pool.submit(function, *args).result()
@@ -133,8 +133,7 @@ class Engine(Worker):
     """``vllm.LLM`` in a process of its own. ``multiprocess``: its engine core in yet another, as it is served.
 
     ``kernels``: the Triton interpreter takes some milliseconds a row, so most tests use the reference; V2 with Triton's
-    is the plugin as a GPU runs it. Not ``preloaded``: it imports vLLM, and writes to this process's output. ``before``
-    is called in the engine's process before there is one.
+    is the plugin as a GPU runs it. ``before`` is called in the engine's process before there is one.
     """
 
     def __init__(
@@ -144,14 +143,14 @@ class Engine(Worker):
         *,
         multiprocess: bool = False,
         kernels: str = "reference",
-        preloaded: bool = True,
         before: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(runner if preloaded else None)
+        super().__init__(runner)
         if before is not None:
             self.run(before)
         settings = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "seed": 0}
+        settings["kv_cache_memory_bytes"] = KV_CACHE
         try:
             self.run(_start, runner, multiprocess, kernels, settings | kwargs)
         except BaseException:

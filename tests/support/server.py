@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine import OFFLINE, Preloaded, fork_processes, set_environment
+from tests.support.engine import KV_CACHE, OFFLINE, Preloaded, fork_processes, set_environment
 
 
 def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, timeout: float) -> None:
@@ -41,6 +41,7 @@ def serve(
         os.chdir(folder)
     os.environ.update(environment)
     set_environment(runner, multiprocess=True)
+    del os.environ["VLLM_CPU_KVCACHE_SPACE"]
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     with log.open("w") as file:
         for stream in (1, 2):
@@ -79,6 +80,7 @@ class Process:
         **environment: str,
     ) -> None:
         arguments = [str(model), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--seed", "0"]
+        arguments += ["--kv-cache-memory-bytes", str(KV_CACHE)]
         self.log = log
         context = Preloaded(runner) if preloaded else multiprocessing.get_context("spawn")
         environment = dict(os.environ) | OFFLINE | environment

@@ -162,20 +162,26 @@ def test_the_adapter_in_the_repository_says_how_it_was_made():
     assert record["rounds"][-1]["metrics"]["backbone"]["accuracy"] > 0.7
 
 
+def bench_of(models, work: Path) -> language.Bench:
+    """Of users with one wish those who want less of a measure: half of them."""
+    bench = language.Bench(models, smollm.build_untrained(), work, language.SMALL)
+    bench.cells = [cell for cell in bench.cells if cell.group == "two" or DIRECTIONS[cell.values[0]][1] < 0]
+    return bench
+
+
 def test_the_language_table(models, tmp_path):
-    untrained = smollm.build_untrained()
-    bench = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
+    bench = bench_of(models, tmp_path / "work")
     found = language.bench_answers(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
     methods = ["base", "prompting", "PAD, beta 1.5", "PAD against the base, beta 1", "prompting and PAD"]
     methods += ["PAD untrained, beta 2.5", "PAD untrained, from the opposite, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
-    assert len(found["prompting"]) == len(found["PAD, beta 1.5"]) == 18
-    # Of eighteen short answers figures say little: that each method answers in its own way, and is measured.
+    assert len(found["prompting"]) == len(found["PAD, beta 1.5"]) == 12
+    # Of twelve short answers figures say little: that each method answers in its own way, and is measured.
     texts = {method: [record["text"] for record in records] for method, records in found.items()}
     for method in ("PAD, beta 1.5", "PAD untrained, beta 2.5"):
-        assert len(set(texts[method])) > 12
-        assert sum(a != b for a, b in zip(texts[method], texts["prompting"], strict=True)) > 12
+        assert len(set(texts[method])) > 8
+        assert sum(a != b for a, b in zip(texts[method], texts["prompting"], strict=True)) > 8
     assert set(texts["best of 2"]).isdisjoint(texts["base"])
     for row in rows[1:]:
         assert 0 <= row["satisfied"].mean <= 1
@@ -185,5 +191,4 @@ def test_the_language_table(models, tmp_path):
     assert "PAD, beta 1.5 moves" in text
     assert text.count("| PAD, beta 1.5 |") == 3  # one wish, two, and each two by themselves
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
-    again = language.Bench(models, untrained, tmp_path / "work", language.SMALL)
-    assert language.bench_answers(again) == found  # nothing is made twice
+    assert language.bench_answers(bench_of(models, tmp_path / "work")) == found  # nothing is made twice

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.alignment import own_record
 from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.synthetic import models, world
+from pad_vllm.training.fit import FittedWeights
 from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 from tests.support.engine import Worker
 
@@ -34,17 +36,23 @@ def reward(cache) -> str:
     return str(models.build(cache).reward)
 
 
-def fitted(reward: str, wanted: Mapping[str, str], folder, seed: int = 0):
-    """Sliders of a user who made 30 comparisons, and said nothing."""
-    rng = random.Random(seed)
-    own = models.write_records(folder / "own.jsonl", [own_record(wanted, rng) for _ in range(30)])
-    (folder / "attributes.yaml").write_text("".join(f"- {text}\n" for text in ATTRIBUTES.values()))
-    return fit_sliders(reward, own, folder / "attributes.yaml")
+@pytest.fixture(scope="module")
+def fitted(reward, tmp_path_factory) -> Callable[[int], FittedWeights]:
+    """Sliders of one of the users, who made 30 comparisons, and said nothing. Once for all tests."""
+
+    @functools.cache
+    def fit(user: int) -> FittedWeights:
+        folder, rng = tmp_path_factory.mktemp("user"), random.Random(0)
+        own = models.write_records(folder / "own.jsonl", [own_record(USERS[user], rng) for _ in range(30)])
+        (folder / "attributes.yaml").write_text("".join(f"- {text}\n" for text in ATTRIBUTES.values()))
+        return fit_sliders(reward, own, folder / "attributes.yaml")
+
+    return fit
 
 
-@pytest.mark.parametrize("wanted", USERS, ids=lambda wanted: "+".join(wanted.values()))
-def test_the_largest_sliders_are_what_the_user_wants(wanted, reward, tmp_path):
-    found = fitted(reward, wanted, tmp_path)
+@pytest.mark.parametrize("user", range(len(USERS)), ids=lambda user: "+".join(USERS[user].values()))
+def test_the_largest_sliders_are_what_the_user_wants(user, fitted):
+    wanted, found = USERS[user], fitted(user)
     assert found.num_comparisons == 30
     assert found.held_out_accuracy >= 0.9
     sliders = sliders_of(found)
@@ -83,10 +91,10 @@ def satisfaction(
     return found
 
 
-def test_served_they_satisfy_nearly_as_the_users_own_words_do(cache, reward, tmp_path_factory):
+def test_served_they_satisfy_nearly_as_the_users_own_words_do(cache, fitted):
     arguments: list[tuple[Mapping[str, str], Mapping[str, Any] | None]] = []
     for i, wanted in enumerate(USERS[1:]):
-        persona = persona_of(sliders_of(fitted(reward, wanted, tmp_path_factory.mktemp("user"))))
+        persona = persona_of(sliders_of(fitted(i + 1)))
         words = {"pad_preference": world.preference(wanted, random.Random(i)), "pad_reference": "neutral"}
         arguments += [(wanted, None), (wanted, words), (wanted, persona)]
     worker = Worker("v1")

@@ -27,7 +27,7 @@ from pad_vllm.training.data import encode, read_comparisons
 from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
-from tests.support.command import run_command
+from tests.support.command import run_command, run_python
 from tests.support.engine import PLUGIN, Engine
 from tests.support.models import make_model
 from tests.support.tokenizers import CHATML, make
@@ -314,11 +314,12 @@ def test_a_full_disk_is_a_line_and_loses_nothing(when, base, pairs, undisturbed,
         "else: limit()\n"
         "cli.main(sys.argv[1:])\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-    last = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
-    assert found.returncode == 1
-    assert len(last) == 1, found.stderr[-3000:]
-    assert "Traceback" not in found.stderr
+    script = tmp_path.with_suffix(".py")
+    script.write_text(code)
+    printed = run_python([script, *command], status=1)
+    last = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1, printed[-3000:]
+    assert "Traceback" not in printed
     work = tmp_path / "reward.unfinished"
     assert " cannot be written: " in last[0]
     assert f"{work} keeps what was trained" in last[0]
