@@ -33,8 +33,8 @@ from .language_report import Unguided
 from .record import hardware
 
 OURS, REAL = "ours", "real"
-SHORT = 0.5
-"""What a wish for less scores, at most, where the unguided answers have none already: it cannot be less than that."""
+FLOORED = ("lists", "person", "emphasis")
+"""Measures of which most answers have none: a wish for less is met by them already, and can be a tie at best."""
 _Records = Sequence[Mapping[str, Any]]
 
 
@@ -62,8 +62,8 @@ def answer_everything(bench: Bench, methods: Iterable[Guided]) -> dict[str, _Rec
 
 
 def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str, Any]]:
-    """A row for each group and method: ``satisfied`` as in the language table, by value too; ``best``: the most that
-    there could be."""
+    """A row for each group and method: ``satisfied`` as in the language table, by value too; of the
+    unguided answers what room they leave."""
     unguided = Unguided(bench, found[BASE.name])
     rows = []
     for group in dict.fromkeys(cell.group for cell in bench.cells):
@@ -74,14 +74,24 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
                 "loops": bootstrap([float(loops(r["text"])) for _, r in own], prompts),
                 "nll": bootstrap([r["nll"] for _, r in own], prompts),
             }
+            if name == BASE.name:
+                cut = [r["num_tokens"] == bench.sizes.max_tokens for _, r in own]
+                row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(set(prompts), unguided)}
             rows.append(row if name == BASE.name else row | _wishes(own, unguided))
     return rows
+
+
+def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
+    """Wish -> share of prompts whose unguided answers have nothing already of what it wants less of."""
+    return {
+        DIMENSIONS[name].less: statistics.mean(unguided.median[prompt][name] == 0 for prompt in prompts)
+        for name in FLOORED
+    }
 
 
 def _wishes(own: Sequence[tuple[Cell, Mapping[str, Any]]], unguided: Unguided) -> dict[str, Any]:
     satisfied: dict[str, list[tuple[float, str]]] = {value: [] for value in DIRECTIONS}
     moved: dict[str, list[tuple[float, str]]] = {value: [] for value in DIRECTIONS}
-    best = []
     for cell, record in own:
         (value,) = cell.values
         name, sign = DIRECTIONS[value]
@@ -89,12 +99,9 @@ def _wishes(own: Sequence[tuple[Cell, Mapping[str, Any]]], unguided: Unguided) -
         beyond = sign * (has - median)
         satisfied[value].append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
         moved[value].append((sign * (has - unguided.mean[cell.prompt][name]), cell.prompt))
-        at_the_floor = sign < 0 and name in ("lists", "person", "emphasis") and median == 0
-        best.append(SHORT if at_the_floor else 1.0)
     everything = [one for ones in satisfied.values() for one in ones]
     return {
         "satisfied": _estimate(everything),
-        "best": statistics.mean(best),
         "by_value": {
             value: {"satisfied": _estimate(satisfied[value]), "moved": _estimate(moved[value])} for value in DIRECTIONS
         },
@@ -106,15 +113,26 @@ def _estimate(ones: Sequence[tuple[float, str]]) -> Estimate:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
-    lines = ["| | satisfied | of at most | loops | NLL / token |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| | satisfied | loops | NLL / token |", "| --- | ---: | ---: | ---: |"]
     for row in (row for row in rows if row["group"] == group):
-        said, best = "", ""
+        said = ""
         if "satisfied" in row:
             mean, low, high = (100 * value for value in row["satisfied"])
-            said, best = f"{mean:.0f}% ({low:.0f} to {high:.0f})", f"{100 * row['best']:.0f}%"
-        rate, nll = row["loops"][0], row["nll"][0]
-        lines.append(f"| {row['method']} | {said} | {best} | {100 * rate:.0f}% | {nll:.2f} |")
+            said = f"{mean:.0f}% ({low:.0f} to {high:.0f})"
+        lines.append(f"| {row['method']} | {said} | {100 * row['loops'][0]:.0f}% | {row['nll'][0]:.2f} |")
     return "\n".join(lines)
+
+
+def what_there_can_be(base: Mapping[str, Any]) -> str:
+    """Of a group's unguided answers: which wishes they leave no room for."""
+    floors = base["at_the_floor"]
+    most = 1 - 0.5 * sum(floors.values()) / len(DIRECTIONS)
+    said = ", ".join(f"{value} at {100 * share:.0f}%" for value, share in floors.items())
+    return (
+        f"Unguided answers meet some wishes already, and then a tie, which counts half, is the best there can be: "
+        f"{said} of prompts. So at most {100 * most:.0f}% can be satisfied. {100 * base['cut']:.0f}% of unguided "
+        "answers have every token that the table allows; there, more words can only be shorter ones."
+    )
 
 
 def value_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
@@ -139,20 +157,22 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], beta: fl
         "# Reward models beside each other",
         f"SmolLM2-135M-Instruct guided at beta {beta:g} by each, for one wish; on {record['hardware']}, "
         f"{record['date']}, by `python -m benchmarks.language_adapters`. Prompts, questions and wordings are held out "
-        "from training. `satisfied`: beyond the median of the unguided answers to the prompt; a tie is half. `of at "
-        "most`: a wish for less of what the unguided answers have none of already is a tie at best.",
+        "from training. `satisfied`: beyond the median of the unguided answers to the prompt; a tie is half.",
         f"By wish: satisfied; by how much its measure moved in the direction asked ({units}). Intervals are 95%, over "
         "prompts.",
     ]
     for group, title in ((OURS, "Prompts of ours"), (REAL, "Real questions")):
-        if any(row["group"] == group for row in rows):
-            text += [f"## {title}", summary_table(rows, group), value_table(rows, group)]
+        own = [row for row in rows if row["group"] == group]
+        if own:
+            text += [f"## {title}", what_there_can_be(own[0]), summary_table(rows, group)]
+        if len(own) > 1:
+            text.append(value_table(rows, group))
     (output / "language-adapters.md").write_text("\n\n".join(text) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reward_models", nargs="+", metavar="NAME=FOLDER", help="'demo' alone: the demo's")
+    parser.add_argument("reward_models", nargs="*", metavar="NAME=FOLDER", help="'demo' alone: the demo's")
     parser.add_argument("--prompts", type=int, default=10, help="of ours, and as many real questions")
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
