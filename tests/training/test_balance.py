@@ -101,4 +101,7 @@ def test_a_round_from_nothing(models, tmp_path, monkeypatch):
     assert balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE) == learned
     made = balance.record_of(tmp_path, balance.TINY_BALANCE)
     assert made["sizes"]["num_questions"] == 2
-    assert 0 <= made["metrics"]["backbone"]["accuracy"] <= 1
+    before, after = (made["strengths"][when] for when in ("before", "after"))
+    assert before.keys() == after.keys() <= DIRECTIONS.keys()
+    assert before != after
+    assert not (tmp_path / "before").exists()
