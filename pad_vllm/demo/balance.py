@@ -62,6 +62,7 @@ class Balance:
         max_answer: tokens of an answer that are measured and learned from, the first ones.
         margin: by how many standard deviations of the answers' measure two of a comparison differ.
         num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
+        num_comparisons, num_test_comparisons: at most.
         num_looping: in which one answer goes in circles.
         first_prompt: of ours, the first one.
     """
@@ -78,8 +79,10 @@ class Balance:
     max_answer: int = 80
     margin: float = 0.7
     num_each: int = 72
+    num_comparisons: int = 456
+    num_test_comparisons: int = 36
     num_looping: int = 24
-    save_steps: int = 10
+    save_steps: int = 15
     first_prompt: int = 288
     seed: int = 0
     stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
@@ -91,6 +94,8 @@ TINY_BALANCE = Balance(
     max_answer=16,
     margin=0.2,
     num_each=2,
+    num_comparisons=4,
+    num_test_comparisons=4,
     num_looping=1,
     stage=Stage(lr=5e-4, batch_size=2),
 )
@@ -121,7 +126,8 @@ def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance) -> None
     files = {}
     for name, held_out in (("train", False), ("test", True)):
         own = [answer for answer in answers if (answer["prompt"] in test) == held_out]
-        records = compare_with_plain(own, tokenizer, sizes, held_out)
+        num = sizes.num_test_comparisons if held_out else sizes.num_comparisons
+        records = compare_with_plain(own, tokenizer, sizes, held_out)[:num]
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
         files[name] = write_records(folder / f"{name}.jsonl", records)
     before = folder / "before"
