@@ -67,19 +67,19 @@ class Balance:
         first_prompt: of ours, the first one.
     """
 
-    num_prompts: int = 26
-    num_questions: int = 26
-    num_test: int = 3
+    num_prompts: int = 13
+    num_questions: int = 13
+    num_test: int = 2
     prompts_per_part: int = 26
     plain: int = 3
     always: tuple[str, ...] = ("grade",)
     others: int = 2
     max_tokens: int = 96
     temperature: float = 0.7
-    max_answer: int = 80
+    max_answer: int = 64
     margin: float = 0.7
     num_each: int = 72
-    num_comparisons: int = 456
+    num_comparisons: int = 384
     num_test_comparisons: int = 36
     num_looping: int = 24
     save_steps: int = 15
