@@ -51,7 +51,7 @@ def compile_and_look(cache: str) -> tuple[int, int, list[str]]:
 
 
 def test_launches_find_their_kernels_compiled(tmp_path: Path):
-    worker = Worker()
+    worker = Worker("v1")
     try:
         num, again, missing = worker.run(compile_and_look, str(tmp_path))
     finally:
