@@ -19,6 +19,7 @@ from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
 from .language_bench import Bench
 from .language_methods import all_of
+from .language_task import refuses, share_taken_up
 from .record import hardware
 
 NUM_SCORED = 96
@@ -56,6 +57,7 @@ def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> l
             own = [r for r in records if bench.cells[r["cell"]].group == group]
             rows.append(
                 {"method": method.name, "group": group, "seconds_over_base": _mean(own, "seconds") / base_seconds}
+                | {"is_by_vllm": method.is_by_vllm}
                 | _moves(bench, own, unguided)
                 | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own])
                 | {"nll": statistics.mean(nll[r["cell"]] for r in own if r["cell"] in nll)}
@@ -99,7 +101,12 @@ def _estimate(values: Moves) -> Estimate:
 
 def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
     texts, prompts = zip(*answers, strict=True)
-    return {"loops": bootstrap([float(loops(text)) for text in texts], prompts), "distinct_2": distinct(texts, 2)}
+    return {
+        "loops": bootstrap([float(loops(text)) for text in texts], prompts),
+        "distinct_2": distinct(texts, 2),
+        "taken_up": bootstrap([share_taken_up(prompt, text) for text, prompt in answers], prompts),
+        "refuses": bootstrap([float(refuses(text)) for text in texts], prompts),
+    }
 
 
 def _likelihoods(bench: Bench, method: Method, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -155,18 +162,23 @@ def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     own = [row for row in rows if row["group"] == group]
     names = list(DIMENSIONS)
     lines = [
-        f"| | satisfied | {' | '.join(names)} | loops | NLL / token | distinct-2 | time / base |",
-        "| --- |" + " ---: |" * (len(names) + 5),
+        f"| | satisfied | {' | '.join(names)} | loops | NLL / token | distinct-2 | taken up | refuses | time / base |",
+        "| --- |" + " ---: |" * (len(names) + 7),
     ]
     for row in own:
         moved = [_say(row["moved"][name]) if name in row["moved"] else "" for name in names]
-        mean, low, high = (100 * value for value in row["satisfied"])
+        time = f"{row['seconds_over_base']:.1f}{'' if row['is_by_vllm'] else ' (transformers)'}"
         lines.append(
-            f"| {row['method']} | {mean:.0f}% ({low:.0f} to {high:.0f}) | {' | '.join(moved)} | "
-            f"{100 * row['loops'][0]:.0f}% | {row['nll']:.2f} | {row['distinct_2']:.2f} | "
-            f"{row['seconds_over_base']:.1f} |"
+            f"| {row['method']} | {_percent(row['satisfied'])} | {' | '.join(moved)} | {_percent(row['loops'])} | "
+            f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {_percent(row['taken_up'])} | {_percent(row['refuses'])} | "
+            f"{time} |"
         )
     return "\n".join(lines)
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in estimate)
+    return f"{mean:.0f}% ({low:.0f} to {high:.0f})"
 
 
 def combination_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -186,9 +198,21 @@ def _say(estimate: Sequence[float]) -> str:
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions"}
-MADE_BY = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
+MODELS = {
+    "language": "SmolLM2-135M-Instruct",
+    "language-gemma": "Gemma 3 270M, which follows no instructions",
+    "language-rivals": "SmolLM2-135M-Instruct",
+}
+MADE_BY = {
+    "language": "`make alignment`",
+    "language-gemma": "`python -m benchmarks.language --gemma`",
+    "language-rivals": "`python -m benchmarks.language --rivals`",
+}
 """What wrote a table, by its name."""
+CONTEXT_STEERING = (
+    "[context steering](https://arxiv.org/abs/2405.01768) of lambda = beta - 1 over the base's 40 likeliest tokens: "
+    "the base's logits with the preference, and lambda times what the preference changed"
+)
 TITLES = {"one": "One wish", "two": "Two wishes"}
 
 
@@ -208,19 +232,28 @@ def write(
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
         f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {MADE_BY[name]}. `PAD`: by the demo's "
         "reward model, trained on SmolLM2's answers, held against what it says without the preference; `against the "
-        "base`: held against the base model; `untrained`: by SmolLM2 itself; `from the opposite`: more of the wish, "
-        "less of its opposite. Prompts, wordings and the combinations of two wishes are held out from training.",
+        "base`: held against the base model; `untrained`: by SmolLM2 itself"
+        + ("" if name == "language-gemma" else f", which is {CONTEXT_STEERING}")
+        + "; `from the opposite`: more of the wish, less of its opposite. Prompts, wordings and the combinations of "
+        "two wishes are held out from training.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
-        f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
-        f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
-        f"{base['distinct_2']:.2f}, {base['num_answers']} answers.",
+        f"to its prompt ({units}). `satisfied`: beyond the median of these. `taken up`: of a question's content words "
+        "those that its answer has; `refuses`: begins by saying that it gives no answer. Grammar, and the distance of "
+        "an answer's meaning from its question's, are not measured. Intervals are 95%, over prompts.",
+        f"Unguided: {_percent(base['loops'])} of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
+        f"{base['distinct_2']:.2f}, {_percent(base['taken_up'])} taken up, {_percent(base['refuses'])} refuse; "
+        f"{base['num_answers']} answers to {len({cell.prompt for cell in bench.cells})} prompts.",
         "\n".join(f"- {line}" for line in verdicts(rows, methods)),
     ]
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", group_table(rows, group)]
-    text += ["Each two wishes by themselves:", combination_table(rows)]
-    text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
+    if any(row["group"] == "two" for row in rows):
+        text += ["Each two wishes by themselves:", combination_table(rows)]
+    if scored := [method.name for method in methods if not method.reads_the_prompt]:
+        text.append(f"{', '.join(scored)}: the likelihood is that of at most {NUM_SCORED} answers.")
+    if any(not method.is_by_vllm for method in methods):
+        text.append("`transformers`: answered there, in batches; its time against that of the base in vLLM.")
     if parts := [one.method.name for one in asked if one.method.is_personal and is_a_part(bench, one)]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
