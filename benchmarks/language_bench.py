@@ -86,8 +86,7 @@ GEMMA: dict[str, Any] = {
 }
 """What is not done on Gemma: answers that take models or choices of its own, or another end than an end token."""
 FEW_PROMPTS: dict[str, Any] = {
-    "prompts": {"one": 8, "two": 0},
-    "betas": (1.0, 2.0),
+    "prompts": {"one": 4, "two": 0},
     "choice_prompts": 12,
     "fitted": ("brief", "upbeat"),
     "choices": (5, 10, 20),
@@ -97,7 +96,7 @@ FEW_PROMPTS: dict[str, Any] = {
     "together": 1,
     "part": 96,
 }
-"""Every method on a part of the prompts, which two cores answer in float32 in an evening."""
+"""Every method on a few prompts, for cores that have other work, too."""
 SMALL = Sizes(
     {"one": 1, "two": 1},
     base_answers=1,
