@@ -42,5 +42,5 @@ def test_faults_are_counted_by_kind_and_kept(folder):
 
 def test_a_checker_that_is_not_there_is_named(folder):
     shutil.rmtree(folder / "dist")
-    with pytest.raises(ValueError, match=r"--harper=.*Cannot find module"):
+    with pytest.raises(ValueError, match=r"(?s)--harper=.*Cannot find module"):
         Harper(folder, folder / "kept.json").faults_per_hundred_words(["one"])
