@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from pad_vllm.training.trainer import pad_examples
 
 
 @dataclass(frozen=True)
-class InTransformersMethod(Method):
-    """What transformers answers."""
+class ByTransformers(Method):
+    """What the base model answers in transformers."""
 
     @property
     def is_by_vllm(self) -> bool:
@@ -32,12 +33,13 @@ class InTransformersMethod(Method):
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
         return [Plan(InTransformers(models.base), [self.request(models, cell) for cell in cells])]
 
+    @abstractmethod
     def request(self, models: Models, cell: Cell) -> Request:
-        raise NotImplementedError
+        """What it asks for a cell."""
 
 
 @dataclass(frozen=True)
-class Steered(InTransformersMethod):
+class Steered(ByTransformers):
     """The base model, with a vector added to what one of its layers hands on.
 
     Attributes:
@@ -51,7 +53,7 @@ class Steered(InTransformersMethod):
 
 
 @dataclass(frozen=True)
-class Judged(InTransformersMethod):
+class Judged(ByTransformers):
     """Persona-judge: drafts under one preference, judged under another, in turn.
 
     Attributes:
