@@ -125,7 +125,7 @@ def _likelihoods(bench: Bench, method: Method, records: Sequence[Mapping[str, An
     """Cell -> negative log-likelihood per token of its answer after the plain prompt, by the unguided base."""
     if method.reads_the_prompt:
         return {record["cell"]: record["nll"] for record in records}
-    file = bench.work / f"nll of {method.name}.json"
+    file = bench.work / f"nll of {method.name}, {len(records)} answers.json"
     if not file.exists():
         from transformers import AutoModelForCausalLM
 
