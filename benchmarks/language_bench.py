@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,8 @@ from pad_vllm.training.data import answer_ids
 from pad_vllm.training.records import write_records
 
 GROUPS = ("one", "two")
+PROMPTS_PER_PART = 17
+"""Of the prompts whose answers users choose from: answered, and then kept."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,43 @@ class Sizes:
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
         betas: strengths of guidance by the trained reward model, with the reference that its folder names.
-        untrained_betas: and by SmolLM2 itself.
+        untrained_betas: and by SmolLM2 itself; one of them is ``opposite_beta``, also from the opposite of a wish.
         base_betas: and by the trained one against the base model (``reference: base``).
-        fitted: values of users to whom sliders are fitted.
+        is_judged: whether Persona-judge answers.
+        fitted: values of users to whom sliders are fitted, from each of so many ``choices``.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
+        steering_prompts: training prompts on which a steering vector's layer and strength are chosen, among
+            ``steering_layers`` and ``steering_strengths`` (times the difference of means), by the first
+            ``steering_tokens`` of answers.
         together: methods that an engine answers before their answers are kept.
+        part: most cells that a method answers before its answers are kept. None: all.
     """
 
     prompts: Mapping[str, int]
     base_answers: int = 4
     best_of: int = 8
-    best_of_prompts: int = 4
+    best_of_prompts: int = 80
     betas: tuple[float, ...] = (1.0, 1.5, 2.0)
-    untrained_betas: tuple[float, ...] = (2.5,)
+    untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
+    opposite_beta: float = 2.5
     base_betas: tuple[float, ...] = (1.0,)
+    is_judged: bool = True
     fitted: tuple[str, ...] = ("brief", "emphatic")
-    tuned: tuple[str, ...] = ("brief", "personal")
+    choices: tuple[int, ...] = (5, 10, 20, 40)
+    tuned: tuple[str, ...] = ("brief", "personal", "emphatic", "simple", "upbeat", "list")
     tuned_pairs: int = 96
     choice_prompts: int = 85
+    steering_prompts: int = 4
+    steering_layers: tuple[int, ...] = (10, 15, 20)
+    steering_strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    steering_tokens: int = 64
     max_tokens: int = 128
     temperature: float = 0.7
     top_k: int = 40
     seed: int = 0
     together: int = 2
+    part: int | None = None
 
 
 FULL = Sizes({"one": 80, "two": 16})
@@ -65,11 +79,24 @@ GEMMA: dict[str, Any] = {
     "base_betas": (0.8, 1.0),
     "untrained_betas": (2.5,),
     "best_of_prompts": 0,
+    "is_judged": False,
     "fitted": (),
     "tuned": (),
     "choice_prompts": 0,
 }
-"""What is not done on Gemma: answers that take models or choices of its own."""
+"""What is not done on Gemma: answers that take models or choices of its own, or another end than an end token."""
+FEW_PROMPTS: dict[str, Any] = {
+    "prompts": {"one": 4, "two": 0},
+    "choice_prompts": 12,
+    "fitted": ("brief", "upbeat"),
+    "choices": (5, 10, 20),
+    "tuned_pairs": 20,
+    "steering_prompts": 2,
+    "steering_tokens": 48,
+    "together": 1,
+    "part": 96,
+}
+"""Every method on a few prompts, for cores that have other work, too."""
 SMALL = Sizes(
     {"one": 1, "two": 1},
     base_answers=1,
@@ -77,6 +104,7 @@ SMALL = Sizes(
     best_of_prompts=1,
     betas=(1.5,),
     untrained_betas=(2.5,),
+    is_judged=False,
     fitted=(),
     tuned=(),
     choice_prompts=0,
@@ -113,23 +141,22 @@ class Bench:
     @cached_property
     def choices(self) -> dict[str, list[dict[str, Any]]]:
         """Comparisons that a user of each value made among SmolLM2's answers to training prompts."""
-        base, sizes = self.folders.base, replace(recipe.FULL, num_prompts=self.sizes.choice_prompts)
+        base = self.folders.base
+        sizes = replace(recipe.FULL, num_prompts=self.sizes.choice_prompts, prompts_per_part=PROMPTS_PER_PART)
         records = compare(recipe.sample(self.work, base, base, sizes), self.models.tokenizer, num=10**6, combined=0.0)
         once = {(r["prompt"], r["chosen"], r["rejected"], *r["labels"].items()): r for r in records}.values()
         return {value: [r for r in once if r["labels"] == {name: sign}] for value, (name, sign) in DIRECTIONS.items()}
 
-    @cached_property
-    def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """For what is not kept; gone with this object."""
-        return tempfile.TemporaryDirectory()
-
     def answer(self, asked: Sequence[Asked]) -> None:
-        """Have each method answer what it has not answered yet. A few methods share an engine."""
-        left = [one for one in map(self._left, asked) if one.indices]
+        """Have each method answer what it has not answered yet, part by part. A few methods share an engine."""
+        while left := [one for one in map(self._left, asked) if one.indices]:
+            self._answer([one._replace(indices=one.indices[: self.sizes.part]) for one in left])
+
+    def _answer(self, asked: Sequence[Asked]) -> None:
         found = answers(
             self.models,
             self.cells,
-            left,
+            asked,
             seed=self.sizes.seed,
             together=self.sizes.together,
             temperature=self.sizes.temperature,
@@ -154,7 +181,7 @@ class Bench:
 
     def kept(self, method: Method) -> list[dict[str, Any]]:
         """What a method answered so far, of the cells that there are: records with ``cell``, ``text``, ``num_tokens``,
-        ``nll``, ``seconds``."""
+        ``nll`` (None of what transformers answered), ``seconds``."""
         first: dict[tuple[str, ...], int] = {}
         for i, place in enumerate(self.places(method)):
             first.setdefault(place, i)
@@ -173,7 +200,8 @@ class Bench:
 
     def _keep(self, asked: Asked, found: Answers) -> None:
         """Add answers to what was kept."""
-        seconds, places, nll = found.seconds / len(asked.indices), self.places(asked.method), found.nll or []
+        seconds, places = found.seconds / len(asked.indices), self.places(asked.method)
+        nll: Sequence[float | None] = found.nll or [None] * len(asked.indices)
         records = [
             {"of": places[i], "text": text.strip(), "num_tokens": len(tokens), "nll": value, "seconds": seconds}
             for i, text, tokens, value in zip(asked.indices, found.texts, found.tokens, nll, strict=True)

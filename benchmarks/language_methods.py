@@ -15,13 +15,13 @@ from pad_vllm.demo import recipe, wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
 from pad_vllm.evaluation.harness import Asked, Models, Prompt
 from pad_vllm.evaluation.methods import BASE, BestOf, Examples, Guided, Prompting, Tuned, Weighted
+from pad_vllm.evaluation.rivals import Judged, Steered
 from pad_vllm.training.records import write_records
 
 from .language_bench import Bench, Cell
+from .language_steering import steering_of
 
 NUM_EXAMPLES = 3
-NUM_CHOICES = 30
-"""Comparisons of a user to whom sliders are fitted."""
 BEST_OF_SEED = 10**6
 """Of samples: far from those of the answers that ``base`` gives."""
 
@@ -44,17 +44,19 @@ def at_once(bench: Bench) -> list[Asked]:
         asked.append(Asked(Guided(f"PAD, beta {beta:g}", float(beta)), everyone))
     for beta in sizes.base_betas:
         asked.append(Asked(Guided(f"PAD against the base, beta {beta:g}", float(beta), against_the_base), everyone))
-    if sizes.base_betas:  # a neutral reference would read the preference too, in the base's prompt
-        beta = float(sizes.base_betas[0])
-        asked.append(Asked(Guided("prompting and PAD", beta, against_the_base, prompting=prompted), everyone))
+    if sizes.base_betas:
+        asked.append(Asked(with_guidance(bench, "prompting and PAD", prompted), everyone))
     untrained = str(bench.untrained)
     for beta in sizes.untrained_betas:
         asked.append(Asked(Guided(f"PAD untrained, beta {beta:g}", float(beta), reward_model=untrained), everyone))
-        name = f"PAD untrained, from the opposite, beta {beta:g}"
-        asked.append(Asked(Guided(name, float(beta), from_the_opposite(bench), untrained), singles))
+        if beta == sizes.opposite_beta:
+            name = f"PAD untrained, from the opposite, beta {beta:g}"
+            asked.append(Asked(Guided(name, float(beta), from_the_opposite(bench), untrained), singles))
     prompts = list(dict.fromkeys(cells[i].prompt for i in singles))[: sizes.best_of_prompts]
     best_of = BestOf(f"best of {sizes.best_of}", sizes.best_of, shared=True, seed=BEST_OF_SEED)
-    asked.append(Asked(best_of, [i for i in singles if cells[i].prompt in prompts]))
+    asked.append(Asked(best_of, [i for i in everyone if cells[i].prompt in prompts]))
+    if sizes.is_judged:
+        asked.append(Asked(Judged("Persona-judge", prompted, two_preferences(bench)), everyone))
     return asked
 
 
@@ -69,8 +71,14 @@ def after_work(bench: Bench) -> list[Asked]:
     if sizes.choice_prompts:
         examples = Examples("prompting with examples", prompting(bench), examples_of(bench))
         asked.append(Asked(examples, singles))
+        if sizes.base_betas:
+            asked.append(Asked(with_guidance(bench, "prompting with examples and PAD", examples), singles))
+        if sizes.steering_prompts:
+            asked.append(Asked(Steered("steering vector", steering_of(bench)), singles))
     for value in sizes.fitted:
-        asked.append(Asked(Weighted(f"sliders of {value}", for_all(fit_user, bench, value)), users(value)))
+        for num in sizes.choices:
+            sliders = Weighted(f"sliders of {value}, {num} choices", for_all(fit_user, bench, value, num))
+            asked.append(Asked(sliders, users(value)))
     for value in sizes.tuned:
         asked.append(Asked(Tuned(f"DPO for {value}", for_all(tune_user, bench, value)), users(value)))
     return asked
@@ -90,6 +98,11 @@ def prompting(bench: Bench) -> Prompting:
     return Prompting("prompting", read)
 
 
+def with_guidance(bench: Bench, name: str, prompting: Prompting | Examples) -> Guided:
+    """Against the base: a neutral reference would read the preference too, in the base's prompt."""
+    return Guided(name, float(bench.sizes.base_betas[0]), against_the_base, prompting=prompting)
+
+
 def against_the_base(cell: Cell) -> dict[str, Any]:
     return {"pad_reference": "base"}
 
@@ -105,6 +118,20 @@ def from_the_opposite(bench: Bench) -> Callable[[Cell], dict[str, Any]]:
     return arguments
 
 
+def two_preferences(bench: Bench) -> Callable[[Cell], tuple[str, str]]:
+    """Of Persona-judge: a user's two wishes, or one in two wordings, as its authors ask for a single dimension."""
+
+    def preferences(cell: Cell) -> tuple[str, str]:
+        rng = random.Random(f"{bench.sizes.seed} {cell.preference} {cell.prompt}")
+        if len(cell.values) == 2:
+            one, other = (wishes.preference([value], rng, held_out=True) for value in cell.values)
+            return one, other
+        others = [text for text in wishes.wordings(cell.values[0], held_out=True) if text != cell.preference]
+        return cell.preference, rng.choice(others)
+
+    return preferences
+
+
 def examples_of(bench: Bench) -> Callable[[Cell], Sequence[Mapping[str, Any]]]:
     """Three of the user's own choices."""
 
@@ -115,50 +142,63 @@ def examples_of(bench: Bench) -> Callable[[Cell], Sequence[Mapping[str, Any]]]:
     return examples
 
 
-def for_all(make: Callable[[Bench, str], Any], bench: Bench, value: str) -> Callable[[Cell], Any]:
+def for_all(make: Callable[..., Any], bench: Bench, *what: Any) -> Callable[[Cell], Any]:
     """What is made once, when the first of a user's cells asks for it."""
 
     @cache
     def made() -> Any:
-        return make(bench, value)
+        return make(bench, *what)
 
     return lambda cell: made()
 
 
-def fit_user(bench: Bench, value: str) -> dict[str, Any]:
+def fit_user(bench: Bench, value: str, num_choices: int) -> dict[str, Any]:
     """Arguments of a user's requests, from comparisons in which the user never said what was wanted."""
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
-    # One text for each end of three dimensions, the user's among them.
-    names = list(dict.fromkeys([DIRECTIONS[value][0], *DIMENSIONS]))[:3]
-    texts = [wishes.wordings(end)[0] for name in names for end in (DIMENSIONS[name].less, DIMENSIONS[name].more)]
-    with tempfile.TemporaryDirectory() as folder:
-        attributes = Path(folder, "attributes.json")
-        attributes.write_text(json.dumps(texts))
-        data = write_records(Path(folder, "choices.jsonl"), bench.choices[value][:NUM_CHOICES])
-        fitted = fit_sliders(str(bench.folders.reward), data, attributes)
-    print(f"sliders of {value}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
-    return persona_of(sliders_of(fitted)) | {"pad_beta": bench.sizes.betas[len(bench.sizes.betas) // 2]}
+    file = bench.work / f"sliders of {value} from {num_choices}.json"
+    if not file.exists():
+        # One text for each end of three dimensions, the user's among them.
+        names = list(dict.fromkeys([DIRECTIONS[value][0], *DIMENSIONS]))[:3]
+        texts = [wishes.wordings(end)[0] for name in names for end in (DIMENSIONS[name].less, DIMENSIONS[name].more)]
+        with tempfile.TemporaryDirectory() as folder:
+            attributes = Path(folder, "attributes.json")
+            attributes.write_text(json.dumps(texts))
+            data = write_records(Path(folder, "choices.jsonl"), _first(bench.choices[value], num_choices))
+            fitted = fit_sliders(str(bench.folders.reward), data, attributes)
+        print(f"{file.stem}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
+        file.write_text(json.dumps(sliders_of(fitted)))
+    beta = bench.sizes.betas[len(bench.sizes.betas) // 2]
+    return persona_of(json.loads(file.read_text())) | {"pad_beta": beta}
+
+
+def _first(choices: Sequence[Mapping[str, Any]], num: int) -> Sequence[Mapping[str, Any]]:
+    if len(choices) < num:
+        raise ValueError(f"choices: {num} are asked for, and there are {len(choices)}; take more choice_prompts")
+    return choices[:num]
 
 
 def tune_user(bench: Bench, value: str) -> str:
-    """A model for one user, by DPO: the PAD objective without a preference to read."""
+    """A model for one user, by DPO: the PAD objective without a preference to read. Its folder, of a LoRA, is kept."""
     from pad_vllm.training.train import TrainingConfig, train
 
-    target = Path(bench.scratch.name, value)
-    records = [{**r, "preference": None, "labels": {}} for r in bench.choices[value][: bench.sizes.tuned_pairs]]
-    data = write_records(target.with_name("choices.jsonl"), records)
-    stage = replace(recipe.FULL.rounds[0].stage, epochs=2.0, opposites=False)
-    config = TrainingConfig(
-        str(data),
-        str(bench.folders.base),
-        str(target),
-        stages=("backbone",),
-        lora_rank=recipe.FULL.lora_rank,
-        save_steps=10**6,
-        max_answer=recipe.FULL.max_answer,
-        backbone=stage,
-        trainer=recipe.TRAINER,
-    )
-    train(config)
+    target = bench.work / f"DPO for {value}"
+    if not target.exists():
+        choices = _first(bench.choices[value], bench.sizes.tuned_pairs)
+        data = write_records(
+            bench.work / f"choices of {value}.jsonl", [{**r, "preference": None, "labels": {}} for r in choices]
+        )
+        stage = replace(recipe.FULL.rounds[0].stage, epochs=2.0, opposites=False)
+        config = TrainingConfig(
+            str(data),
+            str(bench.folders.base),
+            str(target),
+            stages=("backbone",),
+            lora_rank=recipe.FULL.lora_rank,
+            save_steps=8,  # a stopped one goes on from there
+            max_answer=recipe.FULL.max_answer,
+            backbone=stage,
+            trainer=recipe.TRAINER,
+        )
+        train(config)
     return str(target)

@@ -20,7 +20,11 @@ from .pictures import INK, MUTED, label_points, new_figure, plain, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MODELS = {"language": "SmolLM2-135M-Instruct", "language-gemma": "Gemma 3 270M, which follows no instructions"}
+MODELS = {
+    "language": "SmolLM2-135M-Instruct",
+    "language-gemma": "Gemma 3 270M, which follows no instructions",
+    "language-rivals": "SmolLM2-135M-Instruct",
+}
 """What a table is about, by its name."""
 
 
@@ -42,7 +46,7 @@ class PointLook(NamedTuple):
 METHOD_LOOKS = [
     PointLook(r"PAD, (beta .*)", r"\1", "guided (PAD), by beta", "#1a7f37", "o", "-"),
     PointLook(r"PAD against the base, (beta .*)", r"\1", "guided, held against the base model", "#1a7f37", "^", ":"),
-    PointLook(r"prompting and PAD", "both", "guided, and the wish in the prompt", "#1a7f37", "s"),
+    PointLook(r"prompting( with examples)? and PAD", r"both\1", "guided, and the wish in the prompt", "#1a7f37", "s"),
     PointLook(
         r"PAD (?:untrained, (?=from))?(untrained|from the opposite), beta .*",
         r"\1",
@@ -50,6 +54,7 @@ METHOD_LOOKS = [
         "#8250df",
         "o",
     ),
+    PointLook(r"Persona-judge|steering vector", r"\g<0>", "others, without training a model", "#9a6700", "D"),
     PointLook(r"prompting.*", r"\g<0>", "the wish in the prompt", "#0969da", "o"),
     PointLook(r"best of .*", r"\g<0>", "best of several answers", MUTED, "o"),
     PointLook(r"sliders of (.*)", r"sliders: \1", "sliders, fitted to one user's choices", "#bc4c00", "D"),
@@ -160,7 +165,7 @@ def main() -> None:
     parser.add_argument(
         "records", nargs="*", type=Path, default=[Path("benchmarks/results", f"{name}.json") for name in MODELS]
     )
-    for path in parser.parse_args().records:
+    for path in filter(Path.exists, parser.parse_args().records):
         plot_language(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
         print(path.with_suffix(".png"))
 

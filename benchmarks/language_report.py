@@ -13,13 +13,15 @@ from typing import Any
 
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.recipe import ENGINE
-from pad_vllm.evaluation.harness import Asked, Method
+from pad_vllm.evaluation.harness import Method
 from pad_vllm.evaluation.methods import BASE, Guided, Prompting
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
 from .language_bench import Bench
+from .language_grammar import Harper
 from .language_methods import all_of
 from .language_plot import MODELS, plot_language
+from .language_task import refuses, share_taken_up
 from .record import hardware
 
 NUM_SCORED = 96
@@ -44,30 +46,41 @@ class Unguided:
         )
 
 
-def figures(bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def figures(
+    bench: Bench,
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    is_loaded: bool = False,
+    grammar: Harper | None = None,
+) -> list[dict[str, Any]]:
     """A row for each method and group: ``moved`` has each measure's mean change in the direction asked, in its unit,
-    over both directions; every estimate is a mean and its 95% interval, by a bootstrap over prompts."""
+    over both directions; every estimate is a mean and its 95% interval, by a bootstrap over prompts.
+
+    Args:
+        is_loaded: whether the machine had other work, and times (``seconds_over_base``) are None.
+        grammar: checks answers, where there is a checker.
+    """
     base = found[BASE.name]
     unguided, base_seconds = Unguided(bench, base), _mean(base, "seconds")
-    rows = [_base_row(bench, base)]
+    rows = [_base_row(bench, base, grammar)]
     for method in (one.method for one in all_of(bench) if one.method.name in found and one.method != BASE):
         records = found[method.name]
         nll = _likelihoods(bench, method, records)
         for group in dict.fromkeys(bench.cells[record["cell"]].group for record in records):
             own = [r for r in records if bench.cells[r["cell"]].group == group]
             rows.append(
-                {"method": method.name, "group": group, "seconds_over_base": _mean(own, "seconds") / base_seconds}
+                {"method": method.name, "group": group, "is_by_vllm": method.is_by_vllm}
+                | {"seconds_over_base": None if is_loaded else _mean(own, "seconds") / base_seconds}
                 | _moves(bench, own, unguided)
-                | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own])
+                | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own], grammar)
                 | {"nll": statistics.mean(nll[r["cell"]] for r in own if r["cell"] in nll)}
             )
     return rows
 
 
-def _base_row(bench: Bench, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _base_row(bench: Bench, records: Sequence[Mapping[str, Any]], grammar: Harper | None) -> dict[str, Any]:
     return (
         {"method": BASE.name, "group": "all", "seconds_over_base": 1.0, "num_answers": len(records)}
-        | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in records])
+        | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in records], grammar)
         | {"nll": _mean(records, "nll")}
     )
 
@@ -98,16 +111,22 @@ def _estimate(values: Moves) -> Estimate:
     return bootstrap([value for value, _ in values], [prompt for _, prompt in values])
 
 
-def _fluency(answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _fluency(answers: Sequence[tuple[str, str]], grammar: Harper | None) -> dict[str, Any]:
     texts, prompts = zip(*answers, strict=True)
-    return {"loops": bootstrap([float(loops(text)) for text in texts], prompts), "distinct_2": distinct(texts, 2)}
+    faults = {} if grammar is None else {"faults": bootstrap(grammar.faults_per_hundred_words(texts), prompts)}
+    return faults | {
+        "loops": bootstrap([float(loops(text)) for text in texts], prompts),
+        "distinct_2": distinct(texts, 2),
+        "taken_up": bootstrap([share_taken_up(prompt, text) for text, prompt in answers], prompts),
+        "refuses": bootstrap([float(refuses(text)) for text in texts], prompts),
+    }
 
 
 def _likelihoods(bench: Bench, method: Method, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Cell -> negative log-likelihood per token of its answer after the plain prompt, by the unguided base."""
     if method.reads_the_prompt:
         return {record["cell"]: record["nll"] for record in records}
-    file = bench.work / f"nll of {method.name}.json"
+    file = bench.work / f"nll of {method.name}, {len(records)} answers.json"
     if not file.exists():
         from transformers import AutoModelForCausalLM
 
@@ -155,19 +174,34 @@ def verdicts(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> li
 def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     own = [row for row in rows if row["group"] == group]
     names = list(DIMENSIONS)
-    lines = [
-        f"| | satisfied | {' | '.join(names)} | loops | NLL / token | distinct-2 | time / base |",
-        "| --- |" + " ---: |" * (len(names) + 5),
+    columns = [
+        "satisfied",
+        *names,
+        "loops",
+        "NLL / token",
+        "distinct-2",
+        "taken up",
+        "refuses",
+        "faults",
+        "time / base",
     ]
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for row in own:
         moved = [_say(row["moved"][name]) if name in row["moved"] else "" for name in names]
-        mean, low, high = (100 * value for value in row["satisfied"])
+        seconds = row["seconds_over_base"]
+        time = "" if seconds is None else f"{seconds:.1f}{'' if row['is_by_vllm'] else ' (transformers)'}"
+        faults = _say(row["faults"]) if "faults" in row else ""
         lines.append(
-            f"| {row['method']} | {mean:.0f}% ({low:.0f} to {high:.0f}) | {' | '.join(moved)} | "
-            f"{100 * row['loops'][0]:.0f}% | {row['nll']:.2f} | {row['distinct_2']:.2f} | "
-            f"{row['seconds_over_base']:.1f} |"
+            f"| {row['method']} | {_percent(row['satisfied'])} | {' | '.join(moved)} | {_percent(row['loops'])} | "
+            f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {_percent(row['taken_up'])} | {_percent(row['refuses'])} | "
+            f"{faults} | {time} |"
         )
     return "\n".join(lines)
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in estimate)
+    return f"{mean:.0f}% ({low:.0f} to {high:.0f})"
 
 
 def combination_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -187,17 +221,29 @@ def _say(estimate: Sequence[float]) -> str:
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-MADE_BY = {"language": "`make alignment`", "language-gemma": "`python -m benchmarks.language --gemma`"}
+MADE_BY = {
+    "language": "`make alignment`",
+    "language-gemma": "`python -m benchmarks.language --gemma`",
+    "language-rivals": "`python -m benchmarks.language --rivals`",
+}
 """What wrote a table, by its name."""
+CONTEXT_STEERING = (
+    "[context steering](https://arxiv.org/abs/2405.01768) of lambda = beta - 1 over the base's 40 likeliest tokens: "
+    "the base's logits with the preference, and lambda times what the preference changed"
+)
 TITLES = {"one": "One wish", "two": "Two wishes"}
 
 
 def write(
-    output: Path, name: str, bench: Bench, found: Mapping[str, Sequence[Mapping[str, Any]]]
+    output: Path,
+    name: str,
+    bench: Bench,
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    is_loaded: bool = False,
+    grammar: Harper | None = None,
 ) -> list[dict[str, Any]]:
-    asked = [one for one in all_of(bench) if one.method.name in found]
-    methods = [one.method for one in asked]
-    rows = figures(bench, found)
+    methods = [one.method for one in all_of(bench) if one.method.name in found]
+    rows = figures(bench, found, is_loaded, grammar)
     base = rows[0]
     output.mkdir(parents=True, exist_ok=True)
     record = {"hardware": hardware(), "date": date.today().isoformat(), "rows": rows}
@@ -208,27 +254,41 @@ def write(
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
         f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {MADE_BY[name]}. `PAD`: by the demo's "
         "reward model, trained on SmolLM2's answers, held against what it says without the preference; `against the "
-        "base`: held against the base model; `untrained`: by SmolLM2 itself; `from the opposite`: more of the wish, "
-        "less of its opposite. Prompts, wordings and the combinations of two wishes are held out from training.",
+        "base`: held against the base model; `untrained`: by SmolLM2 itself"
+        + ("" if name == "language-gemma" else f", which is {CONTEXT_STEERING}")
+        + "; `from the opposite`: more of the wish, less of its opposite. Prompts, wordings and the combinations of "
+        "two wishes are held out from training.",
         "Of each measure: by how much an answer moved in the direction asked, less or more, from the unguided answers "
-        f"to its prompt ({units}). `satisfied`: beyond the median of these. Intervals are 95%, over prompts.",
-        f"Unguided: {100 * base['loops'][0]:.0f}% of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
-        f"{base['distinct_2']:.2f}, {base['num_answers']} answers.",
+        f"to its prompt ({units}). `satisfied`: beyond the median of these. `taken up`: of a question's content words "
+        "those that its answer has; `refuses`: begins by saying that it gives no answer. "
+        + ("" if grammar is None else "`faults`: of grammar in 100 words, those that Harper's rules find. ")
+        + f"{'Grammar and w' if grammar is None else 'W'}hether an answer stays with its question in meaning "
+        f"{'are' if grammar is None else 'is'} not measured. Intervals are 95%, over prompts.",
+        f"Unguided: {_percent(base['loops'])} of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
+        f"{base['distinct_2']:.2f}, {_percent(base['taken_up'])} taken up, {_percent(base['refuses'])} refuse; "
+        f"{base['num_answers']} answers to {len({cell.prompt for cell in bench.cells})} prompts.",
         "\n".join(f"- {line}" for line in verdicts(rows, methods)),
     ]
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", group_table(rows, group)]
-    text += ["Each two wishes by themselves:", combination_table(rows)]
-    text.append(f"What `prompting` and `prompting with examples` wrote has its likelihood from {NUM_SCORED} answers.")
-    if parts := [one.method.name for one in asked if one.method.is_personal and is_a_part(bench, one)]:
+    if any(row["group"] == "two" for row in rows):
+        text += ["Each two wishes by themselves:", combination_table(rows)]
+    if scored := [method.name for method in methods if not method.reads_the_prompt]:
+        text.append(f"{', '.join(scored)}: the likelihood is that of at most {NUM_SCORED} answers.")
+    if is_loaded:
+        text.append("Times are left out: the machine had other work.")
+    if others := [method.name for method in methods if not method.is_by_vllm]:
+        text.append(f"{', '.join(others)}: by transformers, in batches; time against that of the base in vLLM.")
+    if parts := [method.name for method in methods if method.is_personal and is_a_part(bench, found[method.name])]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
     plot_language(rows, output / f"{name}.png")
     return rows
 
 
-def is_a_part(bench: Bench, asked: Asked) -> bool:
-    """Whether a method answers but a part of a group's prompts, or of its users."""
-    own = {bench.cells[i].group for i in asked.indices}
-    return set(asked.indices) != {i for i, cell in enumerate(bench.cells) if cell.group in own}
+def is_a_part(bench: Bench, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a method answered but a part of a group's prompts, or of its users."""
+    answered = {record["cell"] for record in records}
+    groups = {bench.cells[i].group for i in answered}
+    return answered != {i for i, cell in enumerate(bench.cells) if cell.group in groups}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pad_vllm.evaluation.engine import Answers, Request
 from pad_vllm.evaluation.harness import Cell, Engine, Method, Models, Plan, Prompt, in_tokens_of, preference_of, taken
-from pad_vllm.reward.source import Source
+from pad_vllm.reward.source import Source, source_of
 from pad_vllm.training.data import Example
 from pad_vllm.training.loading import load_source
 from pad_vllm.training.trainer import score_answers
@@ -49,9 +49,12 @@ class Prompting(Method):
     def reads_the_prompt(self) -> bool:
         return False
 
+    def ids(self, models: Models, cell: Cell) -> list[int]:
+        """What the base model reads of a cell."""
+        return self.read(models, cell.prompt, preference_of(cell))
+
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
-        requests = [Request(self.read(models, cell.prompt, preference_of(cell))) for cell in cells]
-        return [Plan(Engine(models.base, models.pad), requests)]
+        return [Plan(Engine(models.base, models.pad), [Request(self.ids(models, cell)) for cell in cells])]
 
 
 def in_last_turn(template: str) -> Callable[[Models, Prompt, str], list[int]]:
@@ -82,11 +85,12 @@ class Examples(Method):
     def reads_the_prompt(self) -> bool:
         return False
 
+    def ids(self, models: Models, cell: Cell) -> list[int]:
+        """What the base model reads of a cell."""
+        return self.prompting.read(models, self._conversation(cell), preference_of(cell))
+
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
-        requests = [
-            Request(self.prompting.read(models, self._conversation(cell), preference_of(cell))) for cell in cells
-        ]
-        return [Plan(Engine(models.base, models.pad), requests)]
+        return [Plan(Engine(models.base, models.pad), [Request(self.ids(models, cell)) for cell in cells])]
 
     def _conversation(self, cell: Cell) -> list[Mapping[str, str]]:
         turns: list[Mapping[str, str]] = []
@@ -114,7 +118,7 @@ class Guided(Method):
     beta: float
     arguments: Callable[[Any], Mapping[str, Any]] = nothing
     reward_model: str | None = None
-    prompting: Prompting | None = None
+    prompting: Prompting | Examples | None = None
 
     @property
     def reads_the_prompt(self) -> bool:
@@ -129,7 +133,7 @@ class Guided(Method):
         arguments = {"pad_preference": preference, "pad_beta": self.beta, **self.arguments(cell)}
         if self.prompting is None:
             return Request(models.plain(cell.prompt), arguments)
-        return Request(self.prompting.read(models, cell.prompt, preference), arguments)
+        return Request(self.prompting.ids(models, cell), arguments)
 
 
 @dataclass(frozen=True)
@@ -175,25 +179,28 @@ class BestOf(Method):
 
     def pick(self, models: Models, cells: Sequence[Cell], outputs: Answers) -> Answers:
         prompts = [models.plain(cell.prompt) for cell in cells]
-        reads = [(models.context(cell), prompt) for cell, prompt in zip(cells, prompts, strict=True)]
+        reads = [(models.context(cell), models.reference_context(cell)) for cell in cells]
         return pick_best(models, reads, [range(n * self.n, (n + 1) * self.n) for n in self._lots(prompts)], outputs)
 
 
 def pick_best(
     models: Models, reads: Sequence[tuple[list[int], list[int]]], choices: Sequence[range], samples: Answers
 ) -> Answers:
-    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x).
+    """Of each cell's samples the one of the highest reward, log pi_theta(y | x, p) - log pi_ref(y | x), against the
+    reference that guides (``models.reference``).
 
     Args:
-        reads: of each cell what the reward model reads, and what the base model does.
+        reads: of each cell what the reward model reads, and what the reference does.
         choices: of each cell its samples.
     """
     start = time.perf_counter()
     pairs = [(cell, sample) for cell, own in enumerate(choices) for sample in own]
     rewards = torch.zeros(len(pairs))
-    base = Source(models.base, models.base, None)
-    for key, source, side, sign in (("reward_model", models.source, 0, 1), ("base", base, 1, -1)):
-        answers = in_tokens_of(models.reward_tokenizer if sign == 1 else models.tokenizer, samples, models.tokenizer)
+    reward = ("reward_model", models.source, models.reward_tokenizer)
+    base = ("base", Source(models.base, models.base, None), models.tokenizer)
+    terms = [(1, reward), *{"base": [(-1, base)], "neutral": [(-1, reward)], "none": []}[models.reference]]
+    for side, (sign, (key, source, reads_tokens)) in enumerate(terms):
+        answers = in_tokens_of(reads_tokens, samples, models.tokenizer)
         examples = [Example(reads[cell][side], answers[sample]) for cell, sample in pairs]
         rewards += sign * score_answers(load_scorer(key, source), examples)
     own_rewards = rewards.split([len(own) for own in choices])
@@ -213,9 +220,7 @@ class RewardModel(Method):
         return models.reward_tokenizer
 
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
-        source = models.source
-        engine = Engine(source.model, adapter=source.reward_model if source.is_adapter else None)
-        return [Plan(engine, [Request(models.context(cell)) for cell in cells])]
+        return [Plan(_engine_without_pad(models.source), [Request(models.context(cell)) for cell in cells])]
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ class Tuned(Method):
     """Models of the base's kind, each tuned for its user (DPO).
 
     Attributes:
-        model: path of the one for a cell.
+        model: path of the one for a cell: a model, or an adapter of one.
     """
 
     model: Callable[[Any], str]
@@ -234,7 +239,10 @@ class Tuned(Method):
 
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
         return [
-            Plan(Engine(path), [Request(models.plain(cells[i].prompt)) for i in own])
+            Plan(
+                _engine_without_pad(source_of({"reward_model": path}, None)),
+                [Request(models.plain(cells[i].prompt)) for i in own],
+            )
             for path, own in self._by_model(cells).items()
         ]
 
@@ -247,6 +255,10 @@ class Tuned(Method):
     def pick(self, models: Models, cells: Sequence[Cell], outputs: Answers) -> Answers:
         asked = [i for own in self._by_model(cells).values() for i in own]
         return taken(outputs, sorted(range(len(asked)), key=asked.__getitem__), outputs.seconds)
+
+
+def _engine_without_pad(source: Source) -> Engine:
+    return Engine(source.model, adapter=source.reward_model if source.is_adapter else None)
 
 
 def load_scorer(key: str, source: Source) -> Any:

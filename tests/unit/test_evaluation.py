@@ -50,9 +50,12 @@ def test_win_shares_and_distinct():
     assert distinct([""], 2) == 0
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter", "served"])
-def test_best_of_n_takes_the_answer_of_the_highest_reward(kind, models, tmp_path):
-    """log pi_theta(y | x, p) - log pi_ref(y | x), by forwards written out."""
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [("model", "base"), ("adapter", "base"), ("served", "base"), ("model", "neutral"), ("model", "none")],
+)
+def test_best_of_n_takes_the_answer_of_the_highest_reward(kind, reference, models, tmp_path):
+    """log pi_theta(y | x, p) - log pi_ref(y | x), by forwards written out, against the reference that guides."""
     reward, theta_model = {
         "model": lambda: (str(models.reward), models.reward_model),
         "adapter": lambda: (
@@ -72,11 +75,15 @@ def test_best_of_n_takes_the_answer_of_the_highest_reward(kind, models, tmp_path
     expected = []
     for i, (theta, ref) in enumerate(contexts):
         own = samples[3 * i : 3 * i + 3]
-        rewards = [logprob(theta_model, theta, answer) - logprob(models.base_model, ref, answer) for answer in own]
+        against = {"base": models.base_model, "neutral": theta_model, "none": None}[reference]
+        rewards = [
+            logprob(theta_model, theta, answer) - (logprob(against, ref, answer) if against is not None else 0)
+            for answer in own
+        ]
         expected.append(own[rewards.index(max(rewards))])
     texts = [str(sample) for sample in samples]
     found = pick_best(
-        Models.load(str(models.base), {"reward_model": reward}),
+        Models.load(str(models.base), {"reward_model": reward, "reference": reference}),
         contexts,
         [range(3), range(3, 6)],
         Answers(texts, samples, seconds=1.0),
