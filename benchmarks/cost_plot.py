@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RECORDS = Path("benchmarks/results")
-OURS, DRAFTED, OTHER = "#1a7f37", "#8250df", "#8c959f"
-COLORS = {"pad-vllm": OURS, "pad-vllm, drafts": DRAFTED}
+GUIDED, DRAFTED, OTHER = "#1a7f37", "#8250df", "#8c959f"
+COLORS = {"pad-vllm": GUIDED, "pad-vllm, drafts": DRAFTED}
 BAR_NAMES = {
     "guided": "pad-vllm",
     "transformers loop, cached": "loop over transformers",
