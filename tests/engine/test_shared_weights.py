@@ -231,11 +231,10 @@ def test_weights_that_are_loaded_later_guide_from_then_on(encode, compose, short
             for ids in prompts
         ]
 
-    model = AutoModelForCausalLM.from_pretrained(other)
-    of_base, of_other = expect(models.base_model), expect(model)
-    norm = model.model.norm.weight
+    before, after = (AutoModelForCausalLM.from_pretrained(other) for _ in range(2))
+    norm = after.model.norm.weight
     norm.data *= torch.linspace(0.5, 1.5, len(norm))
-    of_trained = expect(model)
+    of_base, of_other, of_trained = expect(models.base_model), expect(before), expect(after)
     assert of_base != of_other != of_trained
     load_norm = partial(load_into, [("model.norm.weight", norm.data)])
     for load, expected in (
