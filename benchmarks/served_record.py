@@ -81,7 +81,7 @@ class ServedRecord(Record):
             BETWEEN: "time between tokens, ms",
             "tokens_per_s": "tokens / s",
         }
-        figure, axes = pyplot.subplots(1, len(plotted), figsize=(12, 3.5))
+        figure, axes = pyplot.subplots(1, len(plotted), figsize=(12, 3.5), layout="constrained")
         rates = sorted({row["offered_per_s"] for row in rows})
         for axis, (figure_name, label) in zip(axes, plotted.items(), strict=True):
             for configuration in configurations_of(rows):
