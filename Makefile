@@ -161,7 +161,7 @@ site: .tools/installed
 # The wheel is built from the source distribution, which so has all that it takes. The demo's reward model is a wheel of
 # its own; nothing else of it is published.
 release: .tools/installed $(BIN)/installed
-	rm -rf dist build/lib
+	rm -rf dist build/lib *.egg-info/SOURCES.txt  # setuptools would take files from an older list
 	$(TOOLS)/python -m build --no-isolation --outdir dist .
 	$(TOOLS)/python -m build --no-isolation --wheel --outdir dist demo_model
 	$(BIN)/python -m release.contents dist/*
