@@ -26,7 +26,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pad_vllm.loopback import free_port, wait_until_healthy
 
 from .methods import Workload, random_prompts
 from .models import add_model_arguments, make_models
@@ -87,26 +88,17 @@ class VllmServer:
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.port, self.log = free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | OFFLINE | environment
             )
 
     def wait(self) -> None:
-        deadline = time.monotonic() + UP_SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.3)
-        raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-4000:]}")
+        wait_until_healthy(lambda: self.process.poll() is None, self.port, self.log, UP_SECONDS)
 
     def counted(self, name: str) -> float | None:
         """A counter of the plugin's, as ``/metrics`` shows it; None without the plugin."""

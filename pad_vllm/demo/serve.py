@@ -7,12 +7,9 @@ import contextlib
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from pad_vllm.demo.measures import measures_of
 from pad_vllm.demo.show import ENGINE, MAX_TOKENS, TEMPERATURE
 from pad_vllm.demo.smollm import DemoModels, build
 from pad_vllm.demo.users import DEMO_QUESTIONS, USERS
+from pad_vllm.loopback import free_port, wait_until_healthy
 from pad_vllm.playground.server import playground
 
 MODEL = "smollm2"
@@ -89,9 +87,7 @@ def start_server(console: Console, models: DemoModels, config: Path, log: Path) 
     Raises:
         RuntimeError: it did not come up; the end of its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--max-model-len", str(ENGINE["max_model_len"]), "--dtype", "float32", "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
@@ -108,11 +104,7 @@ def start_server(console: Console, models: DemoModels, config: Path, log: Path) 
         )
     try:
         with console.status("Starting the server ..."):
-            deadline = time.monotonic() + START_SECONDS
-            while not _is_healthy(port):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
-                time.sleep(0.3)
+            wait_until_healthy(lambda: server.poll() is None, port, log, START_SECONDS)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
@@ -121,11 +113,3 @@ def start_server(console: Console, models: DemoModels, config: Path, log: Path) 
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False

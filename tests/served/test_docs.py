@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from pad_vllm.loopback import free_port, wait_until_healthy
 from tests.support.command import run_command, run_python
 from tests.support.engine import OFFLINE
 from tests.support.fixtures import HEADS
 from tests.support.models import make_adapter, make_heads, make_model
-from tests.support.server import Server, wait_until_healthy
+from tests.support.server import Server
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -63,11 +64,17 @@ def folder(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "checkout"
     ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
     shutil.copytree(ROOT, folder, ignore=ignore)
-    (folder / "base-model").symlink_to(models.base)
+    base = folder / "base-model"
+    base.mkdir()
+    for file in models.base.iterdir():
+        (base / file.name).symlink_to(file)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    # Clients of the README set no limit, and the model never ends an answer.
+    (base / "generation_config.json").write_text(json.dumps({"max_new_tokens": MAX_TOKENS}))
     reward = make_model(folder / "reward-model", seed=1, max_position_embeddings=4096)
     make_heads(reward / "heads.safetensors", HEADS)
     for seed, name in enumerate(("brief", "formal", "careful", "warm", "terse")):
-        make_adapter(folder / "adapters" / name, folder / "base-model", seed, rank=4, targets=["q_proj", "up_proj"])
+        make_adapter(folder / "adapters" / name, base, seed, rank=4, targets=["q_proj", "up_proj"])
     return folder
 
 
@@ -226,8 +233,7 @@ class TypedServer:
             try:
                 free.bind(("", PORT))
             except OSError:
-                free.bind(("127.0.0.1", 0))
-                self.port = free.getsockname()[1]
+                self.port = free_port()
                 line = f"{line} --port {self.port}"
         where = {"cwd": folder, "env": readers_environment(compiled)}
         with (folder / "log").open("w") as log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pad_vllm.loopback import free_port
 from tests.support.nodes import (
     Node,
     another_server,
@@ -13,7 +14,7 @@ from tests.support.nodes import (
     guided_requests,
     own_address,
 )
-from tests.support.server import Process, Server, free_port
+from tests.support.server import Process, Server
 
 FLAGS = ("--max-model-len", "256", "--return-tokens-as-token-ids")
 

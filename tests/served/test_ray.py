@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 from pad_vllm.channel import ANNOUNCE_DIR
+from pad_vllm.loopback import free_port, wait_until_healthy
 from tests.support.engine import OFFLINE
 from tests.support.nodes import Node, another_server, check_answers, check_own_alone, guided_requests
 from tests.support.ray_platform import install
-from tests.support.server import Server, free_port, wait_until_healthy
+from tests.support.server import Server
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install ray, to test its executor")
 

@@ -7,29 +7,15 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pad_vllm.loopback import free_port, wait_until_healthy
 from tests.support.engine import KV_CACHE, OFFLINE, Preloaded, fork_processes, set_environment
-
-
-def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, timeout: float) -> None:
-    """Wait for a server's answer; RuntimeError with the end of its log if it ends, or takes longer than ``timeout``."""
-    deadline = time.monotonic() + timeout
-    while is_running() and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
 
 
 def serve(
@@ -56,12 +42,6 @@ def serve(
         main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing's own processes end without
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Process:
