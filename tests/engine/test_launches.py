@@ -94,6 +94,7 @@ def test_a_step_launches_little(encode, engine, temperature):
     assert {"select_kernel", "score_kernel"} <= set(usual)
 
 
+@pytest.mark.weekly
 @pytest.mark.one_release
 def test_requests_launch_what_the_start_compiled_for_another_tokenizer(tmp_path):
     pair = TokenPair(tmp_path, Kind("byte-level", 2000), Kind("byte-level", 600))

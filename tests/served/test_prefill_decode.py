@@ -15,7 +15,7 @@ BLOCK_SIZE = 32
 TEXTS = [f"{text} " * 36 for text in ("say why", "formal playful", "a", "concise, why", "say a")]
 
 
-@pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.one_release)])
+@pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=[pytest.mark.one_release, pytest.mark.weekly])])
 def servers(request, models, tmp_path_factory):
     """One that computes prompts, and one that answers."""
     root = tmp_path_factory.mktemp("apart")

@@ -120,6 +120,7 @@ def test_each_of_two_answers_is_chosen_by_whom_it_suits(answers, models, held_ou
         assert one["preference"] != other["preference"]
 
 
+@pytest.mark.weekly  # test_balance.py has what it shares with the rounds that follow
 def test_the_recipe_from_nothing(models, tmp_path):
     """Sampled through the engine, compared, learned, and once more; what is there is not made again."""
     reward = recipe.learn(tmp_path, recipe.TINY)
