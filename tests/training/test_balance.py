@@ -12,8 +12,6 @@ from transformers import AutoTokenizer
 
 from benchmarks import language_adapters
 from pad_vllm.demo import balance, questions, recipe, smollm, wishes
-from pad_vllm.demo.against_plain import compare_with_plain
-from pad_vllm.demo.balance_sizes import ROUNDS, TINY_BALANCE
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
 
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
@@ -29,18 +27,16 @@ def models() -> smollm.DemoModels:
 def answers() -> list[dict]:
     """Of SmolLM2; those that were asked for nothing are the plain ones. One that loops to each prompt."""
     found = [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
-    how = {True: balance.PLAIN, False: balance.BY_WISH}
-    own = [{"values": [], **one, "how": how[one["how"] == recipe.PLAIN]} for one in found]
+    own = [{**one, "how": balance.PLAIN if one["how"] == recipe.PLAIN else balance.BY_WISH} for one in found]
     prompts = dict.fromkeys(one["prompt"] for one in own)
-    circles = {"how": balance.BY_WISH, "values": [], "text": CIRCLES, "finished": True}
-    return own + [{"prompt": prompt, **circles} for prompt in prompts]
+    return own + [{"prompt": p, "how": balance.BY_WISH, "text": CIRCLES, "finished": True} for p in prompts]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_out):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(TINY_BALANCE, max_answer=64, num_each=40, num_looping=5, num_combined=0)
-    records = compare_with_plain(answers, tokenizer, sizes, held_out)
+    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=40, num_looping=5)
+    records = balance.compare_with_plain(answers, tokenizer, sizes, held_out)
     plain = {tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["how"] == balance.PLAIN}
     around = {"chosen": set(), "rejected": set()}
     circles = 0
@@ -64,29 +60,10 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
     assert len(around["chosen"]) >= 6
 
 
-def test_two_wishes_are_compared_with_what_has_less_of_both(answers, models):
-    tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(TINY_BALANCE, max_answer=64, num_each=1, num_looping=0, num_combined=20)
-    asked = ["brief", "simple"]
-    both = [{**one, "values": asked if one["how"] == balance.BY_WISH else []} for one in answers]
-    records = [r for r in compare_with_plain(both, tokenizer, sizes) if len(r["labels"]) == 2]
-    assert 4 <= len(records) <= 20
-    users = []
-    for record in records:
-        chosen, rejected = measures_of(record["chosen"]), measures_of(record["rejected"])
-        for name, sign in record["labels"].items():
-            assert sign * (chosen[name] - rejected[name]) > 0
-        values = [value for value, label in DIRECTIONS.items() if label in record["labels"].items()]
-        assert any(record["preference"].startswith(wording) for v in values for wording in wishes.wordings(v))
-        users.append(sorted(values))
-    # Who asked for both, and who wants the opposite of both.
-    assert users.count(asked) == users.count(["academic", "detailed"]) == len(users) // 2
-
-
 def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(TINY_BALANCE, max_answer=64, num_each=8, num_looping=0, num_combined=0)
-    records = compare_with_plain(answers, tokenizer, sizes)
+    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=8, num_looping=0)
+    records = balance.compare_with_plain(answers, tokenizer, sizes)
     for value, asked in DIRECTIONS.items():
         assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
 
@@ -134,7 +111,7 @@ def test_a_round_from_nothing(models, tmp_path, monkeypatch):
         "kv_cache_memory_bytes": 256 << 20,
     }.items():
         monkeypatch.setitem(recipe.ENGINE, name, value)
-    learned = balance.learn_balanced(tmp_path, models.base, models.reward, TINY_BALANCE)
+    learned = balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE)
     settings = json.loads((learned / "training.json").read_text())["settings"]
     assert settings["adapter"] == str(models.reward)
     assert not settings["backbone"]["opposites"]
@@ -145,19 +122,10 @@ def test_a_round_from_nothing(models, tmp_path, monkeypatch):
     asked = {answer["prompt"] for answer in answers}
     assert len(asked & set(wishes.prompts())) == 2
     assert len(asked & set(questions.questions(2))) == 2
-    assert balance.learn_balanced(tmp_path, models.base, models.reward, TINY_BALANCE) == learned
-    assert sum(len(answer["values"]) == 2 for answer in answers) == 2 * len(asked)
-    made = balance.record_of(tmp_path, TINY_BALANCE)
+    assert balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE) == learned
+    made = balance.record_of(tmp_path, balance.TINY_BALANCE)
     assert made["sizes"]["num_questions"] == 2
     before, after = (made["strengths"][when] for when in ("before", "after"))
     assert before.keys() == after.keys() <= DIRECTIONS.keys()
     assert before != after
     assert not (tmp_path / "before").exists()
-
-
-def test_no_round_asks_what_another_one_asked():
-    ours, real = ([prompts[i] for prompts in map(balance._prompts, ROUNDS)] for i in (0, 1))
-    for first, second in (ours, real):
-        assert first
-        assert second
-        assert not set(first) & set(second)
