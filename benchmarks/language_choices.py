@@ -34,7 +34,7 @@ from pad_vllm.evaluation.metrics import bootstrap
 from pad_vllm.training.choosing import information
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
 from pad_vllm.training.fit import load_reward_model
-from pad_vllm.training.posterior import MISTAKES, draw, mean_direction, weights_of
+from pad_vllm.training.posterior import MISTAKES, draw_normals, mean_direction, weights_of
 from pad_vllm.training.records import write_records
 from pad_vllm.training.trainer import score_answers
 
@@ -42,7 +42,7 @@ from .record import hardware
 
 ATTRIBUTES = ("simple", "gloomy", "brief", "list", "impersonal", "emphatic")
 """One of each measure's two, the one that the reward model serves more strongly (docs/training.md)."""
-NEUTRAL = "neutral"
+_NEUTRAL = "neutral"
 NUMBERS = (3, 5, 10, 20, 30)
 NUM_PAIRS, NUM_OTHERS = 240, 120
 """Of a user: those that may be asked about, and those of other prompts, at most."""
@@ -73,18 +73,18 @@ def score_pool(models: DemoModels, work: Path, pool: Sequence[Mapping[str, Any]]
         own = [one for one in pool if one["prompt"] == prompt]
         read = [i for i, one in enumerate(own) if one["finished"] or len(ids[i]) > max_answer + 1]
         scores = {}
-        for name in (NEUTRAL, *ATTRIBUTES):
+        for name in (_NEUTRAL, *ATTRIBUTES):
             file = work / f"{name} {wishes.prompts(held_out=True).index(prompt):03}.json"
             if not file.exists():
                 plain = prompt_ids(prompt, tokenizer)
-                context = plain if name == NEUTRAL else template.compose(plain, wishes.wordings(name)[0])
+                context = plain if name == _NEUTRAL else template.compose(plain, wishes.wordings(name)[0])
                 examples = [Example(context, ids[i][:max_answer]) for i in read]
                 write_records(file, [score_answers(model, examples).tolist()])
                 print(file.stem, flush=True)
             scores[name] = json.loads(file.read_text())
         for place, i in enumerate(read):
             text = tokenizer.decode(ids[i][:max_answer], skip_special_tokens=True)
-            favors = [scores[name][place] - scores[NEUTRAL][place] for name in ATTRIBUTES]
+            favors = [scores[name][place] - scores[_NEUTRAL][place] for name in ATTRIBUTES]
             found.append({"prompt": prompt, "measures": measures_of(text), "favors": favors})
     return found
 
@@ -133,18 +133,18 @@ def weights_by_number(
     for number in range(1, max(numbers) + 1):
         which = torch.full((num_users,), number - 1)
         if is_chosen:
-            normals = draw(made, start=normals, num_draws=NUM_DRAWS, num_steps=NUM_STEPS, seed=seed + number)
+            normals = draw_normals(made, start=normals, num_draws=NUM_DRAWS, num_steps=NUM_STEPS, seed=seed + number)
             which = torch.where(left, information(users.pairs, weights_of(normals)), -1).argmax(1)
         left[everyone, which] = False
         one = users.pairs[everyone, which] * choices[everyone, which].unsqueeze(1)
         made = torch.cat([made, one.unsqueeze(1)], 1)
         if number in numbers:
-            fitted = draw(made, num_draws=NUM_DRAWS, num_steps=4 * NUM_STEPS, seed=seed)
+            fitted = draw_normals(made, num_draws=NUM_DRAWS, num_steps=4 * NUM_STEPS, seed=seed)
             found[number] = mean_direction(weights_of(fitted))
     return found
 
 
-def users_of(answers: Sequence[Mapping[str, Any]], num_users: int, seed: int = 0) -> Users:
+def simulated_users(answers: Sequence[Mapping[str, Any]], num_users: int, seed: int = 0) -> Users:
     """Users who want two or three of the measures' ends, by standard normal weights. Each is asked about pairs of
     answers to three quarters of the prompts, and held against pairs of the others."""
     rng = random.Random(seed)
@@ -173,7 +173,7 @@ def users_of(answers: Sequence[Mapping[str, Any]], num_users: int, seed: int = 0
     return Users(stacked[0] / scale, stacked[1], stacked[2] / scale, stacked[3])
 
 
-def rows_of(users: Users, numbers: Sequence[int], seed: int = 0) -> dict[str, Any]:
+def agreement_rows(users: Users, numbers: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """Agreement by number of choices, chosen and random, with 95% intervals over users; by how much as many or fewer
     chosen ones agree more than the most random ones; and what the basis allows: all pairs asked about, no mistakes."""
     found = {
@@ -200,7 +200,7 @@ def rows_of(users: Users, numbers: Sequence[int], seed: int = 0) -> dict[str, An
     }
 
 
-def as_markdown(record: Mapping[str, Any]) -> str:
+def choices_as_markdown(record: Mapping[str, Any]) -> str:
     rows, prompts, most = record["rows"], record["prompts"], max(map(int, record["rows"]["random"]))
 
     def said(estimate: Sequence[float]) -> str:
@@ -215,8 +215,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"simulated users want two or three of the measures of [language.md](language.md); {100 * MISTAKES:.0f}% of "
         "their choices are mistakes. Agreement: of pairs of answers to prompts that were not asked about, the share "
         "that the fitted weights order as the user would. Of the same fit, after pairs that `pad-vllm fit --next` "
-        f"would name, from {rows['pairs']}, and after random ones. Intervals are 95%, over users, who share prompts and "
-        "answers.",
+        f"would name, from {rows['pairs']}, and after random ones. Intervals are 95%, over users, who share answers.",
         f"| choices | named by --next | random | named, above {most} random (points) |\n| ---: | ---: | ---: | ---: |",
     ]
     for number in rows["next"]:
@@ -248,11 +247,11 @@ def main() -> None:
         "prompts": args.prompts,
         "answers": len(found),
         "attributes": [wishes.wordings(name)[0] for name in ATTRIBUTES],
-        "rows": rows_of(users_of(found, args.users), NUMBERS),
+        "rows": agreement_rows(simulated_users(found, args.users), NUMBERS),
     }
     (args.output / "language-choices.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.output / "language-choices.md").write_text(as_markdown(record))
-    print(as_markdown(record))
+    (args.output / "language-choices.md").write_text(choices_as_markdown(record))
+    print(choices_as_markdown(record))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, prompt_ids, read_comparisons
 from pad_vllm.training.fit import Basis, head_basis
 from pad_vllm.training.mixture import adapter_basis
-from pad_vllm.training.posterior import MISTAKES, draw, probabilities, weights_of
+from pad_vllm.training.posterior import MISTAKES, draw_normals, probabilities, weights_of
 from pad_vllm.training.sliders import attribute_basis
 
 
@@ -53,7 +53,7 @@ def next_pair(chosen: torch.Tensor, pairs: torch.Tensor, mistakes: float = MISTA
     chosen, pairs = chosen.double(), pairs.double()
     # As for the fit: one scale for all features.
     scale = torch.cat([chosen, pairs]).square().mean().sqrt().clamp_min(1e-9)
-    weights = weights_of(draw(chosen / scale, mistakes=mistakes))
+    weights = weights_of(draw_normals(chosen / scale, mistakes=mistakes))
     told = information(pairs / scale, weights, mistakes)
     best = int(told.argmax())
     return best, told[best].item() / math.log(2)

@@ -24,7 +24,7 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
 from pad_vllm.training.loading import load_source, load_tokenizer
-from pad_vllm.training.posterior import draw, mean_direction, weights_of
+from pad_vllm.training.posterior import draw_normals, mean_direction, weights_of
 from pad_vllm.training.trainer import answers_of, score_answers
 
 PENALTIES = tuple(10.0**exponent for exponent in (-3, -2, -1, 0, 1, 2))
@@ -241,7 +241,7 @@ def average(features: torch.Tensor) -> torch.Tensor:
     seen = features.any(0).nonzero()[:, 0]
     if not len(seen):
         return torch.zeros_like(features[0])
-    mean = mean_direction(weights_of(draw(features[:, seen], num_draws=NUM_FEW_DRAWS)))
+    mean = mean_direction(weights_of(draw_normals(features[:, seen], num_draws=NUM_FEW_DRAWS)))
     return torch.zeros_like(features[0]).index_copy(0, seen, mean)
 
 

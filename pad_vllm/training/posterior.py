@@ -25,7 +25,7 @@ MAX_SHRINKS = 15
 """Of a slice, after which a draw stays where it was for a step: 2 pi / 2^15 is next to nothing."""
 
 
-def draw(
+def draw_normals(
     features: torch.Tensor,
     *,
     start: torch.Tensor | None = None,

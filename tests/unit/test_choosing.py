@@ -10,7 +10,7 @@ import torch
 from benchmarks.language_choices import Users, weights_by_number
 from pad_vllm.cli import main
 from pad_vllm.training.choosing import information, next_pair
-from pad_vllm.training.posterior import SPREAD, TYPICAL_MARGIN, draw, mean_direction, weights_of
+from pad_vllm.training.posterior import SPREAD, TYPICAL_MARGIN, draw_normals, mean_direction, weights_of
 from pad_vllm.training.sliders import fit_slider_weights
 from tests.support.models import make_adapter
 from tests.unit.test_sliders import write_comparisons
@@ -35,7 +35,7 @@ def test_draws_are_from_the_posterior():
     p = 0.8 * torch.sigmoid(grid @ features.T) + 0.1
     weight = p.prod(1) * torch.outer(prior, prior).flatten()
     weight /= weight.sum()
-    drawn = weights_of(draw(features, num_draws=20_000, mistakes=0.1))
+    drawn = weights_of(draw_normals(features, num_draws=20_000, mistakes=0.1))
     within = (drawn.abs() < 60).all(1)
     told = 0.8 * torch.sigmoid(grid @ pairs.T) + 0.1
 
@@ -56,9 +56,9 @@ def test_users_at_once_are_users_one_by_one():
     """Draws for several users, from where they were before the last choice, are from the same posteriors."""
     torch.manual_seed(0)
     features = torch.randn(2, 8, 3).double()
-    together = draw(features, start=draw(features[:, :7], num_draws=4000), num_steps=40)
+    together = draw_normals(features, start=draw_normals(features[:, :7], num_draws=4000), num_steps=40)
     for own, found in zip(features, mean_direction(weights_of(together)), strict=True):
-        alone = mean_direction(weights_of(draw(own, num_draws=4000)))
+        alone = mean_direction(weights_of(draw_normals(own, num_draws=4000)))
         assert found.tolist() == pytest.approx(alone.tolist(), abs=0.04)
 
 
