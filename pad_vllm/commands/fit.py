@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         dest="pool",
         help="do not fit, but choose from this file the pair of answers that the user should compare next: the one "
-        "that tells most about the weights of --attributes",
+        "that tells most about the weights of heads, --attributes or --adapters",
     )
     parser.add_argument("--heads", help="file of heads, if it is not beside the model")
     parser.add_argument("--name", help=f"name of the persona (default {NAME})")
@@ -67,7 +67,10 @@ def run(name, update, pool, columns, prompt_template, attributes, adapters, **se
         raise ValueError(f"--update={update!r}: say whose persona it is by --name")
     settings |= given(prompt_template=prompt_template) | {"columns": assignments("--columns", columns)}
     if pool is not None:
-        return print_next(pool, attributes, update, settings)
+        if update is not None:
+            raise ValueError("--next: goes without --update: it fits no persona, but names a pair to compare")
+        basis = {"attributes": attributes, "adapters": assignments("--adapters", adapters)}
+        return print_next(pool, settings | basis)
     if adapters:
         what, found = "adapters", fit_adapters(**settings, adapters=assignments("--adapters", adapters))
     elif attributes is not None:
@@ -98,15 +101,14 @@ def run(name, update, pool, columns, prompt_template, attributes, adapters, **se
     return 0
 
 
-def print_next(pool: str, attributes: str | None, update: str | None, settings: dict[str, Any]) -> int:
+def print_next(pool: str, settings: dict[str, Any]) -> int:
     """``pad-vllm fit --next``"""
     from pad_vllm.training.choosing import choose
 
-    if attributes is None or update is not None:
-        raise ValueError("--next: goes with --attributes, and without --update")
-    pair, bits = choose(**settings, pool=pool, attributes=attributes)
+    pair, bits = choose(**settings, pool=pool)
     print(f"The comparison to make next (it should tell {bits:.2f} bits):\n{pair.prompt}")
     print(f"\nA: {pair.chosen}\n\nB: {pair.rejected}\n")
     print("If the user chooses A, add this line to the comparisons; if B, exchange the two answers:")
-    print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}))
+    record = {"prompt": pair.prompt, "preference": pair.preference, "chosen": pair.chosen, "rejected": pair.rejected}
+    print(json.dumps({name: value for name, value in record.items() if value is not None}))
     return 0

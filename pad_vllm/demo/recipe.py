@@ -173,10 +173,10 @@ def _take_core(free: SimpleQueue) -> None:
 
 def _answer_part(part: Path, base: Path, reward: Path, prompts: Sequence[str], first: int, *recipe: Any) -> None:
     print(f"Answering prompts {first} to {first + len(prompts)}", flush=True)
-    write_records(part, _answer(base, reward, prompts, first, *recipe))
+    write_records(part, answer_round(base, reward, prompts, first, *recipe))
 
 
-def _answer(
+def answer_round(
     base: Path, reward: Path, prompts: Sequence[str], first: int, recipe: Recipe, number: int
 ) -> list[dict[str, Any]]:
     from pad_vllm.reward.template import PromptTemplate

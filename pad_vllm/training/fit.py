@@ -1,14 +1,16 @@
 """``pad-vllm fit``: fit a new user's weights to a few comparisons.
 
 The reward of a user is a weighted sum of the heads' rewards, R = sum_i w_i R_i. The user prefers the chosen answer with
-probability sigmoid(R(chosen) - R(rejected)). So the weights are fitted by logistic regression on the heads' rewards.
+probability sigmoid(R(chosen) - R(rejected)). So the weights are fitted by logistic regression on the heads' rewards;
+from few comparisons they are the mean of what may be (:mod:`pad_vllm.training.posterior`).
 This is the low-rank factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis.
 Attributes in words are another basis: :mod:`pad_vllm.training.sliders`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,23 +24,62 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import Comparison, DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.heads import BACKBONE_HEAD, HeadedModel
 from pad_vllm.training.loading import load_source, load_tokenizer
+from pad_vllm.training.posterior import draw_normals, mean_direction, weights_of
 from pad_vllm.training.trainer import answers_of, score_answers
 
 PENALTIES = tuple(10.0**exponent for exponent in (-3, -2, -1, 0, 1, 2))
 NUM_FOLDS = 5
+NUM_ENOUGH = 20
+"""Comparisons with which a penalty is chosen by cross-validation. Fewer are too few to choose one."""
+NUM_FEW_DRAWS = 1024
+"""From the posterior, to average weights: of which each is then known to about a hundredth."""
 
 
 class FittedWeights(NamedTuple):
     """A user's weights, one per head (or attribute) in the order of ``names``, and how often they predict the chosen
     answer: on comparisons that the fit has not seen (``held_out_accuracy``, cross-validated), and on all
-    (``accuracy``)."""
+    (``accuracy``). ``penalty``: None where there were too few to choose one."""
 
     names: tuple[str, ...]
     weights: list[float]
     held_out_accuracy: float
     accuracy: float
-    penalty: float
+    penalty: float | None
     num_comparisons: int
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a user's weights are over.
+
+    Attributes:
+        what: one of them is called.
+        max_length: tokens of a prompt and an answer that the model can read.
+        features: of pairs, what each adds at weight 1 to the reward of the chosen answer over the rejected one, in
+            nats: (num_pairs, num_features) float32.
+        reads_preference: whether what comparisons say under ``preference`` counts.
+    """
+
+    what: str
+    names: tuple[str, ...]
+    template: PromptTemplate
+    max_length: int
+    features: Callable[[Sequence[PairExample]], torch.Tensor]
+    reads_preference: bool = False
+
+    def encode(self, comparisons: Sequence[Comparison]) -> list[PairExample]:
+        """Those of a user's comparisons that fit into the model.
+
+        Raises:
+            ValueError: they are fewer than folds.
+        """
+        if not self.reads_preference:
+            comparisons = [replace(comparison, preference=None) for comparison in comparisons]
+        pairs = encode(comparisons, self.template.tokenizer, self.template, self.max_length)
+        if len(pairs) < NUM_FOLDS:
+            few = f"{len(pairs)} comparisons of at most {self.max_length} tokens"
+            raise DataError(f"{few}; a fit takes at least {NUM_FOLDS}, better 20 to 100")
+        return pairs
 
 
 def fit(
@@ -65,6 +106,17 @@ def fit(
     Raises:
         ValueError: there are no heads, or fewer comparisons than folds.
     """
+    basis = head_basis(reward_model, heads, prompt_template, insert_after)
+    pairs = basis.encode(read_comparisons(data, columns, split))
+    return fit_weights(basis.features(pairs), basis.names, seed)
+
+
+def head_basis(reward_model: str, heads: str | None, prompt_template: str | None, insert_after: str | None) -> Basis:
+    """The heads of a reward model; see :func:`fit`.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
     path = locate_heads(heads, reward_model, None)
     if path is None:
         raise ValueError(
@@ -75,8 +127,8 @@ def fit(
     value_heads = load_heads(path, model.get_output_embeddings().weight.shape[1])
     if len(value_heads.names) < 2:
         raise ValueError(f"{path}: has only the head {value_heads.names[0]!r}; fitting weights takes at least two")
-    pairs = encode_enough(read_comparisons(data, columns, split), model, template)
-    return fit_weights(head_rewards(HeadedModel.of(model, value_heads), pairs), value_heads.names, seed)
+    headed = HeadedModel.of(model, value_heads)
+    return Basis("head", headed.names, template, max_positions(model), lambda pairs: head_rewards(headed, pairs), True)
 
 
 def load_reward_model(
@@ -91,20 +143,9 @@ def load_reward_model(
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
 
 
-def encode_enough(
-    comparisons: Sequence[Comparison], model: PreTrainedModel, template: PromptTemplate, room: int = 0
-) -> list[PairExample]:
-    """Those of a user's comparisons that fit into the model and leave ``room`` tokens.
-
-    Raises:
-        ValueError: they are fewer than folds.
-    """
-    max_length = model.config.get_text_config().max_position_embeddings - room
-    pairs = encode(comparisons, template.tokenizer, template, max_length)
-    if len(pairs) < NUM_FOLDS:
-        few = f"{len(pairs)} comparisons of at most {max_length} tokens"
-        raise DataError(f"{few}; a fit takes at least {NUM_FOLDS}, better 20 to 100")
-    return pairs
+def max_positions(model: PreTrainedModel) -> int:
+    """Tokens that it can read."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def head_rewards(model: HeadedModel, pairs: Sequence[PairExample]) -> torch.Tensor:
@@ -150,11 +191,12 @@ class Regression(NamedTuple):
     solution: torch.Tensor
     held_out_accuracy: float
     accuracy: float
-    penalty: float
+    penalty: float | None
 
 
 def regress(features: torch.Tensor, seed: int = 0, max_nonzero: int | None = None) -> Regression:
-    """Logistic regression without an intercept, its penalty chosen by cross-validation.
+    """Logistic regression without an intercept, its penalty chosen by cross-validation; of fewer comparisons than
+    :data:`NUM_ENOUGH` the posterior's mean direction, which takes no penalty.
 
     Args:
         features: (num_pairs, num_features) float64, chosen minus rejected; of about 1, which the penalties suit.
@@ -165,31 +207,42 @@ def regress(features: torch.Tensor, seed: int = 0, max_nonzero: int | None = Non
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     folds = order.tensor_split(NUM_FOLDS)
 
-    def held_out(penalty: float) -> tuple[float, float]:
+    def solved(rows: torch.Tensor, penalty: float | None) -> torch.Tensor:
+        """With at most ``max_nonzero`` weights that are not 0."""
+        solution = average(rows) if penalty is None else solve(rows, penalty)
+        if max_nonzero is None or len(solution) <= max_nonzero:
+            return solution
+        kept = (solution.abs() * rows.square().mean(0).sqrt()).topk(max_nonzero).indices
+        again = average(rows[:, kept]) if penalty is None else solve(rows[:, kept], penalty)
+        return torch.zeros_like(solution).index_copy(0, kept, again)
+
+    def held_out(penalty: float | None) -> tuple[float, float]:
         """Loss and accuracy over the folds, each left out in turn."""
         loss, correct = 0.0, 0
         for fold in folds:
             rest = torch.ones(len(features), dtype=torch.bool)
             rest[fold] = False
-            margins = features[fold] @ _solve_few(features[rest], penalty, max_nonzero)
+            margins = features[fold] @ solved(features[rest], penalty)
             loss -= F.logsigmoid(margins).sum().item()
             correct += (margins > 0).sum().item()
         return loss / len(features), correct / len(features)
 
-    scores = {penalty: held_out(penalty) for penalty in PENALTIES}
-    penalty = min(PENALTIES, key=lambda p: scores[p][0])
-    solution = _solve_few(features, penalty, max_nonzero)
+    penalties: tuple[float | None, ...] = PENALTIES if len(features) >= NUM_ENOUGH else (None,)
+    scores = {penalty: held_out(penalty) for penalty in penalties}
+    penalty = min(penalties, key=lambda p: scores[p][0])
+    solution = solved(features, penalty)
     accuracy = (features @ solution > 0).double().mean().item()
     return Regression(solution, scores[penalty][1], accuracy, penalty)
 
 
-def _solve_few(features: torch.Tensor, penalty: float, max_nonzero: int | None) -> torch.Tensor:
-    """:func:`solve`, with at most ``max_nonzero`` weights that are not 0."""
-    solution = solve(features, penalty)
-    if max_nonzero is None or len(solution) <= max_nonzero:
-        return solution
-    kept = (solution.abs() * features.square().mean(0).sqrt()).topk(max_nonzero).indices
-    return torch.zeros_like(solution).index_copy(0, kept, solve(features[:, kept], penalty))
+def average(features: torch.Tensor) -> torch.Tensor:
+    """The mean direction of a user's weights after choices (num_choices, num_features): (num_features,). A feature in
+    which no two answers differed weighs 0."""
+    seen = features.any(0).nonzero()[:, 0]
+    if not len(seen):
+        return torch.zeros_like(features[0])
+    mean = mean_direction(weights_of(draw_normals(features[:, seen], num_draws=NUM_FEW_DRAWS)))
+    return torch.zeros_like(features[0]).index_copy(0, seen, mean)
 
 
 def solve(features: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -13,7 +13,6 @@ reward model, that reference costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from pad_vllm.errors import one_line
 from pad_vllm.reward.source import check_paths
 from pad_vllm.training.data import PairExample, read_comparisons
-from pad_vllm.training.fit import FittedWeights, encode_enough, load_reward_model
+from pad_vllm.training.fit import Basis, FittedWeights, load_reward_model, max_positions
 from pad_vllm.training.loading import import_peft
 from pad_vllm.training.sliders import fit_slider_weights, margins, scorer_of
 
@@ -60,13 +59,24 @@ def fit_adapters(
         ValueError: adapters or comparisons that cannot be used, fewer comparisons than folds, or adapters that make no
             difference between this user's answers.
     """
+    basis = adapter_basis(reward_model, adapters, heads, prompt_template, insert_after)
+    pairs = basis.encode(read_comparisons(data, columns, split))
+    return fit_slider_weights(basis.features(pairs), basis.names, seed, basis.what)
+
+
+def adapter_basis(
+    reward_model: str,
+    adapters: Mapping[str, str],
+    heads: str | None,
+    prompt_template: str | None,
+    insert_after: str | None,
+) -> Basis:
+    """Adapters of a model; see :func:`fit_adapters`."""
     check_paths("--adapters", adapters)
-    comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
     model, template = load_reward_model(reward_model, prompt_template, insert_after)
-    pairs = encode_enough(comparisons, model, template)
-    scorer = scorer_of(model, reward_model, heads)
-    found = log_ratios(scorer, load_adapters(model, adapters), pairs)
-    return fit_slider_weights(found, list(adapters), seed, "adapter")
+    length, scorer = max_positions(model), scorer_of(model, reward_model, heads)
+    adapted = load_adapters(model, adapters)
+    return Basis("adapter", tuple(adapters), template, length, lambda pairs: log_ratios(scorer, adapted, pairs))
 
 
 def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:

@@ -16,7 +16,6 @@ with the neutral reference, the context without a preference. Summed over tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import PairExample, read_comparisons
-from pad_vllm.training.fit import FittedWeights, encode_enough, load_reward_model, regress
+from pad_vllm.training.fit import Basis, FittedWeights, load_reward_model, max_positions, regress
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.trainer import answers_of, score_answers
 
@@ -68,13 +67,30 @@ def fit_sliders(
         ValueError: attributes or comparisons cannot be used, there are fewer comparisons than folds, or no attribute
             tells this user's answers apart.
     """
+    basis = attribute_basis(reward_model, attributes, heads, prompt_template, insert_after)
+    pairs = basis.encode(read_comparisons(data, columns, split))
+    return fit_slider_weights(basis.features(pairs), basis.names, seed)
+
+
+def attribute_basis(
+    reward_model: str,
+    attributes: str | Path,
+    heads: str | None,
+    prompt_template: str | None,
+    insert_after: str | None,
+) -> Basis:
+    """The attributes of a file, as a reward model reads them; see :func:`fit_sliders`."""
     texts = read_attributes(attributes)
-    comparisons = [replace(comparison, preference=None) for comparison in read_comparisons(data, columns, split)]
     model, template = load_reward_model(reward_model, prompt_template, insert_after)
     room = max(map(template.num_added_tokens, texts)) + template.num_seam_tokens
-    pairs = encode_enough(comparisons, model, template, room)
     scorer = scorer_of(model, reward_model, heads)
-    return fit_slider_weights(differentials(scorer, template, pairs, texts), texts, seed)
+    return Basis(
+        "attribute",
+        tuple(texts),
+        template,
+        max_positions(model) - room,
+        lambda pairs: differentials(scorer, template, pairs, texts),
+    )
 
 
 def scorer_of(model: PreTrainedModel, reward_model: str, heads: str | None) -> nn.Module:
