@@ -139,15 +139,19 @@ class PADLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         fits = check_fit(config, self.vllm_config, sees_base_logits)
         is_served = config.source.is_served
 
+        def make() -> Guidance:
+            guidance = Guidance(fits, self.vllm_config, device, num_drafts)
+            if speculator is not None:
+                speculator.begin(guidance)
+            return guidance
+
         def begin() -> None:
-            guidance = make_kept(
-                lambda: Guidance(fits, self.vllm_config, device, num_drafts), self.vllm_config, on_v2 or is_served
-            )
+            guidance = make_kept(make, self.vllm_config, on_v2 or is_served)
             take(guidance, fits.resolve)
             if is_served:
                 served.when_reloaded(self.vllm_config, guidance.forget)
             if speculator is not None:
-                speculator.begin(cast("V2Adapter", self.adapter))
+                speculator.adapter = cast("V2Adapter", self.adapter)
             self._announce(guidance)
 
         if is_served:  # the V1 runner builds logits processors before it loads the model

@@ -12,12 +12,13 @@ nothing is padded: it would compute rows for nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
 from vllm.model_executor.offloader.base import get_offloader
@@ -83,6 +84,25 @@ class DecodeRows:
         """A view of some of them."""
         return DecodeRows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def batch(self, model: PagedModel) -> ForwardBatch:
+        """Their forward, which may be run again and again."""
+        num_rows = len(self.input_ids)
+        batch = ForwardBatch(
+            input_ids=self.input_ids,
+            positions=self.positions,
+            slot_mapping=self.slot_mapping,
+            query_start_loc=model.arange[: num_rows + 1],
+            query_start_loc_cpu=model.arange_cpu[: num_rows + 1],
+            max_query_len=1,
+            seq_lens=self.seq_lens,
+            seq_lens_upper_bound=self.bounds,
+            seq_lens_known=True,
+            max_seq_len=model.max_model_len,
+            block_table=self.block_table,
+        )
+        batch.context = model.forward_context(batch)
+        return batch
+
     def pad_(self) -> None:
         """Make padding of them."""
         for tensor in (self.input_ids, self.positions, self.slot_mapping, self.block_table):
@@ -118,6 +138,9 @@ class Decoder:
         self._numbers: torch.Tensor | None = None  # the adapter of each
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: tuple[int, int] | None = None
+        """Of the memory in which graphs compute. Nothing in it outlives a replay, so other graphs of the reward model
+        may compute there too"""
         if can_launch(model.device):
             self._compile()
         if self.sizes:
@@ -148,8 +171,7 @@ class Decoder:
             return self.model.forward(batch)
         if size in self._graphs:
             self.model.prepare(batch)  # back ends plan the step, in buffers of theirs that the graph reads
-            get_offloader().sync_prev_onload()
-            self._graphs[size].replay()
+            replay_graph(self._graphs[size])
         else:
             self._keep(self.model.forward(batch))
         assert self._hidden_states is not None  # kept now, or when the graph was captured
@@ -221,21 +243,7 @@ class Decoder:
 
     def _batch(self, num_rows: int) -> ForwardBatch:
         if num_rows not in self._batches:
-            rows = self._first(num_rows)
-            self._batches[num_rows] = batch = ForwardBatch(
-                input_ids=rows.input_ids,
-                positions=rows.positions,
-                slot_mapping=rows.slot_mapping,
-                query_start_loc=self.model.arange[: num_rows + 1],
-                query_start_loc_cpu=self.model.arange_cpu[: num_rows + 1],
-                max_query_len=1,
-                seq_lens=rows.seq_lens,
-                seq_lens_upper_bound=rows.bounds,
-                seq_lens_known=True,
-                max_seq_len=self.model.max_model_len,
-                block_table=rows.block_table,
-            )
-            batch.context = self.model.forward_context(batch)
+            self._batches[num_rows] = self._first(num_rows).batch(self.model)
         return self._batches[num_rows]
 
     def _keep(self, hidden_states: torch.Tensor) -> None:
@@ -256,18 +264,35 @@ class Decoder:
     @torch.inference_mode()
     def _capture(self) -> None:
         """Capture a forward of each size, of padding alone; the largest first, as the others fit into its memory."""
-        # A pool of its own: in vLLM's, what the base model's later graphs keep could lie where these compute.
-        pool, config = torch.cuda.graph_pool_handle(), self.model.vllm_config
+        # Not vLLM's: in that, what the base model's later graphs keep could lie where these compute.
+        self.pool, config = torch.cuda.graph_pool_handle(), self.model.vllm_config
         with set_current_vllm_config(config), graph_capture(device=self.model.device):
             for size in reversed(self.sizes):
                 batch = self._batch(size)  # as long as can be, so that the graph serves every length
                 batch.adapters = torch.zeros_like(batch.positions) if self.adapters.is_there else None
                 self._keep(self.model.run(batch, self.model.prepare(batch, for_capture=True)))  # warms up
                 attn_metadata = self.model.prepare(batch, for_capture=True)
-                graph = torch.cuda.CUDAGraph()
-                get_offloader().sync_prev_onload()
-                with capture_pool(pool, config) as of, torch.cuda.graph(graph, of, stream=current_stream()):
-                    self._keep(self.model.run(batch, attn_metadata))
-                    get_offloader().join_after_forward()
-                self._graphs[size] = graph
+
+                def launch(batch: ForwardBatch = batch, known: dict[str, Any] = attn_metadata) -> None:
+                    self._keep(self.model.run(batch, known))
+
+                self._graphs[size] = capture_graph(launch, self.pool, config)
         logger.info("PAD: captured CUDA graphs of the reward model for %s rows.", ", ".join(map(str, self.sizes)))
+
+
+def capture_graph(
+    launch: Callable[[], None], pool: tuple[int, int] | None, vllm_config: VllmConfig
+) -> torch.cuda.CUDAGraph:
+    """A graph of what ``launch`` launches, which must hold a forward of the reward model; within ``graph_capture``."""
+    graph = torch.cuda.CUDAGraph()
+    get_offloader().sync_prev_onload()
+    with capture_pool(pool, vllm_config) as of, torch.cuda.graph(graph, of, stream=current_stream()):
+        launch()
+        get_offloader().join_after_forward()
+    return graph
+
+
+def replay_graph(graph: torch.cuda.CUDAGraph) -> None:
+    """Launch all that is in a graph of :func:`capture_graph`."""
+    get_offloader().sync_prev_onload()
+    graph.replay()

@@ -93,6 +93,20 @@ class RewardEngine:
             self.blocks.reset()
             raise
 
+    def give_blocks(self, slots: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Let contexts hold the blocks for so many tokens, for which ``BlockManager.has_room``; nothing is computed.
+
+        Args:
+            slots: [C] int64, distinct.
+            num_tokens: [C] int64.
+        """
+        self.blocks.begin_step()
+        if not self.blocks.ready(slots, num_tokens):
+            admitted, cold = self.blocks.admit(slots.tolist(), num_tokens.tolist())
+            assert admitted == len(slots)
+            assert not cold
+            self._clear_new_blocks()
+
     def _step(self, rows: ContextRows) -> torch.Tensor:
         self.blocks.begin_step()
         is_ready = self.blocks.ready(rows.slots, rows.num_tokens, rows.step)

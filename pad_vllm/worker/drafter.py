@@ -25,8 +25,7 @@ of a text are. A token's rows are not one then (:mod:`.other_tokens`), and verif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -70,8 +69,20 @@ class Proposals(NamedTuple):
     """None: of no row"""
 
 
-Sample = Callable[[int, Proposals, torch.Tensor], torch.Tensor]
-"""Draft number j, what it is drawn from, positions [R] -> a token id of each row, [R] int64. Keeps the logits."""
+class Draws(Protocol):
+    """Draws the drafts of a step, and hands them on."""
+
+    def draw(self, j: int, proposals: Proposals, positions: torch.Tensor) -> torch.Tensor:
+        """Draft number j of each row, [R] int64; keeps what it is drawn from. ``positions``: [R] int64, of the tokens
+        before it."""
+
+    def draw_all(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> bool | None:
+        """Make all drafts at once, none of which a bound holds back.
+
+        Returns:
+            Whether there was room for them; None: it cannot be done with these rows, and nothing is.
+        """
+
 
 UNGUIDED = GuidanceParams((), (1.0,), None, beta=0.0, top_k=0, reference="none")
 """Of a request that has a context to be drafted from, and whose rows are left alone."""
@@ -147,7 +158,7 @@ class Drafter:
         places = torch.arange(num_rows, device=hidden_states.device)
         dtype, no_bound = hidden_states.dtype, torch.full_like(self.scale[places], math.inf)
         hidden_states = append_adapters(hidden_states, self.loaded.head.adapters).expand(num_rows, -1)
-        values, ids, base_ids, bound = self._largest(
+        values, ids, base_ids, bound = self.largest(
             hidden_states, hidden_states.clone(), dtype, no_bound, self.max_top_k
         )
         return Proposals(values, ids, base_ids, torch.zeros_like(places), self.scale[places], places, places, bound)
@@ -160,13 +171,13 @@ class Drafter:
             column[slot] = to_device([*mix, *unused], column.device, torch.float32)
         self.host_held_back[slot] = can_be_held_back(params)
 
-    def draft(self, batch: GuidedBatch, num_drafts: int, sample: Sample) -> bool:
+    def draft(self, batch: GuidedBatch, num_drafts: int, draws: Draws) -> bool:
         """Draft tokens for requests, behind the last token of each.
 
         Args:
             batch: a row for each request: its last token, which no step has computed yet.
             num_drafts: vLLM may ask for none.
-            sample: draws tokens from logits, and hands them on.
+            draws: draws tokens from logits, and hands them on.
 
         Returns:
             Whether there was room for drafts.
@@ -180,6 +191,10 @@ class Drafter:
             is_any_held = self.host_held_back[layout.slots].any()
             self._max_divergence = self._params.rows.max_divergence if is_any_held else None
         params = self._params
+        if self._max_divergence is None:
+            found = draws.draw_all(batch, params, num_drafts)
+            if found is not None:
+                return found
         # Behind the last position nothing is verified.
         further = torch.arange(num_drafts, device=layout.row_slots.device).unsqueeze(1)
         positions = (batch.device_positions() + further).clamp(max=self.max_position)
@@ -187,7 +202,7 @@ class Drafter:
         if draft is None:
             return False
         for j in range(num_drafts):
-            draft.extend(sample(j, self._proposals(draft.hidden_states(), params), positions[j]))
+            draft.extend(draws.draw(j, self._proposals(draft.hidden_states(), params), positions[j]))
         return True
 
     def _proposals(self, hidden_states: torch.Tensor, params: RowParams) -> Proposals:
@@ -206,10 +221,10 @@ class Drafter:
             hidden_states, stand_in = mixed[0], mixed[-1]
         # What an unguided row leaves out is drawn by verification.
         most = self.max_top_k if params.num_unguided else params.rows.max_top_k
-        values, ids, base_ids, bound = self._largest(hidden_states, stand_in, dtype, self._max_divergence, most)
+        values, ids, base_ids, bound = self.largest(hidden_states, stand_in, dtype, self._max_divergence, most)
         return Proposals(values, ids, base_ids, params.rows.top_k, self._row_scale, slots, params.rows.index, bound)
 
-    def _largest(
+    def largest(
         self,
         hidden_states: torch.Tensor,
         stand_in: torch.Tensor,

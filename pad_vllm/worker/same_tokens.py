@@ -75,11 +75,17 @@ class SameTokens:
         if self.drafted is not None:
             self.drafted.num_kept[slots] = 0
 
-    def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> SameTokensDraft | None:
-        contexts, token_ids, positions = params.contexts, batch.token_ids, batch.device_positions()
+    def draft_lengths(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> np.ndarray | None:
+        """[C] int64: the contexts' lengths with all drafts, at most; None where the pool has no room for them."""
+        contexts = params.contexts
         num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
         num_tokens = np.minimum(num_tokens + contexts.host_offset + num_drafts, self.max_len)
-        if not self.engine.blocks.has_room(contexts.slots, num_tokens):
+        return num_tokens if self.engine.blocks.has_room(contexts.slots, num_tokens) else None
+
+    def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> SameTokensDraft | None:
+        contexts, token_ids, positions = params.contexts, batch.token_ids, batch.device_positions()
+        num_tokens = self.draft_lengths(batch, params, num_drafts)
+        if num_tokens is None:
             return None
         if contexts.layout_rows is not None:
             token_ids, positions = token_ids[contexts.layout_rows], positions[contexts.layout_rows]
@@ -97,6 +103,11 @@ class SameTokens:
         )
         assert self.drafted is not None  # there is a drafter
         return SameTokensDraft(self, self.drafted, rows, positions, params)
+
+    def note_drafts(self, params: RowParams, num_drafts: int) -> None:
+        """So many drafts were made for the requests of a layout, and their hidden states are kept."""
+        assert self.drafted is not None  # there is a drafter
+        self.drafted.num_kept[params.layout.slots] = num_drafts
 
     def _last_drafts(self, batch: GuidedBatch, params: RowParams) -> ContextRows | None:
         """The rows of the last drafts, of a batch with rows of all drafts; None where the others are not computed."""
@@ -316,7 +327,7 @@ class SameTokensDraft:
     def extend(self, token_ids: torch.Tensor) -> None:
         self.num_made += 1
         if self.num_made == len(self.positions):
-            self.drafted.num_kept[self.params.layout.slots] = self.num_made
+            self.contexts.note_drafts(self.params, self.num_made)
             return
         if self.params.contexts.layout_rows is not None:
             token_ids = token_ids[self.params.contexts.layout_rows]

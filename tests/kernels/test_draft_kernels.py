@@ -31,7 +31,7 @@ def draw(rounds: list[tuple], with_base_ids: bool, keep: bool) -> list[tuple]:
     temperature, seeds = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0]), torch.arange(NUM_SLOTS) + 7
     results = []
     for step, values, ids, top_k, scale, slots, places in rounds:
-        drafts = torch.zeros(NUM_SLOTS, NUM_STEPS, dtype=torch.int64)
+        drafts = torch.full((NUM_SLOTS, NUM_STEPS), -1)
         proposals = Proposals(values, ids, base_ids, top_k, scale, slots, places)
         tokens = buffers.draw(step, proposals, torch.arange(len(slots)), temperature, seeds, drafts, places, keep)
         results.append((tokens, drafts, buffers.draft_logits.clone()))
@@ -40,10 +40,11 @@ def draw(rounds: list[tuple], with_base_ids: bool, keep: bool) -> list[tuple]:
 
 @pytest.mark.parametrize(("with_base_ids", "keep"), [(False, True), (True, True), (False, False)])
 def test_a_draft_is_drawn_from_what_is_kept(interpreter, with_base_ids, keep):
-    """A row's own k of K, of slots that were drafted for before; K is no power of 2, and other rows are untouched."""
+    """A row's own k of K, of slots that were drafted for before; K is no power of 2, and other rows are untouched.
+    Nothing is drawn of padding."""
     generator = torch.Generator().manual_seed(0)
     rounds = []
-    for step, num_places, slots in ((0, 5, [3, 1, 4]), (2, 3, [1, 0]), (0, 8, [4, 1]), (0, 1, [3])):
+    for step, num_places, slots in ((0, 5, [3, 1, 4]), (2, 3, [1, 0]), (0, 8, [4, -1, 1]), (0, 1, [3, -1])):
         values = torch.randn(len(slots), num_places, generator=generator).sort(descending=True).values
         ids = torch.stack([torch.randperm(V, generator=generator)[:num_places] for _ in slots])
         top_k = torch.tensor([0, 2, 4][: len(slots)])
@@ -55,6 +56,9 @@ def test_a_draft_is_drawn_from_what_is_kept(interpreter, with_base_ids, keep):
         ids = V - 1 - ids if with_base_ids else ids
         is_there = (torch.arange(values.shape[1]) < top_k.unsqueeze(1)) | (top_k == 0).unsqueeze(1)
         for row, slot in enumerate(slots.tolist()):
+            if slot < 0:
+                assert tokens[row] == 0 > drafts[places[row], step]
+                continue
             own = ids[row][is_there[row]]
             if keep:
                 expected[slot, step] = float("-inf")
@@ -63,7 +67,7 @@ def test_a_draft_is_drawn_from_what_is_kept(interpreter, with_base_ids, keep):
             if slot in (0, 3):
                 assert tokens[row] == ids[row, 0]  # greedy
         torch.testing.assert_close(draft_logits, expected)
-        assert drafts[places, step].tolist() == tokens.tolist()
+        assert drafts[places[slots >= 0], step].tolist() == tokens[slots >= 0].tolist()
 
 
 def draw_bound(values, stand_in, max_divergence, scale, top_k) -> torch.Tensor:

@@ -61,22 +61,30 @@ class Launches(TorchDispatchMode):
         return muted
 
 
-def count(llm: Any, params: dict[str, Any], prompts: list[list[int]], num_steps: int) -> list[list[str]]:
-    """Of each step: what guidance and drafting launch, the reward model's forwards and logits apart."""
+def count(
+    llm: Any, params: dict[str, Any], prompts: list[list[int]], num_steps: int, only_drafts: bool = False
+) -> list[list[str]]:
+    """Of each step: what guidance (unless ``only_drafts``) and drafting launch, the reward model's forwards and logits
+    apart. A graph of drafts is one launch."""
     from vllm import SamplingParams
 
     from pad_vllm import PADLogitsProcessor
     from tests.support.engine import running_guidance
+    from tests.support.graphs import Graph
 
     guidance, launches, steps = running_guidance(llm), Launches(), []
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     adapter = next(p.adapter for p in PADLogitsProcessor.running() if p.adapter.guidance is guidance)
     apart = [(guidance.model, "run"), (guidance.model, "prepare")]
-    counted = [(adapter, "apply")]
+    counted = [] if only_drafts else [(adapter, "apply")]
     if guidance.drafter is not None:
         apart.append((guidance.model.model, "compute_logits"))
         counted.append((runner.speculator, "propose"))
-    run = InterpretedFunction.run
+    run, replay = InterpretedFunction.run, launches.without(Graph.replay)
+
+    def replayed(self: Graph) -> None:
+        launches.names.append("graph")
+        replay(self)
 
     def launched(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         if launches.is_on and not launches.muted:
@@ -85,6 +93,7 @@ def count(llm: Any, params: dict[str, Any], prompts: list[list[int]], num_steps:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(InterpretedFunction, "run", launched))
+        stack.enter_context(patch.object(Graph, "replay", replayed))
         for owner, name in apart:
             stack.enter_context(patch.object(owner, name, launches.without(getattr(owner, name))))
         for owner, name in counted:

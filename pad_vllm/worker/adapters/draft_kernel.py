@@ -27,7 +27,7 @@ def draft_kernel(
     has_bound,
     stand_in_ptr,  # [R, num_places]; anything unless has_bound
     max_divergence_ptr,  # [R] float32; anything unless has_bound
-    slots_ptr,  # [R] int64
+    slots_ptr,  # [R] int64; below 0: of a row that is padding
     positions_ptr,  # [R] int64
     temperature_ptr,  # [S] float32
     seeds_ptr,  # [S] int64
@@ -48,6 +48,10 @@ def draft_kernel(
     """Draw a token of each row, and keep what it was drawn from: draft_logits has the logits of these tokens, and -inf
     everywhere else."""
     row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        tl.store(tokens_ptr + row, 0)  # which the next forward reads
+        return
     place = tl.arange(0, PLACES)
     top_k = tl.load(top_k_ptr + row)
     is_there = place < tl.minimum(tl.where(top_k > 0, top_k, num_places), num_places)
@@ -62,7 +66,6 @@ def draft_kernel(
         way = tl.where(is_there, guided - y, 0.0)
         guided = y + bound_beta(y, way, is_there, is_there, tl.full([], 1.0, tl.float32), max_divergence) * way
     logits = guided.to(draft_logits_ptr.dtype.element_ty)
-    slot = tl.load(slots_ptr + row)
     if keep != 0:
         kept_ptr = kept_ids_ptr + (slot * num_steps + step) * PLACES + place
         row_ptr = draft_logits_ptr + slot * draft_logits_stride + step.to(tl.int64) * vocab_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -12,8 +12,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from pad_vllm.kernels import pad_k
 from pad_vllm.reward.device import to_device
+from pad_vllm.worker.adapters.draft_graphs import DraftGraphs, capture_drafts
 from pad_vllm.worker.adapters.draft_kernel import DraftBuffers
+from pad_vllm.worker.batch import GuidedBatch
 from pad_vllm.worker.drafter import Proposals
+from pad_vllm.worker.slots import RowParams
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,8 +24,34 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from pad_vllm.worker.adapters.v2 import V2Adapter
+    from pad_vllm.worker.guidance import Guidance
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class StepDraws(NamedTuple):
+    """:class:`~pad_vllm.worker.drafter.Draws` of a step on Model Runner V2."""
+
+    buffers: DraftBuffers
+    graphs: DraftGraphs | None
+    temperature: torch.Tensor
+    """[max_num_reqs] float32, by slot"""
+    seeds: torch.Tensor
+    """[max_num_reqs] int64, by slot"""
+    drafts: torch.Tensor
+    """[num_reqs, num_speculative_steps] int64, out"""
+    keep: bool
+    """Whether any request is sampled, and verification asks what drafts were drawn from."""
+
+    def draw(self, j: int, proposals: Proposals, positions: torch.Tensor) -> torch.Tensor:
+        return self.buffers.draw(
+            *(j, proposals, positions, self.temperature, self.seeds, self.drafts, proposals.places), keep=self.keep
+        )
+
+    def draw_all(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> bool | None:
+        if self.graphs is None or not self.graphs.fits(params, num_drafts):
+            return None
+        return self.graphs.replay(batch, params, self.temperature, self.seeds)
 
 
 class RewardSpeculator(BaseSpeculator):
@@ -32,7 +61,8 @@ class RewardSpeculator(BaseSpeculator):
     greedy requests are drafted greedily. A row without a draft gets its last token over again, as the certain draft of
     a distribution that has nothing else.
 
-    vLLM makes it before the logits processors, which then find it by the engine's configuration (:meth:`of`).
+    vLLM makes it before the logits processors, which then find it by the engine's configuration (:meth:`of`). It drafts
+    once it has an adapter.
     """
 
     supports_mm_inputs = False
@@ -47,6 +77,7 @@ class RewardSpeculator(BaseSpeculator):
         self.draft_logits = torch.full(shape, float("-inf"), dtype=model.head_dtype, device=device)
         """[max_num_reqs, num_speculative_steps, vocab_size], by slot, before temperature"""
         self.buffers: DraftBuffers | None = None
+        self.graphs: DraftGraphs | None = None
         self.drafts = torch.zeros(max_num_reqs, self.num_speculative_steps, dtype=torch.int64, device=device)
         self.adapter: V2Adapter | None = None
         self._made[id(vllm_config)] = self
@@ -61,19 +92,19 @@ class RewardSpeculator(BaseSpeculator):
         return cls._made.get(id(vllm_config))
 
     @torch.inference_mode()
-    def begin(self, adapter: V2Adapter) -> None:
-        """The logits processors are there."""
-        drafter = adapter.drafter
+    def begin(self, guidance: Guidance) -> None:
+        """The reward model is there: make and compile what drafts take, and capture them where they can be."""
+        drafter = guidance.drafter
         assert drafter is not None  # of an engine in which the reward model drafts
         self.buffers = DraftBuffers(self.draft_logits, pad_k(drafter.max_top_k), self.use_fp64_gumbel)
         one = torch.zeros(1, dtype=torch.int64, device=self.drafts.device)
         cold = torch.zeros(len(self.draft_logits), device=one.device)
-        seeds, proposals = cold.long(), drafter.warm_up(adapter.guidance.loaded.hidden_states, 1)
+        seeds, proposals = cold.long(), drafter.warm_up(guidance.loaded.hidden_states, 1)
         self.buffers.draw(0, proposals, one, cold, seeds, self.drafts, one, keep=True)  # as requests would compile it
-        self.adapter = adapter
+        self.graphs = capture_drafts(drafter, self.buffers, self.drafts)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The reward engine captures its own (:mod:`pad_vllm.reward.decode`)."""
+        """The start captures its own (:mod:`pad_vllm.reward.decode`, :mod:`.draft_graphs`)."""
 
     def capture(self) -> None:
         """See :meth:`init_cudagraph_manager`."""
@@ -99,17 +130,13 @@ class RewardSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """[num_reqs, num_speculative_steps] int64, in the batch's order; the arguments are vLLM's."""
         drafts = self.drafts[: input_batch.num_reqs]
-        buffers = self.buffers
-        if dummy_run or self.adapter is None or buffers is None:
+        if dummy_run or self.adapter is None or self.buffers is None:
             return drafts
         num_drafts = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         any_sampled = bool(self.adapter.sampled[input_batch.idx_mapping_np].any())
-
-        def sample(j: int, proposals: Proposals, positions: torch.Tensor) -> torch.Tensor:
-            return buffers.draw(j, proposals, positions, temperature, seeds, drafts, proposals.places, keep=any_sampled)
-
+        draws = StepDraws(self.buffers, self.graphs, temperature, seeds, drafts, any_sampled)
         slots, last = input_batch.idx_mapping_np, last_sampled.view(-1)
-        places, found = self.adapter.draft(slots, last, num_drafts, sample)
+        places, found = self.adapter.draft(slots, last, num_drafts, draws)
         if not found or len(places) < len(slots):
             without = np.setdiff1d(np.arange(len(slots)), places if found else ())
             self._fill(drafts, to_device(without, drafts.device, torch.int64), input_batch.idx_mapping, last)

@@ -15,7 +15,7 @@ from pad_vllm.params import PAD
 from pad_vllm.reward.device import HostCopy, to_device
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
-from pad_vllm.worker.drafter import UNGUIDED, Sample
+from pad_vllm.worker.drafter import UNGUIDED, Draws
 from pad_vllm.worker.guidance import Guidance
 from pad_vllm.worker.slots import SamplingControls
 from pad_vllm.worker.traces import Generated, TraceRecord
@@ -227,14 +227,14 @@ class V2Adapter(Adapter):
             self.last_step = Step(ctx.idx_mapping_np, num_tokens, asked, batch)
 
     def draft(
-        self, slots: np.ndarray, last_sampled: torch.Tensor, num_drafts: int, sample: Sample
+        self, slots: np.ndarray, last_sampled: torch.Tensor, num_drafts: int, draws: Draws
     ) -> tuple[np.ndarray, bool]:
         """Draft for the requests of a batch that have sampled in this step.
 
         Args:
             slots: [num_reqs] of the batch.
             last_sampled: [max_num_reqs] int64, by slot.
-            num_drafts, sample: see :meth:`Drafter.draft`.
+            num_drafts, draws: see :meth:`Drafter.draft`.
 
         Returns:
             Places in the batch, and whether there are drafts of these.
@@ -256,7 +256,7 @@ class V2Adapter(Adapter):
                 output_ids=self._output_ids,
             )
             assert self.drafter is not None  # the speculator is ours
-            found = self.drafter.draft(batch, num_drafts, sample)
+            found = self.drafter.draft(batch, num_drafts, draws)
         except Exception:
             logger.exception("The reward model could not draft in a step.")
             found = False
