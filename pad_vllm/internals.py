@@ -117,6 +117,7 @@ MEMBERS = {
     ),
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": ("init_cudagraph_manager", "capture", "propose"),
     "vllm.v1.worker.gpu.attn_utils:AttentionCGSupportInfo": ("min_cg_support", "min_cg_attn_backend"),
+    "vllm.v1.worker.workspace:WorkspaceManager": ("_current_workspaces",),
     "vllm.v1.worker.utils:AttentionGroup": (
         *("layer_names", "backend", "build_metadata", "build_metadata_for_cudagraph_capture"),
         *("supports_draft_decode_metadata_update", "update_draft_decode_metadata"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
@@ -23,6 +23,7 @@ from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
 from vllm.model_executor.offloader.base import get_offloader
 from vllm.utils.torch_utils import current_stream
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from pad_vllm.reward.adapters import NO_ADAPTER, ContextAdapters
 from pad_vllm.reward.block_manager import BlockManager
@@ -137,7 +138,7 @@ class Decoder:
         self._max_seq_len = 0  # of rows in these blocks
         self._numbers: torch.Tensor | None = None  # the adapter of each
         self._hidden_states: torch.Tensor | None = None  # of padded forwards: [max_num_rows, hidden_size]
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, Captured] = {}
         self.pool: tuple[int, int] | None = None
         """Of the memory in which graphs compute. Nothing in it outlives a replay, so other graphs of the reward model
         may compute there too"""
@@ -280,19 +281,27 @@ class Decoder:
         logger.info("PAD: captured CUDA graphs of the reward model for %s rows.", ", ".join(map(str, self.sizes)))
 
 
-def capture_graph(
-    launch: Callable[[], None], pool: tuple[int, int] | None, vllm_config: VllmConfig
-) -> torch.cuda.CUDAGraph:
+class Captured(NamedTuple):
+    """A CUDA graph, and what must live as long as it does."""
+
+    graph: torch.cuda.CUDAGraph
+    scratch: Sequence[torch.Tensor | None]
+    """vLLM's workspaces, in which some kernels (of experts, of MLA) compute. When the base model needs a larger one,
+    vLLM lets go of these, which the graph still writes to"""
+
+
+def capture_graph(launch: Callable[[], None], pool: tuple[int, int] | None, vllm_config: VllmConfig) -> Captured:
     """A graph of what ``launch`` launches, which must hold a forward of the reward model; within ``graph_capture``."""
     graph = torch.cuda.CUDAGraph()
     get_offloader().sync_prev_onload()
     with capture_pool(pool, vllm_config) as of, torch.cuda.graph(graph, of, stream=current_stream()):
         launch()
         get_offloader().join_after_forward()
-    return graph
+    workspaces = current_workspace_manager()._current_workspaces if is_workspace_manager_initialized() else ()
+    return Captured(graph, tuple(workspaces))
 
 
-def replay_graph(graph: torch.cuda.CUDAGraph) -> None:
+def replay_graph(captured: Captured) -> None:
     """Launch all that is in a graph of :func:`capture_graph`."""
     get_offloader().sync_prev_onload()
-    graph.replay()
+    captured.graph.replay()

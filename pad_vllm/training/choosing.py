@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,12 +89,6 @@ def choose(
             answers apart.
     """
     made = read_comparisons(data, columns, split) if Path(data).exists() else []
-    known = {(str(one.prompt), frozenset((one.chosen, one.rejected))) for one in made}
-    left = [
-        one
-        for one in read_comparisons(pool, columns, split)
-        if (str(one.prompt), frozenset((one.chosen, one.rejected))) not in known
-    ]
     reading = {"heads": heads, "prompt_template": prompt_template, "insert_after": insert_after}
     if attributes is not None:
         basis = attribute_basis(reward_model, attributes, **reading)
@@ -101,6 +96,14 @@ def choose(
         basis = adapter_basis(reward_model, adapters, **reading)
     else:
         basis = head_basis(reward_model, **reading)
+
+    def told(one: Comparison) -> tuple[Any, ...]:
+        """What a choice in it is about, whichever answer was chosen."""
+        read = one.preference if basis.reads_preference else None
+        return str(one.prompt), read, frozenset((one.chosen, one.rejected))
+
+    known = set(map(told, made))
+    left = [one for one in read_comparisons(pool, columns, split) if told(one) not in known]
     choices, pairs = _encoded(made, basis), _encoded(left, basis)
     if not pairs:
         raise DataError(f"{pool}: the user has compared every pair of at most {basis.max_length} tokens")

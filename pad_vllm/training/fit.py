@@ -168,11 +168,12 @@ def head_rewards(model: HeadedModel, pairs: Sequence[PairExample]) -> torch.Tens
 
 
 def fit_weights(rewards: torch.Tensor, names: Sequence[str], seed: int = 0) -> FittedWeights:
-    """Logistic regression on ``rewards`` (num_pairs, num_heads), its penalty chosen by cross-validation."""
+    """Logistic regression on ``rewards`` (num_pairs, num_heads) in nats, its penalty chosen by cross-validation. The
+    weights are those of nats, as they are served; the largest is 1."""
     free = [i for i, name in enumerate(names) if name != BACKBONE_HEAD]
     rewards = rewards[:, free].double()
-    # One penalty for all heads.
-    found = regress(rewards / rewards.std(0, correction=0).clamp_min(1e-6), seed)
+    # One scale for all: the weights are served on rewards as the heads give them.
+    found = regress(rewards / rewards.square().mean().sqrt().clamp_min(1e-9), seed)
     scaled = found.solution / found.solution.abs().max().clamp_min(1e-9)
     weights = dict(zip(free, scaled.tolist(), strict=True))
     return FittedWeights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import torch
 
 from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_guidance
 
@@ -63,7 +64,14 @@ def looks(llm) -> int:
 def capture(decoder) -> None:
     from unittest.mock import patch
 
+    from vllm.v1.worker import workspace
+
     from pad_vllm.reward import decode
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(decoder.model.device)
+    scratch = torch.empty(8, dtype=torch.uint8)
+    workspace.current_workspace_manager()._current_workspaces[0] = scratch
 
     class Graph:
         """Replays by calling what was captured with it."""
@@ -85,6 +93,7 @@ def capture(decoder) -> None:
     ):
         decoder._capture()
     assert list(decoder._graphs) == list(reversed(decoder.sizes))
+    assert all(captured.scratch[0] is scratch for captured in decoder._graphs.values())  # whatever vLLM does with it
 
 
 def seen(llm) -> dict[int, set[tuple[int, ...]]]:

@@ -129,6 +129,7 @@ def speculator_of(llm: Any) -> Any:
 def draft_in_graphs(llm: Any) -> None:
     """From now on, in an engine whose reward model drafts in this process: decode steps are padded as on a GPU, and
     drafts are made by graphs."""
+    from pad_vllm.reward.decode import Captured
     from pad_vllm.reward.derive import padded_sizes
     from pad_vllm.worker.adapters import draft_graphs
     from tests.support.engine import running_guidance
@@ -139,7 +140,7 @@ def draft_in_graphs(llm: Any) -> None:
     plan_on_device(model)
     with (
         patch.object(draft_graphs, "graph_capture", lambda device: contextlib.nullcontext()),
-        patch.object(draft_graphs, "capture_graph", lambda launch, pool, config: Graph(launch, model)),
+        patch.object(draft_graphs, "capture_graph", lambda launch, pool, config: Captured(Graph(launch, model), ())),
     ):
         speculator.graphs = draft_graphs.capture_drafts(guidance.drafter, speculator.buffers, speculator.drafts)
     assert speculator.graphs is not None

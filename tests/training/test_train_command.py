@@ -427,6 +427,9 @@ def test_fitted_weights_are_those_of_the_comparisons():
     assert abs(found.weights[3]) < 0.1
     assert found.held_out_accuracy == pytest.approx((rewards @ true > 0).float().mean().item(), abs=0.01)
     assert found.num_comparisons == 2000
+    # A head that speaks louder weighs less, so that served rewards are the user's.
+    loud = fit_weights(rewards * torch.tensor([1.0, 4.0, 1.0, 1.0]), ("backbone", "more", "less", "none"))
+    assert loud.weights[2] / loud.weights[1] == pytest.approx(-2, abs=0.4)
     # Nothing to learn from: held out, it is a coin; and no weight is infinite where the comparisons are separable.
     coin = fit_weights(torch.randn(200, 3), ("a", "b", "c"))
     assert abs(coin.held_out_accuracy - 0.5) < 0.12

@@ -33,7 +33,7 @@ from vllm.logger import init_logger
 
 from pad_vllm.kernels import HeadMix, Mixture, map_heads, mix_contexts
 from pad_vllm.params import MAX_CONTEXTS
-from pad_vllm.reward.decode import DecodeRows, capture_graph, replay_graph
+from pad_vllm.reward.decode import Captured, DecodeRows, capture_graph, replay_graph
 from pad_vllm.reward.paged_model import ForwardBatch
 from pad_vllm.reward.row_kernel import write_rows
 from pad_vllm.worker.adapters.draft_kernel import DraftBuffers
@@ -135,7 +135,7 @@ class DraftRows:
 class DraftGraph(NamedTuple):
     """A graph, and what must not be freed as long as it may be replayed."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Captured
     batch: ForwardBatch
     attn_metadata: dict[str, Any]
 
