@@ -52,7 +52,7 @@ def test_the_models_are_ordinary_folders(models):
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
     assert {path.name for path in untrained.iterdir()} == {path.name for path in models.base.iterdir()} | {"pad.json"}
-    for reward, beta in ((models.reward, 1.0), (untrained, 2.5)):
+    for reward, beta in ((models.reward, 1.5), (untrained, 2.5)):
         defaults = json.loads((reward / "pad.json").read_text())
         assert (defaults["reference"], defaults["beta"]) == ("neutral", beta)
     source = source_of({"reward_model": str(models.reward)}, None)
