@@ -160,13 +160,13 @@ def simulated_users(answers: Sequence[Mapping[str, Any]], num_users: int, seed: 
         for wish in rng.sample(range(len(user)), 2 + number % 2):
             user[wish] = rng.gauss(0, 1)
         prompts = rng.sample(sorted(by_prompt), len(by_prompt))
-        cut, row = len(prompts) * 3 // 4, ()
+        cut, row = len(prompts) * 3 // 4, list[torch.Tensor]()
         for own in (prompts[:cut], prompts[cut:]):
             pairs = [pair for prompt in own for pair in itertools.combinations(by_prompt[prompt], 2)]
-            one, other = zip(*rng.sample(pairs, min(NUM_PAIRS if not row else NUM_OTHERS, len(pairs))), strict=True)
-            one, other = list(one), list(other)
-            row = (*row, favors[one] - favors[other], (measures[one] - measures[other]) @ user)
-        rows.append(row)
+            sampled = rng.sample(pairs, min(NUM_PAIRS if not row else NUM_OTHERS, len(pairs)))
+            first, second = ([pair[i] for pair in sampled] for i in (0, 1))
+            row += [favors[first] - favors[second], (measures[first] - measures[second]) @ user]
+        rows.append(tuple(row))
     shortest = [min(len(row[i]) for row in rows) for i in range(4)]
     stacked = [torch.stack([row[i][: shortest[i]] for row in rows]) for i in range(4)]
     scale = stacked[0].square().mean().sqrt()
