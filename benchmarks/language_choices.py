@@ -44,9 +44,9 @@ ATTRIBUTES = ("simple", "gloomy", "brief", "list", "impersonal", "emphatic")
 """One of each measure's two, the one that the reward model serves more strongly (docs/training.md)."""
 _NEUTRAL = "neutral"
 NUMBERS = (3, 5, 10, 20, 30)
-NUM_PAIRS, NUM_OTHERS = 240, 120
+NUM_PAIRS, NUM_HELD_OUT = 240, 120
 """Of a user: those that may be asked about, and those of other prompts, at most."""
-NUM_DRAWS, NUM_STEPS = 96, 30
+DRAWS_EACH, STEPS_EACH = 96, 30
 """Of each user's posterior, after each choice; all users at once."""
 
 
@@ -133,13 +133,13 @@ def weights_by_number(
     for number in range(1, max(numbers) + 1):
         which = torch.full((num_users,), number - 1)
         if is_chosen:
-            normals = draw_normals(made, start=normals, num_draws=NUM_DRAWS, num_steps=NUM_STEPS, seed=seed + number)
+            normals = draw_normals(made, start=normals, num_draws=DRAWS_EACH, num_steps=STEPS_EACH, seed=seed + number)
             which = torch.where(left, information(users.pairs, weights_of(normals)), -1).argmax(1)
         left[everyone, which] = False
         one = users.pairs[everyone, which] * choices[everyone, which].unsqueeze(1)
         made = torch.cat([made, one.unsqueeze(1)], 1)
         if number in numbers:
-            fitted = draw_normals(made, num_draws=NUM_DRAWS, num_steps=4 * NUM_STEPS, seed=seed)
+            fitted = draw_normals(made, num_draws=DRAWS_EACH, num_steps=4 * STEPS_EACH, seed=seed)
             found[number] = mean_direction(weights_of(fitted))
     return found
 
@@ -163,7 +163,7 @@ def simulated_users(answers: Sequence[Mapping[str, Any]], num_users: int, seed: 
         cut, row = len(prompts) * 3 // 4, list[torch.Tensor]()
         for own in (prompts[:cut], prompts[cut:]):
             pairs = [pair for prompt in own for pair in itertools.combinations(by_prompt[prompt], 2)]
-            sampled = rng.sample(pairs, min(NUM_PAIRS if not row else NUM_OTHERS, len(pairs)))
+            sampled = rng.sample(pairs, min(NUM_PAIRS if not row else NUM_HELD_OUT, len(pairs)))
             first, second = ([pair[i] for pair in sampled] for i in (0, 1))
             row += [favors[first] - favors[second], (measures[first] - measures[second]) @ user]
         rows.append(tuple(row))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from pad_vllm.demo.smollm import DEFAULTS
-from pad_vllm.demo.users import BETA
+from pad_vllm.demo.users import DEMO_BETA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beta", type=float, default=BETA, help="guidance strength (default %(default)s)")
+    parser.add_argument("--beta", type=float, default=DEMO_BETA, help="guidance strength (default %(default)s)")
     parser.add_argument(
         "--top-k", type=int, default=DEFAULTS["top_k"], help="candidates per token (default %(default)s)"
     )

@@ -32,7 +32,9 @@ def test_a_load_is_answered_and_as_much_of_it_is_guided_as_was_asked_for(tmp_pat
             assert row["requests"] == number
             assert row["tokens_per_s"] == pytest.approx(4 * row["requests_per_s"], rel=1e-3)
             assert 0 < row["ttft_median_ms"] <= row["ttft_p90_ms"]
-            assert 0 < row["itl_median_ms"] <= row["itl_p90_ms"]
+            # Tokens of so small a model may come together.
+            assert 0 <= row["itl_median_ms"] <= row["itl_p90_ms"]
+            assert row["itl_p90_ms"] > 0
     offered = results["rates"]["rows"][0]["offered_per_s"]
     assert offered == pytest.approx(results["saturation"]["rows"][0]["requests_per_s"] / 2, abs=1e-3)
     table = (tmp_path / "served.md").read_text()
