@@ -147,13 +147,14 @@ def test_a_browser_shows_numbers_to_the_mouse_and_to_keys(explanation, tmp_path)
     browser = Browser(executable)
     try:
         browser.open(where)
-        browser.hover(".answer:nth-child(2) .token", 4)
-        assert f"Divergence {tokens[4].effect.divergence:.3f} nats" in browser.text("#detail-1")
         browser.press("Tab", times=3)  # past the unguided answer and its table
         browser.press("ArrowRight", times=6)
         assert f"Divergence {tokens[6].effect.divergence:.3f} nats" in browser.text("#detail-1")
         browser.press("Home")
         assert f"Divergence {tokens[0].effect.divergence:.3f} nats" in browser.text("#detail-1")
+        # Last: to bring a token into view moves where Tab goes on from, in newer versions of Chromium.
+        browser.hover(".answer:nth-child(2) .token", 4)
+        assert f"Divergence {tokens[4].effect.divergence:.3f} nats" in browser.text("#detail-1")
         assert browser.complaints() == []
         assert browser.requested() <= {where, "about:blank", "data:,"}
         browser.resize(360, 700, is_phone=True)
