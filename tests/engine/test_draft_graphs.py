@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from tests.support import operations
 from tests.support.engine import PLUGIN, Engine, guided, pad_config, running_guidance
 from tests.support.fixtures import MIX
 from tests.support.graphs import draft_in_graphs, speculator_of
+from tests.support.models import make_near
 
 pytestmark = pytest.mark.every_release
 
@@ -41,13 +41,8 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 def near(models, tmp_path_factory):
     """A reward model that is the base with some noise, so that drafts are accepted and refused by turns: where it is,
     with heads, and as the oracle reads it."""
-    model = copy.deepcopy(models.base_model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     path = tmp_path_factory.mktemp("near")
-    model.save_pretrained(path)
+    model = make_near(path, models.base_model)
     models.tokenizer.save_pretrained(path)
     (path / "heads.safetensors").write_bytes((models.named / "heads.safetensors").read_bytes())
     return path, model

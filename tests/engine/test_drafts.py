@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from tests.engine.test_engine import GREEDY, PROMPTS, every_mode
 from tests.engine.test_no_sync import watch_steps
 from tests.support.engine import PLUGIN, Engine, Worker, engine_stats, guided, metric, pad_config, running_guidance
 from tests.support.fixtures import MAX_TOKENS
+from tests.support.models import make_near
 from tests.support.statistics import chi_squared
 
 pytestmark = pytest.mark.every_release
@@ -59,13 +59,8 @@ def test_tenants_share_no_block_that_is_drafted_from(models, encode, engine):
 def near(models, tmp_path_factory):
     """A reward model that is the base with some noise, so that drafts are accepted and refused by turns: where it is,
     and as the oracle reads it."""
-    model = copy.deepcopy(models.base_model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     path = tmp_path_factory.mktemp("near")
-    model.save_pretrained(path)
+    model = make_near(path, models.base_model)
     models.tokenizer.save_pretrained(path)
     return path, model
 

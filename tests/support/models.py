@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -72,6 +73,17 @@ def make_model(path: Path, seed: int, *, vocab_size: int = 512, max_position_emb
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+def make_near(path: Path, model: AutoModelForCausalLM) -> AutoModelForCausalLM:
+    """A model with some noise: as a drafter of the one that it is made of, it is right and wrong by turns."""
+    near = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    near.save_pretrained(path)
+    return near
 
 
 def make_adapter(path: Path, base: Path, seed: int, rank: int, targets: list[str], **config) -> AutoModelForCausalLM:
