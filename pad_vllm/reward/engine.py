@@ -94,11 +94,11 @@ class RewardEngine:
             raise
 
     def give_blocks(self, slots: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Let contexts hold the blocks for so many tokens, for which ``BlockManager.has_room``; nothing is computed.
+        """Give contexts the blocks of their first tokens, for which ``BlockManager.has_room``; nothing is computed.
 
         Args:
             slots: [C] int64, distinct.
-            num_tokens: [C] int64.
+            num_tokens: [C] int64, how many of each context.
         """
         self.blocks.begin_step()
         if not self.blocks.ready(slots, num_tokens):

@@ -2,7 +2,7 @@
 
 The reward of a user is a weighted sum of the heads' rewards, R = sum_i w_i R_i. The user prefers the chosen answer with
 probability sigmoid(R(chosen) - R(rejected)). So the weights are fitted by logistic regression on the heads' rewards;
-from few comparisons they are the mean of what may be (:mod:`pad_vllm.training.posterior`).
+from few comparisons they are the mean direction of their posterior (:mod:`pad_vllm.training.posterior`).
 This is the low-rank factorization of LoRe (arXiv 2504.14439) and PReF (arXiv 2503.06358) with the heads as the basis.
 Attributes in words are another basis: :mod:`pad_vllm.training.sliders`.
 """

@@ -105,7 +105,7 @@ class SameTokens:
         return SameTokensDraft(self, self.drafted, rows, positions, params)
 
     def note_drafts(self, params: RowParams, num_drafts: int) -> None:
-        """So many drafts were made for the requests of a layout, and their hidden states are kept."""
+        """All drafts of a layout's requests were made, ``num_drafts`` of each, and their hidden states are kept."""
         assert self.drafted is not None  # there is a drafter
         self.drafted.num_kept[params.layout.slots] = num_drafts
 

@@ -171,7 +171,7 @@ class DraftGraphs:
         self._written: RowParams | None = None  # what the inputs say of layouts
 
     def fits(self, params: RowParams, num_drafts: int) -> bool:
-        """Whether there is a graph for so many drafts of these rows."""
+        """Whether there is a graph that makes ``num_drafts`` drafts of these rows."""
         sizes = self.sizes[params.contexts.mixture is not None]
         return num_drafts == self.drafts.shape[1] and len(params.contexts.row_slots) <= sizes[-1]
 
