@@ -82,9 +82,8 @@ class V1Batch:
         self.one_more = [n + 1 for n in num_generated]
         if min(last_ids) < 0:
             raise RuntimeError("the runner does not show a request's last token")
-        guided.last_ids = np.array(last_ids)
-        both = to_device(np.stack([guided.last_ids, guided.num_tokens - 1]), self.device, torch.int64)
-        guided.token_ids, guided.positions = both.unbind()
+        guided.last_ids, guided.positions = np.array(last_ids), None
+        guided.token_ids = to_device(guided.last_ids, self.device, torch.int64)
         return guided
 
 
