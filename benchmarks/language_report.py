@@ -88,18 +88,19 @@ def _base_row(bench: Bench, records: Sequence[Mapping[str, Any]], grammar: Harpe
 def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
     moved: dict[str, Moves] = defaultdict(list)
     together: dict[str, dict[str, Moves]] = defaultdict(lambda: defaultdict(list))
-    satisfied: Moves = []
+    satisfied: dict[str, Moves] = defaultdict(list)
     for record in records:
         cell = bench.cells[record["cell"]]
-        measures = measures_of(record["text"])
+        values, measures = " and ".join(cell.values), measures_of(record["text"])
         for name, sign in (DIRECTIONS[value] for value in cell.values):
             moved[name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
-            together[" and ".join(cell.values)][name].append(moved[name][-1])
+            together[values][name].append(moved[name][-1])
             beyond = sign * (measures[name] - unguided.median[cell.prompt][name])
-            satisfied.append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
+            satisfied[values].append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
     return {
         "num_answers": len(records),
-        "satisfied": _estimate(satisfied),
+        "satisfied": _estimate([one for own in satisfied.values() for one in own]),
+        "satisfied_by_values": {values: _estimate(own) for values, own in satisfied.items()},
         "moved": {name: _estimate(moved[name]) for name in DIMENSIONS if name in moved},
         "by_values": {
             values: {name: _estimate(found) for name, found in own.items()} for values, own in together.items()
@@ -204,6 +205,16 @@ def _percent(estimate: Sequence[float]) -> str:
     return f"{mean:.0f}% ({low:.0f} to {high:.0f})"
 
 
+def wish_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of users with one wish: how many answers satisfied each, by method."""
+    lines = [f"| | {' | '.join(DIRECTIONS)} |", "| --- |" + " ---: |" * len(DIRECTIONS)]
+    for row in (row for row in rows if row["group"] == "one"):
+        found = row["satisfied_by_values"]
+        said = [f"{100 * found[value][0]:.0f}%" if value in found else "" for value in DIRECTIONS]
+        lines.append(f"| {row['method']} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
 def combination_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of each two values that were asked for together, how far their measures moved, by method."""
     own = [row for row in rows if row["group"] == "two"]
@@ -272,6 +283,8 @@ def write(
     for group, title in TITLES.items():
         if any(row["group"] == group for row in rows):
             text += [f"## {title}", group_table(rows, group)]
+        if group == "one":
+            text += ["Satisfied, by wish:", wish_table(rows)]
     if any(row["group"] == "two" for row in rows):
         text += ["Each two wishes by themselves:", combination_table(rows)]
     if scored := [method.name for method in methods if not method.reads_the_prompt]:

@@ -183,8 +183,8 @@ def wait_for_version(server: Server, personas: dict[str, PAD]) -> None:
 
 def refusals(server: Server, why: str = "") -> list[str]:
     """Lines of the log, one of each engine for each version that it refused."""
-    lines = server.log.read_text().splitlines()
-    return [line for line in lines if "the new version of the personas is refused: pad.personas" in line and why in line]
+    refused = "the new version of the personas is refused: pad.personas"
+    return [line for line in server.log.read_text().splitlines() if refused in line and why in line]
 
 
 def test_personas_change_under_load(encode, expect, server, personas):
