@@ -293,8 +293,12 @@ class PagedModel:
 
     @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int) -> torch.Tensor:
-        """Run the largest forward once, so that its memory is taken while vLLM still counts. On a CPU vLLM counts what
-        the process holds, and a forward gives back what it took: there a small one compiles as well, and sooner.
+        """Run the largest forward once, so that its memory is taken while vLLM still counts, and before vLLM locks the
+        workspaces in which kernels of experts compute. On a CPU vLLM counts what the process holds, and a forward gives
+        back what it took: there a small one compiles as well, and sooner.
+
+        Args:
+            max_num_batched_tokens: most tokens in one forward, of as many contexts as it takes.
 
         Returns:
             [1, hidden_size] a hidden state.
@@ -302,25 +306,28 @@ class PagedModel:
         Raises:
             ValueError: the model needs other inputs than tokens.
         """
-        num_tokens = min(max_num_batched_tokens, self.max_model_len)
+        num_tokens = max_num_batched_tokens
         if current_platform.is_cpu():
             num_tokens = min(num_tokens, 64)
-        positions = torch.arange(num_tokens, device=self.device)
-        num_blocks = torch.arange(1, self.max_num_blocks + 1, dtype=torch.int32, device=self.device)
-        starts = torch.tensor([0, num_tokens], dtype=torch.int32)
-        length = starts[1:]
+        num_full, rest = divmod(num_tokens, self.max_model_len)
+        lengths = torch.tensor([rest] * (rest > 0) + [self.max_model_len] * num_full, dtype=torch.int32)
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+        # All in the same blocks: they say the same.
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths.tolist()])
+        blocks = torch.arange(1, self.max_num_blocks + 1, dtype=torch.int32, device=self.device)
+        longest = int(lengths.max())
         batch = ForwardBatch(
             input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
             positions=positions,
             slot_mapping=positions + self.block_size,
             query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
-            max_query_len=num_tokens,
-            seq_lens=length.to(self.device),
-            seq_lens_upper_bound=length,
+            max_query_len=longest,
+            seq_lens=lengths.to(self.device),
+            seq_lens_upper_bound=lengths,
             seq_lens_known=True,
-            max_seq_len=num_tokens,
-            block_table=num_blocks[None],
+            max_seq_len=longest,
+            block_table=blocks.expand(len(lengths), -1).contiguous(),
             adapters=None if self.adapters is None else torch.zeros_like(positions),
         )
         try:

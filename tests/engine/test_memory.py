@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 
@@ -14,10 +15,31 @@ def test_the_engine_takes_it_from_its_own_configuration(models):
     engine = Engine("v1", models.base, num_gpu_blocks_override=512, block_size=32, **pad_config(models.reward))
     try:
         stats, num_typical = engine.call(engine_stats), engine.call(typical_tokens)
+        lengths, hidden_states = engine.call(partial(warm_up_of, max_model_len=24, num_tokens=60))
+        assert lengths == [12, 24, 24]  # kernels of experts take memory for all tokens of a forward
+        assert hidden_states[:2] == [pytest.approx(hidden_states[2], rel=1e-4, abs=1e-5)] * 2
         assert 128 + 32 < num_typical < 128 + 96
         assert stats["blocks"] == 16384 * num_typical // 128 // 32
     finally:
         engine.close()
+
+
+def warm_up_of(llm, max_model_len: int, num_tokens: int) -> tuple[list[int], list[list[float]]]:
+    """Lengths of the sequences of the forward that the start runs, and the hidden states of their twelfth tokens."""
+    model, batches, found = running_guidance(llm).model, [], []
+
+    def forward(batch):
+        batches.append(batch)
+        found.append(type(model).forward(model, batch))
+        return found[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", forward)
+        patch.setattr(model, "max_model_len", max_model_len)
+        model.warm_up(num_tokens)
+    begins = batches[0].query_start_loc_cpu[:-1]
+    assert batches[0].input_ids.shape[0] == num_tokens
+    return batches[0].seq_lens.tolist(), found[0][begins + 11].tolist()
 
 
 def typical_tokens(llm) -> int:
