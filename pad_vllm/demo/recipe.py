@@ -35,7 +35,7 @@ from pad_vllm.demo.comparisons import compare
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, OPPOSITES
 from pad_vllm.demo.smollm import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, PROMPT_TEMPLATE, build_base
 from pad_vllm.evaluation.engine import Request, generate_batches
-from pad_vllm.training.records import write_records
+from pad_vllm.training.records import read_records, write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def sample(folder: Path, base: Path, reward: Path, recipe: Recipe, number: int =
     else:
         for part, arguments in missing.items():
             _answer_part(part, *arguments)
-    return [json.loads(line) for part in parts for line in part.read_text("utf-8").splitlines()]
+    return [answer for part in parts for answer in read_records(part)]
 
 
 def _take_core(free: SimpleQueue) -> None:

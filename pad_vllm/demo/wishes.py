@@ -24,6 +24,8 @@ HELD_OUT_COMBINATIONS = frozenset(
     )
 )
 """Values that no training preference asks for together."""
+FRAMES_OF_THINGS = ("I like {}.", "Give me {}.", "What I want is {}.", "Nothing beats {}.", "{}: that is for me.")
+FRAMES_OF_ACTS = ("Please {}.", "{}.", "Could you {}?", "I want you to {}.", "Always {}, for my sake.")
 
 
 @lru_cache
@@ -36,8 +38,23 @@ def prompts(held_out: bool = False) -> list[str]:
 
 
 def wordings(value: str, held_out: bool = False) -> list[str]:
-    """In which words users ask for a value, such as ``brief``."""
-    return list(_read("preferences")[value]["held_out" if held_out else "train"])
+    """In which words users ask for a value, such as ``brief``: of training also what they like and what the answer
+    shall do, each said in several ways."""
+    words = _read("preferences")[value]
+    if held_out:
+        return list(words["held_out"])
+    composed = (
+        _sentence(frame, what)
+        for frames, name in ((FRAMES_OF_THINGS, "things"), (FRAMES_OF_ACTS, "acts"))
+        for what in words[name]
+        for frame in frames
+    )
+    return list(dict.fromkeys([*words["train"], *composed]))
+
+
+def _sentence(frame: str, words: str) -> str:
+    sentence = frame.format(words)
+    return sentence[0].upper() + sentence[1:]
 
 
 def preference(values: Sequence[str], rng: random.Random, held_out: bool = False) -> str:

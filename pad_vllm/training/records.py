@@ -26,6 +26,11 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+def read_records(path: Path) -> list[Any]:
+    """What :func:`write_records` wrote. Raises DataError for a line that is not JSON."""
+    return [record for _, record in json_lines(path)]
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each line. Raises DataError for one that is not JSON."""
     with path.open("rb") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,10 @@ from transformers import AutoTokenizer
 from benchmarks import language_adapters
 from pad_vllm.demo import balance, questions, recipe, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
+from pad_vllm.demo.plain_comparisons import compare_with_plain
 
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
+NUM_ENDS = 8
 CIRCLES = "The sun is a star. " * 12
 
 
@@ -27,19 +28,24 @@ def models() -> smollm.DemoModels:
 def answers() -> list[dict]:
     """Of SmolLM2; those that were asked for nothing are the plain ones. One that loops to each prompt."""
     found = [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
-    own = [{**one, "how": balance.PLAIN if one["how"] == recipe.PLAIN else balance.BY_WISH} for one in found]
+    own = [
+        {**one, "how": balance.PLAIN if one["how"] == recipe.PLAIN else balance.BY_WISH, "values": [one["value"]]}
+        for one in found
+    ]
     prompts = dict.fromkeys(one["prompt"] for one in own)
-    return own + [{"prompt": p, "how": balance.BY_WISH, "text": CIRCLES, "finished": True} for p in prompts]
+    circles = {"how": balance.BY_WISH, "values": ["academic"], "text": CIRCLES, "finished": True}
+    return own + [{"prompt": prompt, **circles} for prompt in prompts]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_out):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=40, num_looping=5)
-    records = balance.compare_with_plain(answers, tokenizer, sizes, held_out)
+    records = compare_with_plain(
+        answers, tokenizer, margin=0.2, num_each=40, num_looping=5, num_ends=NUM_ENDS, held_out=held_out
+    )
     plain = {tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["how"] == balance.PLAIN}
     around = {"chosen": set(), "rejected": set()}
-    circles = 0
+    circles = ends = 0
     for record in records:
         ((name, sign),) = record["labels"].items()
         (value,) = [value for value, asked in DIRECTIONS.items() if asked == (name, sign)]
@@ -48,13 +54,22 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
         chosen, rejected = (measures_of(record[which])[name] for which in ("chosen", "rejected"))
         if loops(record["rejected"]):
             circles += 1
+            assert value == "academic" or not record["rejected"].startswith(CIRCLES[:18])
             assert sign * (chosen - rejected) >= 0
+            continue
+        more, less = sorted((record["chosen"], record["rejected"]), key=len, reverse=True)
+        if more.startswith(less):  # the same answer, which ends where a sentence does
+            ends += 1
+            assert value == ("detailed" if record["chosen"] == more else "brief")
+            assert less[-1] in ".!?"
+            assert more in plain
             continue
         assert sign * (chosen - rejected) > 0
         for which, own in around.items():
             if record[which] in plain:
                 own.add(value)
     assert circles == 5
+    assert ends == NUM_ENDS
     # Of both ends: some wishes are learned from answers that do better than plain ones, and from those that do worse.
     assert len(around["rejected"]) >= 6
     assert len(around["chosen"]) >= 6
@@ -62,8 +77,7 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
 
 def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    sizes = replace(balance.TINY_BALANCE, max_answer=64, num_each=8, num_looping=0)
-    records = balance.compare_with_plain(answers, tokenizer, sizes)
+    records = compare_with_plain(answers, tokenizer, margin=0.2, num_each=8, num_looping=0)
     for value, asked in DIRECTIONS.items():
         assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
 

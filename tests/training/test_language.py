@@ -52,7 +52,7 @@ def test_the_models_are_ordinary_folders(models):
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
     assert {path.name for path in untrained.iterdir()} == {path.name for path in models.base.iterdir()} | {"pad.json"}
-    for reward, beta in ((models.reward, 1.5), (untrained, 2.5)):
+    for reward, beta in ((models.reward, 2.0), (untrained, 2.5)):
         defaults = json.loads((reward / "pad.json").read_text())
         assert (defaults["reference"], defaults["beta"]) == ("neutral", beta)
     source = source_of({"reward_model": str(models.reward)}, None)
@@ -190,6 +190,6 @@ def test_the_language_table(models, tmp_path):
         assert row["nll"] > 0
     text = (tmp_path / "language.md").read_text()
     assert "PAD, beta 1.5 moves" in text
-    assert text.count("| PAD, beta 1.5 |") == 3  # one wish, two, and each two by themselves
+    assert text.count("| PAD, beta 1.5 |") == 4  # one wish, two, and each wish, or two, by itself
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     assert language.bench_answers(bench_of(models, tmp_path / "work")) == found  # nothing is made twice
