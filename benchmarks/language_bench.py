@@ -33,9 +33,10 @@ class Sizes:
         prompts: by group.
         base_answers: unguided answers to each prompt, against which the others are held.
         best_of: answers that the reward model chooses from, for ``best_of_prompts`` of the prompts.
-        betas: strengths of guidance by the trained reward model, with the reference that its folder names.
+        betas: strengths of guidance by the trained reward model, with the reference that its folder names: the base.
         untrained_betas: and by SmolLM2 itself; one of them is ``opposite_beta``, also from the opposite of a wish.
-        base_betas: and by the trained one against the base model (``reference: base``).
+        neutral_betas: and held against what it says itself without the preference (``reference: neutral``).
+        beta_with_prompting: of guidance whose wish is in the prompt too, where there is any (``with_prompting``).
         is_judged: whether Persona-judge answers.
         fitted: values of users to whom sliders are fitted, from each of so many ``choices``.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
@@ -51,10 +52,12 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 80
-    betas: tuple[float, ...] = (1.0, 1.5, 2.0)
+    betas: tuple[float, ...] = (1.0, 1.5, 2.5)
     untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     opposite_beta: float = 2.5
-    base_betas: tuple[float, ...] = (1.0,)
+    neutral_betas: tuple[float, ...] = (1.0,)
+    with_prompting: bool = True
+    beta_with_prompting: float = 1.0
     is_judged: bool = True
     fitted: tuple[str, ...] = ("brief", "emphatic")
     choices: tuple[int, ...] = (5, 10, 20, 40)
@@ -75,7 +78,7 @@ class Sizes:
 
 FULL = Sizes({"one": 80, "two": 16})
 GEMMA: dict[str, Any] = {
-    "base_betas": (0.8, 1.0),
+    "neutral_betas": (0.8, 1.0),
     "untrained_betas": (2.5,),
     "best_of_prompts": 0,
     "is_judged": False,

@@ -42,9 +42,9 @@ def at_once(bench: Bench) -> list[Asked]:
     ]
     for beta in sizes.betas:
         asked.append(Asked(Guided(f"PAD, beta {beta:g}", float(beta)), everyone))
-    for beta in sizes.base_betas:
-        asked.append(Asked(Guided(f"PAD against the base, beta {beta:g}", float(beta), against_the_base), everyone))
-    if sizes.base_betas:
+    for beta in sizes.neutral_betas:
+        asked.append(Asked(Guided(f"PAD against itself, beta {beta:g}", float(beta), against_itself), everyone))
+    if sizes.with_prompting:
         asked.append(Asked(with_guidance(bench, "prompting and PAD", prompted), everyone))
     untrained = str(bench.untrained)
     for beta in sizes.untrained_betas:
@@ -71,7 +71,7 @@ def after_work(bench: Bench) -> list[Asked]:
     if sizes.choice_prompts:
         examples = Examples("prompting with examples", prompting(bench), examples_of(bench))
         asked.append(Asked(examples, singles))
-        if sizes.base_betas:
+        if sizes.with_prompting:
             asked.append(Asked(with_guidance(bench, "prompting with examples and PAD", examples), singles))
         if sizes.steering_prompts:
             asked.append(Asked(Steered("steering vector", steering_of(bench)), singles))
@@ -100,11 +100,11 @@ def prompting(bench: Bench) -> Prompting:
 
 def with_guidance(bench: Bench, name: str, prompting: Prompting | Examples) -> Guided:
     """Against the base: a neutral reference would read the preference too, in the base's prompt."""
-    return Guided(name, float(bench.sizes.base_betas[0]), against_the_base, prompting=prompting)
+    return Guided(name, bench.sizes.beta_with_prompting, prompting=prompting)
 
 
-def against_the_base(cell: Cell) -> dict[str, Any]:
-    return {"pad_reference": "base"}
+def against_itself(cell: Cell) -> dict[str, Any]:
+    return {"pad_reference": "neutral"}
 
 
 def from_the_opposite(bench: Bench) -> Callable[[Cell], dict[str, Any]]:

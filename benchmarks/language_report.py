@@ -264,8 +264,8 @@ def write(
         "# Language",
         f"What guidance does to the English of {MODELS[name]}, beside other ways to personalize it; on "
         f"{record['hardware']}, in {ENGINE['dtype']}, {record['date']}, by {MADE_BY[name]}. `PAD`: by the demo's "
-        "reward model, trained on SmolLM2's answers, held against what it says without the preference; `against the "
-        "base`: held against the base model; `untrained`: by SmolLM2 itself"
+        "reward model, trained on SmolLM2's answers, held against the base model; `against itself`: held against what "
+        "it says without the preference; `untrained`: so by SmolLM2 itself"
         + ("" if name == "language-gemma" else f", which is {CONTEXT_STEERING}")
         + "; `from the opposite`: more of the wish, less of its opposite. Prompts, wordings and the combinations of "
         "two wishes are held out from training.",

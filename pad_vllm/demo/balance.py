@@ -9,9 +9,8 @@ answers: after two such rounds "simple" moved the demo's answers by five school 
 2. an answer that a wish was to change is compared with the plain ones (:mod:`pad_vllm.demo.plain_comparisons`), by a
    user of that wish and by one of its opposite; an answer that goes in circles loses to one that does not, whoever
    asks;
-3. each comparison is judged for itself, its reward the log-ratio to what the model said before without a preference,
-   as a server with ``reference: neutral`` scores it. A wish that is met already teaches little then, and one that is
-   not, much: so strength is balanced.
+3. each comparison is judged for itself, its reward the log-ratio to what the model said before without a preference. A
+   wish that is met already teaches little then, and one that is not, much: so strength is balanced.
 
 The rounds of :mod:`pad_vllm.demo.recipe` come first. With ``--from-demo`` the last round alone follows the demo's
 adapter. Each step keeps what it has done, and goes on from there when it is started again.
@@ -58,7 +57,7 @@ class Balance:
     Attributes:
         num_prompts, num_questions: of ours and real ones, which are answered; of each ``num_test`` are for measuring.
         prompts_per_part: answered by one engine, whose answers are then kept.
-        beta: of the guidance by which wishes are answered, as they are served. None: by what was learned, alone.
+        beta: of the guidance by which wishes are answered. None: by what was learned, alone.
         plain: answers to a prompt as it is.
         always, others: measures that every prompt is answered for, both ways, and how many more.
         max_answer, margin, num_each, num_looping, num_ends: of :func:`~.plain_comparisons.compare_with_plain`.
@@ -93,7 +92,7 @@ class Balance:
 ROUNDS = (
     Balance(),
     # In more words, and with ends. Sampled answers are likelier than most: a model that learns to write them where it
-    # reads a wish (nll_weight) is surer there than without one, and goes in circles. With 1.0, 10 of 36 answers did.
+    # reads a wish (nll_weight) is surer than the base, and answers go in circles. With 1.0, 10 of 36 answers did.
     Balance(
         num_prompts=24,
         num_questions=24,
@@ -110,7 +109,7 @@ ROUNDS = (
         first_question=13,
         stage=Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=0.1),
     ),
-    Balance(  # as it is served, and mostly of answers that go in circles then
+    Balance(  # of answers that strong guidance has led in circles, mostly
         num_prompts=12,
         num_questions=12,
         prompts_per_part=24,
@@ -269,7 +268,7 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
                 asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value]}, request))
     by_wish = Engine(str(base), adapter=str(reward))
     if sizes.beta is not None:
-        by_wish = Engine(str(base), {**DEFAULTS, "reward_model": str(reward)})
+        by_wish = Engine(str(base), {**DEFAULTS, "reference": "neutral", "reward_model": str(reward)})
     records = []
     for how, engine in ((PLAIN, Engine(str(base))), (BY_WISH, by_wish)):
         found = engine.generate(

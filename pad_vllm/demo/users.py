@@ -8,7 +8,7 @@ from typing import Any
 
 from pad_vllm.demo.measures import DIRECTIONS
 
-DEMO_BETA = 1.0
+DEMO_BETA = 1.5
 """Weaker than the reward model's default: some of these users have several preferences, whose weights add up."""
 
 
@@ -58,7 +58,7 @@ USERS: dict[str, User] = {
     ),
     "Kofi": User(
         "a negative preference: less of it",
-        {"preference": ["Give me long, detailed answers."], "preference_weights": [-1.0]},
+        {"preference": ["Give me long, detailed answers."], "preference_weights": [-0.5]},
         ("brief",),
     ),
 }

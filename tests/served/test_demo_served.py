@@ -137,7 +137,7 @@ def test_users_of_one_server(pytestconfig):
     assert re.search(r"omar: lists [\d.]+ > [\d.]+ [✓✗]", out), out
     assert re.search(r"noor: length [\d.]+ > [\d.]+ ✓", out), out
     assert seen["about"]["personas"] == ["omar", "noor"]
-    assert seen["about"]["defaults"]["reference"] == "neutral"
+    assert seen["about"]["defaults"]["reference"] == "base"
     if find_chromium():
         assert seen["errors"] == ""
         assert seen["rows"] == ["+1.0", "\N{MINUS SIGN}0.5"]

@@ -52,9 +52,9 @@ def test_the_models_are_ordinary_folders(models):
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
     assert {path.name for path in untrained.iterdir()} == {path.name for path in models.base.iterdir()} | {"pad.json"}
-    for reward, beta in ((models.reward, 2.0), (untrained, 2.5)):
+    for reward, reference in ((models.reward, "base"), (untrained, "neutral")):
         defaults = json.loads((reward / "pad.json").read_text())
-        assert (defaults["reference"], defaults["beta"]) == ("neutral", beta)
+        assert (defaults["reference"], defaults["beta"]) == (reference, 2.5)
     source = source_of({"reward_model": str(models.reward)}, None)
     assert (source.is_adapter, source.model) == (True, str(models.base))
     assert (
@@ -174,7 +174,7 @@ def test_the_language_table(models, tmp_path):
     bench = bench_of(models, tmp_path / "work")
     found = language.bench_answers(bench)
     rows = language_report.write(tmp_path, "language", bench, found)
-    methods = ["base", "prompting", "PAD, beta 1.5", "PAD against the base, beta 1", "prompting and PAD"]
+    methods = ["base", "prompting", "PAD, beta 1.5", "PAD against itself, beta 1", "prompting and PAD"]
     methods += ["PAD untrained, beta 2.5", "PAD untrained, from the opposite, beta 2.5", "best of 2"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
     assert len(found["prompting"]) == len(found["PAD, beta 1.5"]) == 12
