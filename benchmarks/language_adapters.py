@@ -183,10 +183,13 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def guided_by(said: str, demo: Path) -> Guided:
-    """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named."""
+    """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named. Named after what it is held against too,
+    which its folder says, and by which the same weights do other things."""
     name, _, rest = said.partition("=")
     folder, _, beta = rest.rpartition("@")
-    return Guided(f"{name}, beta {float(beta):g}", float(beta), reward_model=folder or str(demo))
+    reference = json.loads((Path(folder or demo) / "pad.json").read_text())["reference"]
+    against = {"base": "the base", "neutral": "itself"}[reference]
+    return Guided(f"{name}, against {against}, beta {float(beta):g}", float(beta), reward_model=folder or str(demo))
 
 
 def main() -> None:

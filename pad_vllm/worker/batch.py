@@ -60,7 +60,7 @@ class GuidedBatch:
     """Whether each request has one row, which sees ``num_tokens`` tokens."""
     positions: torch.Tensor | None
     """[R] int64, on the device: position of the row's last visible token in its request; None only if ``exact``, where
-    it is ``num_tokens - 1``, until somebody asks for it"""
+    it is ``num_tokens - 1``"""
     token_ids: torch.Tensor
     """[R] int32 or int64, on the device: that token"""
     output_ids: Callable[[RequestSlot], Sequence[int]]
@@ -79,6 +79,6 @@ class GuidedBatch:
 
     def device_positions(self) -> torch.Tensor:
         """[R] int64, on the device."""
-        if self.positions is None:
-            self.positions = to_device(self.num_tokens - 1, self.token_ids.device, torch.int64)
-        return self.positions
+        if self.positions is not None:
+            return self.positions
+        return to_device(self.num_tokens - 1, self.token_ids.device, torch.int64)
