@@ -45,7 +45,8 @@ class PointLook(NamedTuple):
 
 METHOD_LOOKS = [
     PointLook(r"PAD, (beta .*)", r"\1", "guided (PAD), by beta", "#1a7f37", "o", "-"),
-    PointLook(r"PAD against itself, (beta .*)", r"\1", "guided, held against itself", "#1a7f37", "^", ":"),
+    PointLook(r"PAD against the base, (beta .*)", r"\1", "guided, held against the base model", "#1a7f37", "^", ":"),
+    PointLook(r"PAD against itself, (beta .*)", r"\1", "guided, held against itself", "#1a7f37", "v", ":"),
     PointLook(r"prompting( with examples)? and PAD", r"both\1", "guided, and the wish in the prompt", "#1a7f37", "s"),
     PointLook(
         r"PAD (?:untrained, (?=from))?(untrained|from the opposite), beta .*",

@@ -89,7 +89,7 @@ class Balance:
     stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
 
 
-ROUNDS = (
+BALANCE_ROUNDS = (
     Balance(),
     # In more words, and with ends. Sampled answers are likelier than most: a model that learns to write them where it
     # reads a wish (nll_weight) is surer than the base, and answers go in circles. With 1.0, 10 of 36 answers did.
@@ -295,7 +295,7 @@ def main() -> None:
     args = parser.parse_args()
     base, reward = build_base(), build_reward() if args.from_demo else learn(args.folder)
     made = []
-    for number, sizes in list(enumerate(ROUNDS, 1))[-1 if args.from_demo else 0 :]:
+    for number, sizes in list(enumerate(BALANCE_ROUNDS, 1))[-1 if args.from_demo else 0 :]:
         folder = args.folder / f"balance-{number}"
         reward = learn_balanced(folder, base, reward, sizes)
         made.append(record_of(folder, sizes))
