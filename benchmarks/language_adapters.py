@@ -183,8 +183,8 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def guided_by(said: str, demo: Path) -> Guided:
-    """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named. Named after what it is held against too,
-    which its folder says, and by which the same weights do other things."""
+    """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named. The method's name says which reference
+    the folder sets: against another one the same weights guide otherwise."""
     name, _, rest = said.partition("=")
     folder, _, beta = rest.rpartition("@")
     reference = json.loads((Path(folder or demo) / "pad.json").read_text())["reference"]

@@ -36,7 +36,7 @@ class Sizes:
         betas: strengths of guidance by the trained reward model, with the reference that its folder names: the base.
         untrained_betas: and by SmolLM2 itself; one of them is ``opposite_beta``, also from the opposite of a wish.
         neutral_betas: and held against what it says itself without the preference (``reference: neutral``).
-        beta_with_prompting: of guidance whose wish is in the prompt too, where there is any (``with_prompting``).
+        beta_with_prompting: of guidance whose wish is in the prompt too.
         is_judged: whether Persona-judge answers.
         fitted: values of users to whom sliders are fitted, from each of so many ``choices``.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
@@ -56,7 +56,6 @@ class Sizes:
     untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     opposite_beta: float = 2.5
     neutral_betas: tuple[float, ...] = (1.0,)
-    with_prompting: bool = True
     beta_with_prompting: float = 1.0
     is_judged: bool = True
     fitted: tuple[str, ...] = ("brief", "emphatic")
@@ -79,6 +78,7 @@ class Sizes:
 FULL = Sizes({"one": 80, "two": 16})
 GEMMA: dict[str, Any] = {
     "neutral_betas": (0.8, 1.0),
+    "beta_with_prompting": 0.8,
     "untrained_betas": (2.5,),
     "best_of_prompts": 0,
     "is_judged": False,

@@ -44,8 +44,7 @@ def at_once(bench: Bench) -> list[Asked]:
         asked.append(Asked(Guided(f"PAD, beta {beta:g}", float(beta)), everyone))
     for beta in sizes.neutral_betas:
         asked.append(Asked(Guided(f"PAD against itself, beta {beta:g}", float(beta), against_itself), everyone))
-    if sizes.with_prompting:
-        asked.append(Asked(with_guidance(bench, "prompting and PAD", prompted), everyone))
+    asked.append(Asked(with_guidance(bench, "prompting and PAD", prompted), everyone))
     untrained = str(bench.untrained)
     for beta in sizes.untrained_betas:
         asked.append(Asked(Guided(f"PAD untrained, beta {beta:g}", float(beta), reward_model=untrained), everyone))
@@ -71,8 +70,7 @@ def after_work(bench: Bench) -> list[Asked]:
     if sizes.choice_prompts:
         examples = Examples("prompting with examples", prompting(bench), examples_of(bench))
         asked.append(Asked(examples, singles))
-        if sizes.with_prompting:
-            asked.append(Asked(with_guidance(bench, "prompting with examples and PAD", examples), singles))
+        asked.append(Asked(with_guidance(bench, "prompting with examples and PAD", examples), singles))
         if sizes.steering_prompts:
             asked.append(Asked(Steered("steering vector", steering_of(bench)), singles))
     for value in sizes.fitted:

@@ -1,4 +1,4 @@
-"""A reward model's last rounds, learned as it is served: each wish for itself, and held against no wish at all:
+"""A reward model's last rounds, which learn each wish for itself, held against no wish at all:
 ``python -m pad_vllm.demo.balance FOLDER``.
 
 Opposite users who are judged together (``opposites``) teach by how much two wishes differ. Nothing says that both move
@@ -92,7 +92,7 @@ class Balance:
 BALANCE_ROUNDS = (
     Balance(),
     # In more words, and with ends. Sampled answers are likelier than most: a model that learns to write them where it
-    # reads a wish (nll_weight) is surer than the base, and answers go in circles. With 1.0, 10 of 36 answers did.
+    # reads a wish (nll_weight) is surer than the base, and guided answers go in circles.
     Balance(
         num_prompts=24,
         num_questions=24,

@@ -39,7 +39,7 @@ def compare_with_plain(
     answer that loops never wins.
 
     Args:
-        answers: ``prompt``, ``how``, ``text``, and whether it has ``finished``.
+        answers: ``prompt``, ``how``, ``values`` (asked for), ``text``, and whether it has ``finished``.
         max_answer: tokens of an answer that are measured and learned from, the first ones.
         margin: by how many standard deviations of the answers' measure two of a comparison differ.
         num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
@@ -75,7 +75,7 @@ def compare_with_plain(
         if other.sound
     ]
     for prompt, one, other in rng.sample(looping, min(num_looping, len(looping))):
-        value = _suiting(other, one, spread, rng)
+        value = _suiting(other, one, rng)
         records.append(_record(prompt, value, other.text, one.text, rng, held_out))
     records += _ends(by_prompt, tokenizer, num_ends, rng, held_out)
     rng.shuffle(records)
@@ -89,8 +89,8 @@ def _ends(
     rng: random.Random,
     held_out: bool,
 ) -> list[dict[str, Any]]:
-    """Plain answers, each with itself up to the end of a sentence: nothing but where it ends says which one a user of
-    few or of many words wants."""
+    """Plain answers, each compared with its own beginning up to the end of a sentence. The two differ only in where
+    they end: a user of few words wants the beginning, a user of many the whole."""
     found = []
     for prompt, own in by_prompt.items():
         for one in (one for one in own if one.plain and one.sound):
@@ -139,7 +139,7 @@ def _couples(
                 yield best
 
 
-def _suiting(one: _Answer, other: _Answer, spread: Mapping[str, float], rng: random.Random) -> str:
+def _suiting(one: _Answer, other: _Answer, rng: random.Random) -> str:
     """A value that ``one`` suits no worse than ``other``: circles are not the price of a wish that is met. The one that
     ``other`` was made for, if it can be."""
     suited = [v for v, (n, sign) in DIRECTIONS.items() if sign * (one.measures[n] - other.measures[n]) >= 0]

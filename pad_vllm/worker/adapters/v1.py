@@ -82,7 +82,7 @@ class V1Batch:
         self.one_more = [n + 1 for n in num_generated]
         if min(last_ids) < 0:
             raise RuntimeError("the runner does not show a request's last token")
-        guided.last_ids, guided.positions = np.array(last_ids), None
+        guided.last_ids = np.array(last_ids)
         guided.token_ids = to_device(guided.last_ids, self.device, torch.int64)
         return guided
 
