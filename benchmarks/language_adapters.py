@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -185,8 +186,10 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def guided_by(said: str, demo: Path) -> Guided:
     """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named. The method's name says which reference
     the folder sets: against another one the same weights guide otherwise."""
-    name, _, rest = said.partition("=")
-    folder, _, beta = rest.rpartition("@")
+    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<folder>.*)@(?P<beta>[0-9.]+)", said)
+    if found is None:
+        raise SystemExit(f"{said!r}: expected NAME=FOLDER@BETA, or NAME=@BETA for the demo's reward model")
+    name, folder, beta = found.groups()
     reference = json.loads((Path(folder or demo) / "pad.json").read_text())["reference"]
     against = {"base": "the base", "neutral": "itself"}[reference]
     return Guided(f"{name}, against {against}, beta {float(beta):g}", float(beta), reward_model=folder or str(demo))

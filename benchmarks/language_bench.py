@@ -52,7 +52,7 @@ class Sizes:
     base_answers: int = 4
     best_of: int = 8
     best_of_prompts: int = 80
-    betas: tuple[float, ...] = (1.0, 1.5, 2.5)
+    betas: tuple[float, ...] = (1.0, 1.5, 2.0)
     untrained_betas: tuple[float, ...] = (1.5, 2.5, 4.0)
     opposite_beta: float = 2.5
     neutral_betas: tuple[float, ...] = (1.0,)

@@ -9,8 +9,8 @@ answers: after two such rounds "simple" moved the demo's answers by five school 
 2. an answer that a wish was to change is compared with the plain ones (:mod:`pad_vllm.demo.plain_comparisons`), by a
    user of that wish and by one of its opposite; an answer that goes in circles loses to one that does not, whoever
    asks;
-3. each comparison is judged for itself, its reward the log-ratio to what the model said before without a preference. A
-   wish that is met already teaches little then, and one that is not, much: so strength is balanced.
+3. each comparison is judged for itself, its reward the log-ratio to what the model said before without a preference,
+   or to SmolLM2. A wish that is met already teaches little then, and one that is not, much: so strength is balanced.
 
 The rounds of :mod:`pad_vllm.demo.recipe` come first. With ``--from-demo`` the last round alone follows the demo's
 adapter. Each step keeps what it has done, and goes on from there when it is started again.
@@ -30,18 +30,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
-from pad_vllm.demo.plain_comparisons import compare_with_plain
+from pad_vllm.demo.plain_comparisons import PlainComparisons, compare_with_plain
 from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
 from pad_vllm.demo.recipe import ENGINE, PLAIN, TRAINER, learn, pack, write_packed
-from pad_vllm.demo.smollm import DEFAULTS, PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
+from pad_vllm.demo.smollm import ADAPTER_WEIGHTS, DEFAULTS, PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
 from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import encode, prompt_ids, read_comparisons
+from pad_vllm.training.export import whole_folder
 from pad_vllm.training.loading import load_merged
 from pad_vllm.training.records import read_records, write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
@@ -51,16 +53,20 @@ BY_WISH = "by wish"
 
 
 @dataclass(frozen=True)
-class Balance:
+class Balance(PlainComparisons):
     """The sizes of a round.
 
     Attributes:
         num_prompts, num_questions: of ours and real ones, which are answered; of each ``num_test`` are for measuring.
         prompts_per_part: answered by one engine, whose answers are then kept.
         beta: of the guidance by which wishes are answered. None: by what was learned, alone.
+        reference: what guidance and rewards are held against: ``base`` is SmolLM2, ``neutral`` what was learned so far,
+            without a preference.
+        averaged: whether the round's LoRA is the mean of what it was before and of what was learned, as in model soups
+            (arXiv 2203.05482): surer of a wish than before, and no less fluent.
         plain: answers to a prompt as it is.
         always, others: measures that every prompt is answered for, both ways, and how many more.
-        max_answer, margin, num_each, num_looping, num_ends: of :func:`~.plain_comparisons.compare_with_plain`.
+        weak: values that every prompt is answered for once more.
         num_comparisons, num_test_comparisons: at most.
         first_prompt, first_question: of ours and of the real ones.
     """
@@ -72,20 +78,17 @@ class Balance:
     plain: int = 3
     always: tuple[str, ...] = ("grade",)
     others: int = 2
+    weak: tuple[str, ...] = ()
     max_tokens: int = 96
     temperature: float = 0.7
-    max_answer: int = 64
-    margin: float = 0.7
-    num_each: int = 72
     num_comparisons: int = 384
     num_test_comparisons: int = 36
-    num_looping: int = 24
-    num_ends: int = 0
     save_steps: int = 15
     first_prompt: int = 288
     first_question: int = 0
     beta: float | None = None
-    seed: int = 0
+    reference: str = "neutral"
+    averaged: bool = False
     stage: Stage = field(default_factory=lambda: Stage(lr=5e-4, batch_size=8, beta=0.1, nll_weight=1.0))
 
 
@@ -127,9 +130,37 @@ BALANCE_ROUNDS = (
         first_question=37,
         stage=Stage(lr=2e-4, batch_size=8, beta=0.1, nll_weight=0.0),
     ),
+    Balance(  # as it is served: of what still fails, mostly
+        num_prompts=24,
+        num_questions=36,
+        prompts_per_part=20,
+        plain=4,
+        always=("grade", "sentiment", "length"),
+        others=1,
+        weak=("academic", "gloomy", "brief", "detailed"),
+        beta=2.5,
+        reference="base",
+        averaged=True,
+        max_tokens=120,
+        max_answer=104,
+        num_each=160,
+        num_comparisons=960,
+        num_test_comparisons=48,
+        num_looping=120,
+        num_ends=240,
+        first_prompt=246,
+        first_question=49,
+        stage=Stage(lr=4e-4, batch_size=8, beta=0.1, nll_weight=0.0),
+    ),
 )
 TINY_BALANCE = Balance(
-    *(2, 2, 1, 4, 2),
+    num_prompts=2,
+    num_questions=2,
+    num_test=1,
+    prompts_per_part=4,
+    plain=2,
+    weak=("brief",),
+    averaged=True,
     max_tokens=20,
     max_answer=16,
     margin=0.2,
@@ -151,7 +182,11 @@ def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Pa
     """
     learned, strengths = folder / "reward", folder / "strengths.json"
     if not learned.exists():
-        _learn_round(folder, base, reward, sizes)
+        trained = folder / "trained" if sizes.averaged else learned
+        if not trained.exists():
+            _learn_round(folder, base, reward, sizes, trained)
+        if sizes.averaged:
+            write_mean(learned, reward, trained)
     if not strengths.exists():
         found = [strengths_of(base, adapter, folder / "test.jsonl", sizes.max_answer) for adapter in (reward, learned)]
         write_records(strengths, [dict(zip(("before", "after"), found, strict=True))])
@@ -159,7 +194,17 @@ def learn_balanced(folder: Path, base: Path, reward: Path, sizes: Balance) -> Pa
     return learned
 
 
-def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance) -> None:
+def write_mean(target: Path, before: Path, trained: Path) -> None:
+    """A copy of the PEFT folder ``trained`` whose LoRA is the mean of the two folders', matrix by matrix: where the one
+    was trained from the other they differ little, and their products' mean is near the product of their means."""
+    first, last = (load_file(folder / ADAPTER_WEIGHTS) for folder in (before, trained))
+    with whole_folder(target) as folder:
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+        mean = {name: (first[name].float() + matrix.float()) / 2 for name, matrix in last.items()}
+        save_file(mean, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance, target: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers = answer_prompts(folder, base, reward, sizes)
@@ -168,27 +213,17 @@ def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance) -> None
     for name, held_out in (("train", False), ("test", True)):
         own = [answer for answer in answers if (answer["prompt"] in test) == held_out]
         num = sizes.num_test_comparisons if held_out else sizes.num_comparisons
-        records = compare_with_plain(
-            own,
-            tokenizer,
-            max_answer=sizes.max_answer,
-            margin=sizes.margin,
-            num_each=sizes.num_each,
-            num_looping=sizes.num_looping,
-            num_ends=sizes.num_ends,
-            seed=sizes.seed,
-            held_out=held_out,
-        )[:num]
+        records = compare_with_plain(own, tokenizer, sizes, held_out)[:num]
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
         files[name] = write_records(folder / f"{name}.jsonl", records)
-    before = folder / "before"
+    before = folder / "before" if sizes.reference == "neutral" else base
     if not (before / "tokenizer_config.json").exists():
         load_merged("reward_model", str(reward), str(base)).save_pretrained(before)
         tokenizer.save_pretrained(before)
     config = TrainingConfig(
         str(files["train"]),
         str(base),
-        str(folder / "reward"),
+        str(target),
         reference=str(before),
         stages=("backbone",),
         eval_data=str(files["test"]),
@@ -252,23 +287,29 @@ def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Balance) -> li
 
 def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes: Balance) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    template = PromptTemplate(tokenizer, PROMPT_TEMPLATE)
+    template, is_guided = PromptTemplate(tokenizer, PROMPT_TEMPLATE), sizes.beta is not None
     asked: dict[str, list[tuple[dict[str, Any], Request]]] = {PLAIN: [], BY_WISH: []}
     for i, prompt in enumerate(prompts, first):
         rng = random.Random(f"{sizes.seed} {i}")
         ids = prompt_ids(prompt, tokenizer)
         asked[PLAIN] += [({"prompt": prompt, "how": PLAIN, "values": []}, Request(ids))] * sizes.plain
         rest = [name for name in DIMENSIONS if name not in sizes.always]
+        values = list(sizes.weak)
         for name in (*sizes.always, *rng.sample(rest, sizes.others)):
-            for value in (DIMENSIONS[name].less, DIMENSIONS[name].more):
-                wish = wishes.preference([value], rng)
-                request = Request(template.compose(ids, wish))
-                if sizes.beta is not None:
-                    request = Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta})
-                asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value]}, request))
-    by_wish = Engine(str(base), adapter=str(reward))
-    if sizes.beta is not None:
-        by_wish = Engine(str(base), {**DEFAULTS, "reference": "neutral", "reward_model": str(reward)})
+            values += [DIMENSIONS[name].less, DIMENSIONS[name].more]
+        for value in values:
+            wish = wishes.preference([value], rng)
+            request = (
+                Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta})
+                if is_guided
+                else Request(template.compose(ids, wish))
+            )
+            asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value]}, request))
+    by_wish = (
+        Engine(str(base), {**DEFAULTS, "reference": sizes.reference, "reward_model": str(reward)})
+        if is_guided
+        else Engine(str(base), adapter=str(reward))
+    )
     records = []
     for how, engine in ((PLAIN, Engine(str(base))), (BY_WISH, by_wish)):
         found = engine.generate(

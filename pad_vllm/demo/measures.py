@@ -44,6 +44,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _EXCLAMATIONS = re.compile("!+")
 _SAME_SIGN = re.compile(r"([^\w\s-])(?:\s*\1){9}")
+_NO_WORDS = re.compile(r"(?:[^\w\s-]|[\d_])(?:[\s-]*(?:[^\w\s-]|[\d_])){29}")
 _SECOND_PERSON = re.compile(r"\b(?:you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
 _INTENSIFIERS = re.compile(
     r"\b(?:very|really|absolutely|truly|totally|incredibly|extremely|definitely|amazing|amazingly|wonderful|fantastic|"
@@ -70,7 +71,7 @@ def measures_of(text: str) -> dict[str, float]:
 
 def loops(text: str) -> bool:
     """Whether an answer goes in circles: some four words come four times, or a line three times, or a sign ten times in
-    a row."""
+    a row, or thirty signs and digits without a word."""
     words = [word.lower() for word in _WORD.findall(text)]
     grams = Counter(tuple(words[i : i + LOOP_WORDS]) for i in range(len(words) - LOOP_WORDS + 1))
     lines = Counter(line.strip().lower() for line in text.splitlines() if len(line.split()) > 2)
@@ -78,6 +79,7 @@ def loops(text: str) -> bool:
         max(grams.values(), default=0) >= LOOP_TIMES
         or max(lines.values(), default=0) >= 3
         or _SAME_SIGN.search(text) is not None
+        or _NO_WORDS.search(text) is not None
     )
 
 

@@ -19,18 +19,34 @@ from pad_vllm.demo.recipe import PLAIN
 
 EARLIER = 12
 """Tokens by which an answer that ended early is shorter, at least."""
+LENGTHS = DIMENSIONS["length"]
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
+
+
+@dataclass(frozen=True)
+class PlainComparisons:
+    """What is compared, and how much of it.
+
+    Attributes:
+        max_answer: tokens of an answer that are measured and learned from, the first ones.
+        margin: by how many standard deviations of the answers' measure two of a comparison differ.
+        num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
+        num_looping: in which one answer goes in circles.
+        num_ends: of an answer with itself, ended early, at most.
+    """
+
+    max_answer: int = 64
+    margin: float = 0.7
+    num_each: int = 72
+    num_looping: int = 24
+    num_ends: int = 0
+    seed: int = 0
 
 
 def compare_with_plain(
     answers: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    max_answer: int = 64,
-    margin: float = 0.7,
-    num_each: int = 72,
-    num_looping: int = 24,
-    num_ends: int = 0,
-    seed: int = 0,
+    sizes: PlainComparisons,
     held_out: bool = False,
 ) -> list[dict[str, Any]]:
     """Comparisons of answers with plain ones to the same prompt: records as ``pad-vllm train`` reads them.
@@ -40,19 +56,14 @@ def compare_with_plain(
 
     Args:
         answers: ``prompt``, ``how``, ``values`` (asked for), ``text``, and whether it has ``finished``.
-        max_answer: tokens of an answer that are measured and learned from, the first ones.
-        margin: by how many standard deviations of the answers' measure two of a comparison differ.
-        num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
-        num_looping: in which one answer goes in circles.
-        num_ends: of an answer with itself, ended early, at most.
         held_out: preferences in words that training does not use.
     """
-    rng = random.Random(f"{seed} {held_out}")
+    rng = random.Random(f"{sizes.seed} {held_out}")
     by_prompt: dict[str, list[_Answer]] = defaultdict(list)
     for answer in answers:
         ids = tokenizer.encode(answer["text"], add_special_tokens=False)
-        if ids and (answer["finished"] or len(ids) > max_answer):
-            text = tokenizer.decode(ids[:max_answer])
+        if ids and (answer["finished"] or len(ids) > sizes.max_answer):
+            text = tokenizer.decode(ids[: sizes.max_answer])
             sound = is_sound({**answer, "text": text})
             asked = answer["values"][0] if answer["how"] != PLAIN else None
             by_prompt[answer["prompt"]].append(_Answer(text, measures_of(text), asked, sound))
@@ -60,10 +71,10 @@ def compare_with_plain(
     spread = {name: statistics.pstdev(m[name] for m in measured) or 1.0 for name in DIMENSIONS}
     records: list[dict[str, Any]] = []
     for name, dimension in DIMENSIONS.items():
-        found = sorted(_couples(by_prompt, name, spread, margin), key=lambda couple: -couple[0])
+        found = sorted(_couples(by_prompt, name, spread, sizes.margin), key=lambda couple: -couple[0])
         for less_is_plain in (True, False):  # as many to learn what is more than usual from as what is less
             own = [couple for couple in found if couple[3].plain == less_is_plain]
-            for _, prompt, more, less in own[: max(1, num_each // 4)]:
+            for _, prompt, more, less in own[: max(1, sizes.num_each // 4)]:
                 for value, chosen, rejected in ((dimension.more, more, less), (dimension.less, less, more)):
                     records.append(_record(prompt, value, chosen.text, rejected.text, rng, held_out))
     looping = [
@@ -74,10 +85,10 @@ def compare_with_plain(
         for other in own
         if other.sound
     ]
-    for prompt, one, other in rng.sample(looping, min(num_looping, len(looping))):
+    for prompt, one, other in rng.sample(looping, min(sizes.num_looping, len(looping))):
         value = _suiting(other, one, rng)
         records.append(_record(prompt, value, other.text, one.text, rng, held_out))
-    records += _ends(by_prompt, tokenizer, num_ends, rng, held_out)
+    records += _ends(by_prompt, tokenizer, sizes.num_ends, rng, held_out)
     rng.shuffle(records)
     return records
 
@@ -89,11 +100,12 @@ def _ends(
     rng: random.Random,
     held_out: bool,
 ) -> list[dict[str, Any]]:
-    """Plain answers, each compared with its own beginning up to the end of a sentence. The two differ only in where
-    they end: a user of few words wants the beginning, a user of many the whole."""
+    """Answers that are plain, or were to be of another length, each compared with its own beginning up to the end of a
+    sentence. The two differ only in where they end: a user of few words wants the beginning, a user of many the whole.
+    """
     found = []
     for prompt, own in by_prompt.items():
-        for one in (one for one in own if one.plain and one.sound):
+        for one in (one for one in own if one.sound and one.asked in (None, LENGTHS.less, LENGTHS.more)):
             ends = [match.end() for match in _SENTENCE_END.finditer(one.text)]
             lengths = [len(tokenizer.encode(one.text[:end], add_special_tokens=False)) for end in ends]
             num_tokens = len(tokenizer.encode(one.text, add_special_tokens=False))
@@ -102,7 +114,7 @@ def _ends(
                 found.append((prompt, one.text, one.text[: rng.choice(early)]))
     records = []
     for prompt, more, less in rng.sample(found, min(num_ends // 2, len(found))):
-        for value, chosen, rejected in (("detailed", more, less), ("brief", less, more)):
+        for value, chosen, rejected in ((LENGTHS.more, more, less), (LENGTHS.less, less, more)):
             records.append(_record(prompt, value, chosen, rejected, rng, held_out))
     return records
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks import language_adapters
 from pad_vllm.demo import balance, questions, recipe, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
-from pad_vllm.demo.plain_comparisons import compare_with_plain
+from pad_vllm.demo.plain_comparisons import PlainComparisons, compare_with_plain
 
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
 NUM_ENDS = 8
@@ -40,10 +40,12 @@ def answers() -> list[dict]:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_out):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    records = compare_with_plain(
-        answers, tokenizer, margin=0.2, num_each=40, num_looping=5, num_ends=NUM_ENDS, held_out=held_out
-    )
+    sizes = PlainComparisons(margin=0.2, num_each=40, num_looping=5, num_ends=NUM_ENDS)
+    records = compare_with_plain(answers, tokenizer, sizes, held_out)
     plain = {tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["how"] == balance.PLAIN}
+    of_another_length = {
+        tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["values"][0] in ("brief", "detailed")
+    }
     around = {"chosen": set(), "rejected": set()}
     circles = ends = 0
     for record in records:
@@ -62,7 +64,7 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
             ends += 1
             assert value == ("detailed" if record["chosen"] == more else "brief")
             assert less[-1] in ".!?"
-            assert more in plain
+            assert more in plain or more in of_another_length
             continue
         assert sign * (chosen - rejected) > 0
         for which, own in around.items():
@@ -77,7 +79,7 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
 
 def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    records = compare_with_plain(answers, tokenizer, margin=0.2, num_each=8, num_looping=0)
+    records = compare_with_plain(answers, tokenizer, PlainComparisons(margin=0.2, num_each=8, num_looping=0))
     for value, asked in DIRECTIONS.items():
         assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
 
@@ -132,6 +134,8 @@ def test_a_round_from_nothing(models, tmp_path, monkeypatch):
     before, after = (load_file(folder / smollm.ADAPTER_WEIGHTS) for folder in (models.reward, learned))
     assert before.keys() == after.keys()
     assert any(not after[name].equal(before[name].float()) for name in before)
+    trained = load_file(tmp_path / "trained" / smollm.ADAPTER_WEIGHTS)
+    assert all(after[name].equal((before[name].float() + trained[name]) / 2) for name in before)
     answers = [json.loads(line) for line in next(tmp_path.glob("answers-*.jsonl")).read_text().splitlines()]
     asked = {answer["prompt"] for answer in answers}
     assert len(asked & set(wishes.prompts())) == 2
