@@ -19,7 +19,7 @@ from pad_vllm.demo.recipe import PLAIN
 
 EARLIER = 12
 """Tokens by which an answer that ended early is shorter, at least."""
-LENGTHS = DIMENSIONS["length"]
+_LENGTH = DIMENSIONS["length"]
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
 
 
@@ -105,7 +105,7 @@ def _ends(
     """
     found = []
     for prompt, own in by_prompt.items():
-        for one in (one for one in own if one.sound and one.asked in (None, LENGTHS.less, LENGTHS.more)):
+        for one in (one for one in own if one.sound and one.asked in (None, _LENGTH.less, _LENGTH.more)):
             ends = [match.end() for match in _SENTENCE_END.finditer(one.text)]
             lengths = [len(tokenizer.encode(one.text[:end], add_special_tokens=False)) for end in ends]
             num_tokens = len(tokenizer.encode(one.text, add_special_tokens=False))
@@ -114,7 +114,7 @@ def _ends(
                 found.append((prompt, one.text, one.text[: rng.choice(early)]))
     records = []
     for prompt, more, less in rng.sample(found, min(num_ends // 2, len(found))):
-        for value, chosen, rejected in ((LENGTHS.more, more, less), (LENGTHS.less, less, more)):
+        for value, chosen, rejected in ((_LENGTH.more, more, less), (_LENGTH.less, less, more)):
             records.append(_record(prompt, value, chosen, rejected, rng, held_out))
     return records
 

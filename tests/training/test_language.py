@@ -52,9 +52,9 @@ def test_the_models_are_ordinary_folders(models):
     assert "quantization_config" not in json.loads((models.base / "config.json").read_text())
     untrained = smollm.build_untrained()
     assert {path.name for path in untrained.iterdir()} == {path.name for path in models.base.iterdir()} | {"pad.json"}
-    for reward, reference in ((models.reward, "base"), (untrained, "neutral")):
+    for reward, reference, beta in ((models.reward, "base", 2.0), (untrained, "neutral", 2.5)):
         defaults = json.loads((reward / "pad.json").read_text())
-        assert (defaults["reference"], defaults["beta"]) == (reference, 2.5)
+        assert (defaults["reference"], defaults["beta"]) == (reference, beta)
     source = source_of({"reward_model": str(models.reward)}, None)
     assert (source.is_adapter, source.model) == (True, str(models.base))
     assert (
