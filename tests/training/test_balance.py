@@ -77,6 +77,20 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
     assert len(around["chosen"]) >= 6
 
 
+@pytest.mark.parametrize(
+    ("text", "goes_in_circles"),
+    [
+        ("1. 1. 2. 1. 1. 2. 1. 3. 1. 1. 2. 1. 4. 1. 1.", True),
+        ("Nice! \U0001f389\U0001f469\u200d\U0001f389 2 3 \U0001f4c7!? 4 5 .. 1) 2) 3) 4) 5) 6) 7) \u2611 8) 9)", True),
+        ("It is 3.14159, or 22/7: (3.142857142857).", False),
+        ("| a | b |\n| --- | ---: |\n| 1 | 2 |\n| 3 | 4 |", False),
+        ("1. Wash it.\n2. Dry it.\n3. Fold it.", False),
+    ],
+)
+def test_signs_and_digits_without_a_word_go_in_circles(text, goes_in_circles):
+    assert loops(text) == goes_in_circles
+
+
 def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
     tokenizer = AutoTokenizer.from_pretrained(models.base)
     records = compare_with_plain(answers, tokenizer, PlainComparisons(margin=0.2, num_each=8, num_looping=0))
