@@ -186,7 +186,7 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def guided_by(said: str, demo: Path) -> Guided:
     """``NAME=FOLDER@BETA``; the demo's reward model where no folder is named. The method's name says which reference
     the folder sets: against another one the same weights guide otherwise."""
-    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<folder>.*)@(?P<beta>[0-9.]+)", said)
+    found = re.fullmatch(r"([^=]+)=(.*)@([0-9.]+)", said)
     if found is None:
         raise SystemExit(f"{said!r}: expected NAME=FOLDER@BETA, or NAME=@BETA for the demo's reward model")
     name, folder, beta = found.groups()

@@ -62,8 +62,8 @@ class Balance(PlainComparisons):
         beta: of the guidance by which wishes are answered. None: by what was learned, alone.
         reference: what guidance and rewards are held against: ``base`` is SmolLM2, ``neutral`` what was learned so far,
             without a preference.
-        averaged: whether the round's LoRA is the mean of what it was before and of what was learned, as in model soups
-            (arXiv 2203.05482): surer of a wish than before, and no less fluent.
+        averaged: whether the round's LoRA is the mean of the one before and the one learned, as in model soups (arXiv
+            2203.05482).
         plain: answers to a prompt as it is.
         always, others: measures that every prompt is answered for, both ways, and how many more.
         weak: values that every prompt is answered for once more.

@@ -8,7 +8,8 @@ model in a worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,18 @@ def load_model(vllm_config: VllmConfig, not_backbone: frozenset[str], adapter: A
         loader.not_backbone, loader.adapter = not_backbone, None if adapter is None else Merge(adapter)
     with set_model_tag("pad_reward_model"):  # a compilation cache of its own
         return loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
+
+
+@contextlib.contextmanager
+def without_kv_connector() -> Iterator[None]:
+    """Attention layers tell the engine's KV connector of what they computed, by names that the reward model's share
+    with the base's: on Model Runner V2, where a step of the connector lasts until after sampling, it would send the
+    one's keys and values for the other's. vLLM's runner silences its warm-up in the same way."""
+    connector, kv_transfer_state._KV_CONNECTOR_AGENT = kv_transfer_state._KV_CONNECTOR_AGENT, None
+    try:
+        yield
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = connector
 
 
 @dataclass
@@ -366,15 +379,8 @@ class PagedModel:
         """:meth:`forward`, with the metadata at hand."""
         context = batch.context or self.forward_context(batch)
         context.attn_metadata, context.moe_layer_index = attn_metadata, 0  # what a forward changes in it
-        # Attention layers tell the engine's KV connector of what they computed, by names that the reward model's share
-        # with the base's: on Model Runner V2, where a step of the connector lasts until after sampling, it would send
-        # the one's keys and values for the other's. vLLM's runner silences its warm-up in the same way.
-        connector, kv_transfer_state._KV_CONNECTOR_AGENT = kv_transfer_state._KV_CONNECTOR_AGENT, None
-        try:
-            with override_forward_context(context):
-                hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
-        finally:
-            kv_transfer_state._KV_CONNECTOR_AGENT = connector
+        with override_forward_context(context), without_kv_connector():
+            hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
         return hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
 
     def forward_context(self, batch: ForwardBatch) -> ForwardContext:

@@ -42,9 +42,10 @@ def test_a_wish_is_compared_with_what_is_said_without_it(answers, models, held_o
     tokenizer = AutoTokenizer.from_pretrained(models.base)
     sizes = PlainComparisons(margin=0.2, num_each=40, num_looping=5, num_ends=NUM_ENDS)
     records = compare_with_plain(answers, tokenizer, sizes, held_out)
-    plain = {tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["how"] == balance.PLAIN}
+    beginnings = [tokenizer.decode(tokenizer.encode(answer["text"])[:64]) for answer in answers]
+    plain = {text for text, a in zip(beginnings, answers, strict=True) if a["how"] == balance.PLAIN}
     of_another_length = {
-        tokenizer.decode(tokenizer.encode(a["text"])[:64]) for a in answers if a["values"][0] in ("brief", "detailed")
+        text for text, a in zip(beginnings, answers, strict=True) if a["values"][0] in ("brief", "detailed")
     }
     around = {"chosen": set(), "rejected": set()}
     circles = ends = 0
