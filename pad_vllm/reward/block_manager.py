@@ -20,7 +20,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, hash_block_tokens, init_none_hash
 
 from pad_vllm.reward.device import to_device
-from pad_vllm.reward.pace import ALONE
+from pad_vllm.reward.pace import ALONE, Lengths
 from pad_vllm.reward.rows import ContextSlot
 
 Tail = tuple[BlockHash | str | None, tuple[int, ...]]
@@ -170,7 +170,7 @@ class BlockManager:
         """What is used from now on belongs to a new step."""
         self._step_began = self._clock
 
-    def ready(self, slots: np.ndarray, num_tokens: np.ndarray, step: int = ALONE) -> bool:
+    def ready(self, slots: np.ndarray, num_tokens: Lengths, step: int = ALONE) -> bool:
         """Whether contexts hold the blocks for so many tokens already; then they count as used. ``step``: of
         :class:`~pad_vllm.reward.pace.Pace`; one that follows the last reads nothing but a counter."""
         if self._ready is not None and self._room and step == self._step + 1:
@@ -178,7 +178,7 @@ class BlockManager:
             self._clock += 1
             return True
         self._step = step
-        return self._look(slots, num_tokens)
+        return self._look(slots, num_tokens.array())
 
     def _look(self, slots: np.ndarray, num_tokens: np.ndarray) -> bool:
         """As :meth:`ready`, by the contexts' lengths and blocks."""

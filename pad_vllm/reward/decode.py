@@ -34,6 +34,9 @@ from pad_vllm.reward.rows import ContextRows
 
 logger = init_logger(f"vllm.{__name__}")
 
+_ONE = torch.ones((), dtype=torch.int32)
+"""Made once: torch makes a tensor of each Python number that it adds."""
+
 
 @dataclass
 class DecodeRows:
@@ -41,10 +44,8 @@ class DecodeRows:
 
     input_ids: torch.Tensor
     """[R] int32"""
-    positions: torch.Tensor
-    """[R] int64"""
-    slot_mapping: torch.Tensor
-    """[R] int64"""
+    places: torch.Tensor
+    """[2, R] int64: positions in the contexts, and slots of the KV cache (vLLM's slot mapping)"""
     seq_lens: torch.Tensor
     """[R] int32"""
     block_table: torch.Tensor
@@ -59,9 +60,9 @@ class DecodeRows:
     """[R] int32, on the host: at least ``seq_lens``"""
 
     def __post_init__(self) -> None:
+        self.positions, self.slot_mapping = self.places
         # Views, as gather wants them.
         self.block_index_column, self.block_id_column = self.block_indices.unsqueeze(1), self.block_ids.unsqueeze(1)
-        self.counters = [self.positions, self.slot_mapping, self.seq_lens, self.bounds]
         self.host_bounds = self.bounds.numpy()  # the same memory
 
     @classmethod
@@ -71,8 +72,7 @@ class DecodeRows:
 
         return cls(
             input_ids=zeros(torch.int32),
-            positions=zeros(torch.int64),
-            slot_mapping=zeros(torch.int64),
+            places=torch.zeros(2, num_rows, dtype=torch.int64, device=device),
             seq_lens=zeros(torch.int32) + 1,
             block_table=zeros(torch.int32, max_num_blocks),
             block_indices=zeros(torch.int64),
@@ -83,7 +83,14 @@ class DecodeRows:
 
     def __getitem__(self, rows: slice) -> DecodeRows:
         """A view of some of them."""
-        return DecodeRows(*(getattr(self, field.name)[rows] for field in fields(self)))
+        others = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "places"}
+        return DecodeRows(places=self.places[:, rows], **others)
+
+    def advance_(self) -> None:
+        """Each row is a token further, in the same blocks."""
+        self.places.add_(_ONE)
+        self.seq_lens.add_(_ONE)
+        self.bounds.add_(_ONE)
 
     def batch(self, model: PagedModel) -> ForwardBatch:
         """Their forward, which may be run again and again."""
@@ -106,7 +113,7 @@ class DecodeRows:
 
     def pad_(self) -> None:
         """Make padding of them."""
-        for tensor in (self.input_ids, self.positions, self.slot_mapping, self.block_table):
+        for tensor in (self.input_ids, self.places, self.block_table):
             tensor.zero_()
         self.seq_lens.fill_(1)
         self.bounds.fill_(1)
@@ -184,7 +191,7 @@ class Decoder:
         self._step = rows.step
         if same and follows:
             first.input_ids.copy_(rows.token_ids)
-            torch._foreach_add_(first.counters, 1)
+            first.advance_()
             return
         if rows.lengths is None and can_launch(rows.row_slots.device):
             return self._write_by_kernel(first, rows, same)
@@ -202,9 +209,9 @@ class Decoder:
         first.positions.copy_(positions)
         first.seq_lens.copy_(positions).add_(1)
         if rows.lengths is None:
-            first.bounds.fill_(int(rows.num_tokens.max()))
+            first.bounds.fill_(int(rows.num_tokens.array().max()))
         else:
-            first.bounds.copy_(torch.from_numpy(rows.lengths))
+            first.bounds.copy_(torch.from_numpy(rows.lengths.array()))
 
     def _adapters_of(self, rows: ContextRows) -> torch.Tensor | None:
         """[R, padding included] int64. A graph has adapters in it, whether rows have some or not."""
@@ -224,13 +231,13 @@ class Decoder:
         out = first.input_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_table
         blocks = self.blocks
         write_rows(rows.row_slots, rows.positions, rows.token_ids, blocks.table, blocks.block_size, not same, out)
-        first.host_bounds[:] = rows.num_tokens.max()
+        first.host_bounds[:] = rows.num_tokens.array().max()
 
     def _note_blocks(self, rows: ContextRows) -> None:
         """The block tables that are written are those of rows."""
         self._last = rows.row_slots, self.blocks.version
         self._numbers = self._adapters_of(rows)
-        num_blocks = -(-int(rows.num_tokens.max()) // self.blocks.block_size)
+        num_blocks = -(-int(rows.num_tokens.array().max()) // self.blocks.block_size)
         self._max_seq_len = min(num_blocks * self.blocks.block_size, self.model.max_model_len)
 
     def _size(self, num_rows: int) -> int:

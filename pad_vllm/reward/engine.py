@@ -19,6 +19,7 @@ from pad_vllm.reward.adapters import NO_ADAPTER, ContextAdapters
 from pad_vllm.reward.block_manager import BlockManager, Context
 from pad_vllm.reward.decode import Decoder
 from pad_vllm.reward.device import clear_blocks, copy_blocks, to_device
+from pad_vllm.reward.pace import Lengths
 from pad_vllm.reward.paged_model import ForwardBatch, PagedModel
 from pad_vllm.reward.rows import ContextRows, ContextSlot
 
@@ -101,7 +102,7 @@ class RewardEngine:
             num_tokens: [C] int64, how many of each context.
         """
         self.blocks.begin_step()
-        if not self.blocks.ready(slots, num_tokens):
+        if not self.blocks.ready(slots, Lengths(num_tokens)):
             admitted, cold = self.blocks.admit(slots.tolist(), num_tokens.tolist())
             assert admitted == len(slots)
             assert not cold
@@ -114,7 +115,7 @@ class RewardEngine:
             return self._forward([], rows)
         hidden_states: torch.Tensor | None = None
         row_slots: np.ndarray | None = None
-        line, num_tokens = rows.slots.tolist(), rows.num_tokens.tolist()
+        line, num_tokens = rows.slots.tolist(), rows.num_tokens.array().tolist()
         while line:
             # A pool too short for all contexts makes several groups of them, which take blocks from each other.
             admitted, cold = self.blocks.admit(line, num_tokens)
@@ -212,7 +213,7 @@ class RewardEngine:
         table, block_size = self.blocks.table, self.blocks.block_size
         row_slots, positions, token_ids, query_start_loc = self._with_pieces(pieces, rows)
         starts = to_device(query_start_loc, self.model.device, torch.int32)
-        bounds = rows.lengths if rows.lengths is not None else np.full(num_rows, rows.num_tokens.max())
+        bounds = np.full(num_rows, rows.num_tokens.array().max()) if rows.lengths is None else rows.lengths.array()
         bounds = np.concatenate([bounds, [piece.start + len(piece.token_ids) for piece in pieces]]).astype(np.int32)
         last = starts[1:].long() - 1  # token of each sequence
         hidden_states = self.model.forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 ALONE = -1
 """The number of a step, or a part of one, that no other follows."""
 
@@ -31,3 +33,27 @@ class Pace:
         """It is another one."""
         self.number += 2
         return self.number
+
+
+class Lengths:
+    """Tokens of sequences, of which each gets one more in a step that follows the last one.
+
+    Their array is made where it is read. A step that only counts up reads none: numpy's first addition after a forward,
+    when nothing of numpy is in the processor's caches, takes the host as long as the rest of the rows' bookkeeping.
+
+    Args:
+        tokens: [N] int64.
+    """
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens, self._further = tokens, 0
+
+    def advance(self) -> None:
+        """Each sequence is a token longer."""
+        self._further += 1
+
+    def array(self) -> np.ndarray:
+        """[N] int64"""
+        if self._further:
+            self._tokens, self._further = self._tokens + self._further, 0
+        return self._tokens

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pad_vllm.reward.device import to_device
-from pad_vllm.reward.pace import ALONE
+from pad_vllm.reward.pace import ALONE, Lengths
 
 ContextSlot = NewType("ContextSlot", int)
 """A context's place in the reward engine: its row of the block table"""
@@ -22,10 +22,10 @@ class ContextRows:
 
     slots: np.ndarray
     """[C] int64: the contexts' slots, distinct"""
-    num_tokens: np.ndarray
-    """[C] int64: the context's length with this step's tokens, at most"""
-    lengths: np.ndarray | None
-    """[R] int64: each row's position + 1, if the host knows; it does not under speculative decoding"""
+    num_tokens: Lengths
+    """[C]: the context's length with this step's tokens, at most"""
+    lengths: Lengths | None
+    """[R]: each row's position + 1, if the host knows; it does not under speculative decoding"""
     row_slots: torch.Tensor
     """[R] int64, on the device: each row's slot; a context's rows are in the order of their positions. ``no_slot``:
     the row is to be left alone"""
@@ -44,13 +44,15 @@ class ContextRows:
     def within(self, max_len: int, no_slot: int) -> ContextRows:
         """These rows, those behind a context's last position left alone."""
         if self.lengths is None:
-            is_full = self.device_positions() >= max_len
+            lengths, is_full = None, self.device_positions() >= max_len
         else:
-            is_full = to_device(self.lengths > max_len, self.row_slots.device, torch.bool)
+            tokens = self.lengths.array()
+            lengths = Lengths(np.where(tokens > max_len, 1, tokens))
+            is_full = to_device(tokens > max_len, self.row_slots.device, torch.bool)
         return replace(
             self,
-            num_tokens=self.num_tokens.clip(max=max_len),
-            lengths=None if self.lengths is None else np.where(self.lengths > max_len, 1, self.lengths),
+            num_tokens=Lengths(self.num_tokens.array().clip(max=max_len)),
+            lengths=lengths,
             row_slots=self.row_slots.where(~is_full, no_slot),
             positions=None if self.positions is None else self.positions.where(~is_full, 0),
             is_full=is_full,
@@ -60,7 +62,8 @@ class ContextRows:
     def advance(self, step: int, token_ids: torch.Tensor, history: Callable[[ContextSlot], Sequence[int]]) -> None:
         """Make of them the next step's rows, each a token further in its context; the host must know their lengths."""
         assert self.lengths is not None
-        self.num_tokens, self.lengths = self.num_tokens + 1, self.lengths + 1
+        self.num_tokens.advance()
+        self.lengths.advance()
         self.step, self.token_ids, self.history = step, token_ids, history
 
     def select(self, rows: slice | np.ndarray | torch.Tensor) -> ContextRows:
@@ -68,7 +71,7 @@ class ContextRows:
         on_device = to_device(rows, self.row_slots.device, torch.int64) if isinstance(rows, np.ndarray) else rows
         return replace(
             self,
-            lengths=None if self.lengths is None else self.lengths[rows],
+            lengths=None if self.lengths is None else Lengths(self.lengths.array()[rows]),
             row_slots=self.row_slots[on_device],
             positions=None if self.positions is None else self.positions[on_device],
             token_ids=self.token_ids[on_device],
@@ -80,4 +83,4 @@ class ContextRows:
         if self.positions is not None:
             return self.positions
         assert self.lengths is not None
-        return to_device(self.lengths - 1, self.row_slots.device, torch.int64)
+        return to_device(self.lengths.array() - 1, self.row_slots.device, torch.int64)

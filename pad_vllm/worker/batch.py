@@ -12,7 +12,7 @@ import torch
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.params import MAX_CONTEXTS
 from pad_vllm.reward.device import to_device
-from pad_vllm.reward.pace import ALONE
+from pad_vllm.reward.pace import ALONE, Lengths
 from pad_vllm.reward.rows import ContextSlot
 
 RequestSlot = NewType("RequestSlot", int)
@@ -54,8 +54,8 @@ class GuidedBatch:
     """
 
     layout: Layout
-    num_tokens: np.ndarray
-    """[C] int64: the request's tokens, this step's drafts included; an upper bound unless ``exact``"""
+    num_tokens: Lengths
+    """[C]: the request's tokens, this step's drafts included; an upper bound unless ``exact``"""
     exact: bool
     """Whether each request has one row, which sees ``num_tokens`` tokens."""
     positions: torch.Tensor | None
@@ -81,4 +81,4 @@ class GuidedBatch:
         """[R] int64, on the device."""
         if self.positions is not None:
             return self.positions
-        return to_device(self.num_tokens - 1, self.token_ids.device, torch.int64)
+        return to_device(self.num_tokens.array() - 1, self.token_ids.device, torch.int64)

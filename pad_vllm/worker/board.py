@@ -42,6 +42,7 @@ class Board:
     def __init__(self, announcement: Path, labels: tuple[str, str]) -> None:
         path = make_stats(announcement, np.zeros(len(fields(Stats))).nbytes)
         self.values = np.asarray(np.memmap(path, np.float64, "r+"))
+        self._memory = memoryview(self.values)
         interval = float(envs.VLLM_LOG_STATS_INTERVAL)
         self.closed = closed = threading.Event()
         """Set when nobody has the board any more"""
@@ -51,7 +52,7 @@ class Board:
         every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
 
     def show(self, stats: Stats) -> None:
-        _pack_into(self.values, 0, *_read(stats))
+        _pack_into(self._memory, 0, *_read(stats))
 
 
 _read = attrgetter(*NAMES)

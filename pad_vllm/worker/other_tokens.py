@@ -20,6 +20,7 @@ import torch
 
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
+from pad_vllm.reward.pace import Lengths
 from pad_vllm.reward.rows import ContextRows, ContextSlot
 from pad_vllm.reward.token_tables import NO_KEY, TokenTables
 from pad_vllm.worker.batch import GuidedBatch, RequestSlot, request_of
@@ -74,7 +75,7 @@ class OtherTokens:
         if not self.table.has_first:
             return None
         counts, row_slots, slots = self.counts, batch.layout.row_slots, batch.layout.slots
-        are_past = batch.exact and bool((batch.num_tokens > counts.host_prompt_len[slots]).all())
+        are_past = batch.exact and bool((batch.num_tokens.array() > counts.host_prompt_len[slots]).all())
         if are_past or not counts.host_first[slots].any():
             return torch.zeros_like(row_slots)
         is_first = batch.device_positions() + 1 == counts.prompt_len[row_slots]
@@ -85,9 +86,10 @@ class OtherTokens:
 
     def begin_draft(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> OtherTokensDraft | None:
         rows, last, _ = self._on_device(batch, params)
-        rows.num_tokens = np.minimum(rows.num_tokens + num_drafts, self.max_len)
-        if not self.engine.blocks.has_room(rows.slots, rows.num_tokens):
+        num_tokens = np.minimum(rows.num_tokens.array() + num_drafts, self.max_len)
+        if not self.engine.blocks.has_room(rows.slots, num_tokens):
             return None
+        rows.num_tokens = Lengths(num_tokens)
         assert self.whole is not None  # there is a drafter
         return OtherTokensDraft(self, self.whole, rows, last, params.contexts.layout_rows)
 
@@ -109,7 +111,7 @@ class OtherTokens:
         and which contexts are full (None: none is)."""
         assert batch.last_ids is not None
         slots, contexts, table = batch.layout.slots, params.contexts, self.table
-        generated = batch.num_tokens - self.counts.host_prompt_len[slots]
+        generated = batch.num_tokens.array() - self.counts.host_prompt_len[slots]
         first = np.where(generated == 1, self.counts.host_first[slots], 0)
         last_ids = batch.last_ids.clip(0, table.vocab_size - 1) + first
         n = np.where(generated > 0, table.num_pieces[last_ids], 0)
@@ -133,8 +135,8 @@ class OtherTokens:
         grows = len(owner) > len(requests)
         rows = ContextRows(
             slots=contexts.slots,
-            num_tokens=np.minimum(ends + 1, self.max_len),
-            lengths=positions + 1,
+            num_tokens=Lengths(np.minimum(ends + 1, self.max_len)),
+            lengths=Lengths(positions + 1),
             row_slots=contexts.row_slots[owner_] if grows else contexts.row_slots,
             positions=None,
             token_ids=token_ids,
@@ -175,11 +177,11 @@ class OtherTokens:
         positions = (ends.unsqueeze(1) - back).clamp(0, self.max_len - 1).where(is_there, 0)
         token_ids = table.device_pieces[((starts + n - 1).unsqueeze(1) - back).clamp(min=0)]
         token_ids = torch.where(totals.unsqueeze(1) > 0, token_ids, last_prompt_id.unsqueeze(1))
-        most: np.ndarray = 1 + counts.bounds(slots, batch.num_tokens)
+        most: np.ndarray = 1 + counts.bounds(slots, batch.num_tokens.array())
         requests = slice(None) if contexts.requests is None else contexts.requests
         rows = ContextRows(
             slots=contexts.slots,
-            num_tokens=np.minimum(most[requests] + contexts.host_offset, self.max_len),
+            num_tokens=Lengths(np.minimum(most[requests] + contexts.host_offset, self.max_len)),
             lengths=None,
             row_slots=contexts.row_slots.unsqueeze(1).where(is_there, self.engine.no_slot).flatten(),
             positions=positions.flatten(),

@@ -14,6 +14,7 @@ import torch
 
 from pad_vllm.reward.device import to_device
 from pad_vllm.reward.engine import RewardEngine
+from pad_vllm.reward.pace import Lengths
 from pad_vllm.reward.rows import ContextRows, ContextSlot
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot, request_of
 from pad_vllm.worker.contexts import RewardPrompt
@@ -78,7 +79,9 @@ class SameTokens:
     def draft_lengths(self, batch: GuidedBatch, params: RowParams, num_drafts: int) -> np.ndarray | None:
         """[C] int64: the contexts' lengths with all drafts, at most; None where the pool has no room for them."""
         contexts = params.contexts
-        num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
+        num_tokens = batch.num_tokens.array()
+        if contexts.requests is not None:
+            num_tokens = num_tokens[contexts.requests]
         num_tokens = np.minimum(num_tokens + contexts.host_offset + num_drafts, self.max_len)
         return num_tokens if self.engine.blocks.has_room(contexts.slots, num_tokens) else None
 
@@ -94,7 +97,7 @@ class SameTokens:
         positions = (positions + contexts.ints.offset + further).clamp(max=self.max_len - 1)
         rows = ContextRows(
             slots=contexts.slots,
-            num_tokens=num_tokens,
+            num_tokens=Lengths(num_tokens),
             lengths=None,
             row_slots=contexts.row_slots,
             positions=positions[0],
@@ -112,7 +115,7 @@ class SameTokens:
     def _last_drafts(self, batch: GuidedBatch, params: RowParams) -> ContextRows | None:
         """The rows of the last drafts, of a batch with rows of all drafts; None where the others are not computed."""
         contexts, last_rows = params.contexts, batch.layout.last_rows
-        num_tokens = batch.num_tokens + contexts.host_offset
+        num_tokens = batch.num_tokens.array() + contexts.host_offset
         if num_tokens.max() > self.max_len or not self.engine.blocks.holds(contexts.slots, num_tokens):
             return None
         assert last_rows is not None
@@ -121,7 +124,7 @@ class SameTokens:
         row_slots, offset = self.drafted.last_of(params)
         return ContextRows(
             slots=contexts.slots,
-            num_tokens=num_tokens,
+            num_tokens=Lengths(num_tokens),
             lengths=None,
             row_slots=row_slots,
             positions=batch.positions[last_rows] + offset,
@@ -149,10 +152,11 @@ class SameTokens:
             last.room -= 1
             last.rows.advance(batch.step, token_ids, history)
             return last.rows
-        num_tokens = batch.num_tokens if contexts.requests is None else batch.num_tokens[contexts.requests]
+        of_requests = batch.num_tokens.array()
+        num_tokens = of_requests if contexts.requests is None else of_requests[contexts.requests]
         num_tokens = num_tokens + contexts.host_offset
         room = self.max_len - int(num_tokens.max())
-        last.past_prompts |= batch.exact and bool((batch.num_tokens > params.host_prompt_len).all())
+        last.past_prompts |= batch.exact and bool((of_requests > params.host_prompt_len).all())
         positions = None
         if not last.past_prompts:
             positions = batch.device_positions()
@@ -164,8 +168,8 @@ class SameTokens:
             token_ids = torch.where(positions < contexts.ints.prompt_len, contexts.ints.last_prompt_id, token_ids)
         rows = ContextRows(
             slots=contexts.slots,
-            num_tokens=num_tokens,
-            lengths=num_tokens if batch.exact else None,
+            num_tokens=Lengths(num_tokens),
+            lengths=Lengths(num_tokens) if batch.exact else None,
             row_slots=contexts.row_slots,
             positions=None if batch.exact else positions + contexts.ints.offset,
             token_ids=token_ids,
@@ -286,7 +290,7 @@ class DraftedStates:
         """
         num_kept = int(self.num_kept[request_slots].min())
         same = num_kept == self.num_kept[request_slots].max()
-        if not num_kept or not same or not engine.blocks.holds(rows.slots, rows.num_tokens):
+        if not num_kept or not same or not engine.blocks.holds(rows.slots, rows.num_tokens.array()):
             return engine.step(rows)
         is_last = (local_positions == num_kept) & (rows.row_slots != engine.no_slot)
         where = is_last.int().argsort(descending=True, stable=True)[: len(rows.slots)]

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pad_vllm.reward.block_manager import BlockManager, Copy
 from pad_vllm.reward.device import copy_blocks
+from pad_vllm.reward.pace import Lengths
 
 BLOCK_SIZE = 4
 MAX_BLOCKS = 6
@@ -61,7 +62,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         lengths = [self.lengths[index] for index in line]
         blocks = self.blocks
         blocks.begin_step()
-        if blocks.ready(np.array(line), np.array(lengths)):
+        if blocks.ready(np.array(line), Lengths(np.array(lengths))):
             assert all(blocks.contexts[index].blocks for index in line)
             for index in line:
                 self.write(index, compute_from=None)
@@ -257,7 +258,7 @@ def test_a_short_pool_takes_first_from_the_least_recently_used():
         blocks.admit([index], [12])
     assert blocks.num_free_blocks == 0
     blocks.begin_step()
-    assert blocks.ready(np.array([0]), np.array([12]))  # used again
+    assert blocks.ready(np.array([0]), Lengths(np.array([12])))  # used again
     blocks.begin_step()
     blocks.admit([3], [16])
     assert [len(context.blocks) for context in blocks.contexts[:4]] == [3, 0, 3, 4]

@@ -10,7 +10,7 @@ import torch
 
 from pad_vllm.reward.block_manager import BlockManager
 from pad_vllm.reward.decode import Decoder
-from pad_vllm.reward.pace import ALONE, Pace
+from pad_vllm.reward.pace import ALONE, Lengths, Pace
 from pad_vllm.reward.rows import ContextRows
 
 BLOCK_SIZE, MAX_BLOCKS = 8, 8
@@ -33,8 +33,8 @@ class Contexts:
     def lay_out(self, slots: list[int], lengths: list[int], step: int) -> ContextRows:
         return ContextRows(
             slots=np.array(slots),
-            num_tokens=np.array(lengths),
-            lengths=np.array(lengths),
+            num_tokens=Lengths(np.array(lengths)),
+            lengths=Lengths(np.array(lengths)),
             row_slots=torch.tensor(slots),
             positions=None,
             token_ids=torch.tensor(lengths),
@@ -47,12 +47,12 @@ class Contexts:
         self.blocks.begin_step()
         version, at = self.blocks.version, self.decoder._step
         if not self.blocks.ready(rows.slots, rows.num_tokens, rows.step):
-            admitted, _ = self.blocks.admit(rows.slots.tolist(), rows.num_tokens.tolist())
+            admitted, _ = self.blocks.admit(rows.slots.tolist(), rows.num_tokens.array().tolist())
             assert admitted == len(rows.slots)
         self.num_counted += self.blocks.version == version and rows.step == at + 1
         held = []
         for decoder in (self.decoder, self.new_decoder()):
-            first = decoder._first(len(rows.lengths))
+            first = decoder._first(len(rows.row_slots))
             decoder._write(first, rows)
             held.append(first)
         for name in ("input_ids", "positions", "slot_mapping", "seq_lens", "bounds", "block_table"):
@@ -71,16 +71,16 @@ def test_steps_a_token_further_are_counted_up():
 
 
 def others_in_the_rows(contexts: Contexts, rows: ContextRows) -> ContextRows:
-    return contexts.lay_out([2, 0, 1], rows.lengths[[2, 0, 1]].tolist(), contexts.pace.changed())
+    return contexts.lay_out([2, 0, 1], rows.lengths.array()[[2, 0, 1]].tolist(), contexts.pace.changed())
 
 
 def one_left(contexts: Contexts, rows: ContextRows) -> ContextRows:
     contexts.blocks.remove(contexts.blocks.contexts[0])
-    return contexts.lay_out([1, 2], rows.lengths[1:].tolist(), contexts.pace.changed())
+    return contexts.lay_out([1, 2], rows.lengths.array()[1:].tolist(), contexts.pace.changed())
 
 
 def two_tokens_more(contexts: Contexts, rows: ContextRows) -> ContextRows:
-    return contexts.lay_out([0, 1, 2], (rows.lengths + 2).tolist(), contexts.pace.changed())
+    return contexts.lay_out([0, 1, 2], (rows.lengths.array() + 2).tolist(), contexts.pace.changed())
 
 
 def blocks_were_lost(contexts: Contexts, rows: ContextRows) -> ContextRows:
@@ -111,6 +111,6 @@ def test_another_step_is_made_anew(change):
     other = change(contexts, rows)
     contexts.run(other)
     assert contexts.num_counted == before
-    if len(other.lengths) == 3:
+    if len(other.row_slots) == 3:
         other.advance(contexts.pace.further(), other.token_ids, other.history)
         contexts.run(other)

@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.reward.device import to_device
-from pad_vllm.reward.pace import Pace
+from pad_vllm.reward.pace import Lengths, Pace
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.guidance import Guidance
@@ -55,7 +55,7 @@ class V1Batch:
         self.device = device
         self.guided = GuidedBatch(
             layout=layout,
-            num_tokens=self.prompt_lens,
+            num_tokens=Lengths(self.prompt_lens),
             exact=True,
             positions=None,
             token_ids=layout.logits_rows,  # until there is a step
@@ -71,10 +71,11 @@ class V1Batch:
         """
         guided, num_generated = self.guided, [len(ids) for ids in self.output_ids]
         if num_generated == self.one_more:
-            guided.step, guided.num_tokens = pace.further(), guided.num_tokens + 1
+            guided.step = pace.further()
+            guided.num_tokens.advance()
             last_ids = [ids[-1] for ids in self.output_ids]
         else:
-            guided.step, guided.num_tokens = pace.changed(), self.prompt_lens + num_generated
+            guided.step, guided.num_tokens = pace.changed(), Lengths(self.prompt_lens + num_generated)
             of_prompts = self.last_prompt_ids
             last_ids = [
                 ids[-1] if ids else of_prompt for ids, of_prompt in zip(self.output_ids, of_prompts, strict=True)

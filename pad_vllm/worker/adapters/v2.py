@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from pad_vllm.kernels import OutputTokens
 from pad_vllm.params import PAD
 from pad_vllm.reward.device import HostCopy, to_device
+from pad_vllm.reward.pace import Lengths
 from pad_vllm.worker.adapters import Adapter, RequestState, Resolve
 from pad_vllm.worker.batch import GuidedBatch, Layout, RequestSlot
 from pad_vllm.worker.drafter import UNGUIDED, Draws
@@ -210,7 +211,7 @@ class V2Adapter(Adapter):
         prompt_len = self.req_states.prompt_len.np
         batch = GuidedBatch(
             layout=layout,
-            num_tokens=ctx.seq_lens_upper_bound_np[guided].astype(np.int64),
+            num_tokens=Lengths(ctx.seq_lens_upper_bound_np[guided].astype(np.int64)),
             exact=exact,
             positions=positions,
             token_ids=token_ids,
@@ -249,7 +250,7 @@ class V2Adapter(Adapter):
             layout = self._draft_layout(places, slots[places].astype(np.int64))
             batch = GuidedBatch(
                 layout=layout,
-                num_tokens=num_tokens[places] + 1,
+                num_tokens=Lengths(num_tokens[places] + 1),
                 exact=False,
                 positions=self.req_states.total_len.gpu[layout.row_slots] - 1,
                 token_ids=last_sampled[layout.row_slots],
@@ -339,5 +340,5 @@ class Step:
         if slots.tobytes() != self.slots or num_tokens.tolist() != self.one_more:
             return False
         self.one_more = [n + 1 for n in self.one_more]
-        self.batch.num_tokens = self.batch.num_tokens + 1
+        self.batch.num_tokens.advance()
         return True
