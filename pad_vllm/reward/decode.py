@@ -86,12 +86,6 @@ class DecodeRows:
         others = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "places"}
         return DecodeRows(places=self.places[:, rows], **others)
 
-    def advance_(self) -> None:
-        """Each row is a token further, in the same blocks."""
-        self.places.add_(_ONE)
-        self.seq_lens.add_(_ONE)
-        self.bounds.add_(_ONE)
-
     def batch(self, model: PagedModel) -> ForwardBatch:
         """Their forward, which may be run again and again."""
         num_rows = len(self.input_ids)
@@ -191,7 +185,10 @@ class Decoder:
         self._step = rows.step
         if same and follows:
             first.input_ids.copy_(rows.token_ids)
-            first.advance_()
+            first.places.add_(_ONE)
+            first.seq_lens.add_(_ONE)
+            if self.model.plans_by_bound:
+                first.bounds.add_(_ONE)
             return
         if rows.lengths is None and can_launch(rows.row_slots.device):
             return self._write_by_kernel(first, rows, same)
@@ -211,7 +208,10 @@ class Decoder:
         if rows.lengths is None:
             first.bounds.fill_(int(rows.num_tokens.array().max()))
         else:
-            first.bounds.copy_(torch.from_numpy(rows.lengths.array()))
+            lengths = rows.lengths.array()
+            if not self.model.plans_by_bound:  # the ends of the last blocks serve too, and are not counted up
+                lengths = -(-lengths // self.blocks.block_size) * self.blocks.block_size
+            first.bounds.copy_(torch.from_numpy(lengths))
 
     def _adapters_of(self, rows: ContextRows) -> torch.Tensor | None:
         """[R, padding included] int64. A graph has adapters in it, whether rows have some or not."""

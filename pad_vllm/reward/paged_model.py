@@ -175,6 +175,7 @@ class PagedModel:
             )
         backends = get_current_attn_backends(config)
         self.plans_by_bound = any("FLASHINFER" in backend.get_name() for backend in backends)
+        """Whether attention takes the bounds of sequences' lengths for the lengths themselves"""
         layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
         resolve_kv_cache_layout(config, [layouts], list(spec.values()))
         # What is behind a sliding window is kept too, so every layer needs every block of a context.

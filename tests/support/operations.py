@@ -31,8 +31,10 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         is_view = not func._schema.is_mutable and storages(result) <= storages((args, kwargs))
-        if not self.muted and func._schema.name not in ALLOCATIONS and not is_view:
-            self.names.append(func._schema.name)
+        name = func._schema.name
+        if not self.muted and name not in ALLOCATIONS and not is_view:
+            # Of tensors unlike each other, as ours would be, "foreach" launches each by itself.
+            self.names += [name] * (len(args[0]) if name.startswith("aten::_foreach") else 1)
         return result
 
     def within(self, function: Callable) -> Callable:

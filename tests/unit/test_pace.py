@@ -19,7 +19,8 @@ BLOCK_SIZE, MAX_BLOCKS = 8, 8
 class Contexts:
     """Three contexts of a reward engine, brought up to date as it does it; its forwards are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, plans_by_bound: bool = False) -> None:
+        self.plans_by_bound = plans_by_bound
         self.blocks = BlockManager(1 + 3 * MAX_BLOCKS, BLOCK_SIZE, 3, MAX_BLOCKS, torch.device("cpu"))
         self.decoder = self.new_decoder()
         for slot in range(3):
@@ -27,7 +28,12 @@ class Contexts:
         self.pace, self.num_counted = Pace(), 0
 
     def new_decoder(self) -> Decoder:
-        model = SimpleNamespace(graph_sizes=(), device=torch.device("cpu"), max_model_len=BLOCK_SIZE * MAX_BLOCKS)
+        model = SimpleNamespace(
+            graph_sizes=(),
+            device=torch.device("cpu"),
+            max_model_len=BLOCK_SIZE * MAX_BLOCKS,
+            plans_by_bound=self.plans_by_bound,
+        )
         return Decoder(model, self.blocks, 3)
 
     def lay_out(self, slots: list[int], lengths: list[int], step: int) -> ContextRows:
@@ -57,10 +63,13 @@ class Contexts:
             held.append(first)
         for name in ("input_ids", "positions", "slot_mapping", "seq_lens", "bounds", "block_table"):
             assert torch.equal(getattr(held[0], name), getattr(held[1], name)), name
+        bounds, lengths = held[0].bounds, held[0].seq_lens
+        assert torch.equal(bounds, lengths) if self.plans_by_bound else (bounds >= lengths).all()
 
 
-def test_steps_a_token_further_are_counted_up():
-    contexts = Contexts()
+@pytest.mark.parametrize("plans_by_bound", [False, True])
+def test_steps_a_token_further_are_counted_up(plans_by_bound):
+    contexts = Contexts(plans_by_bound)
     rows = contexts.lay_out([0, 1, 2], [5, 6, 7], contexts.pace.changed())
     contexts.run(rows)
     for i in range(20):
