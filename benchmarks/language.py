@@ -1,7 +1,7 @@
 """The language table: what guidance does to SmolLM2's English, beside the other ways to personalize it.
 
     python -m benchmarks.language [--small | --rivals] [--gemma] [--methods NAME ...] [--prompts N] [--part N]
-        [--loaded] [--harper FOLDER] [--work FOLDER] [--output benchmarks/results]
+        [--loaded] [--keep] [--harper FOLDER] [--work FOLDER] [--output benchmarks/results]
 
 The reward model is the demo's, trained on SmolLM2's own answers, or SmolLM2 as it is, held against its own answer
 without the preference. With ``--gemma`` the base is Gemma 3 270M, which has another tokenizer and follows no
@@ -12,8 +12,9 @@ instructions. Users want
 
 Every method's answers are kept in the work folder as they come, and are not made again, also where there are more
 prompts later. A stopped command goes on: ``--part 96`` keeps a method's answers 96 at a time, which take less than a
-quarter of an hour. Writes language.md, language.json and language.png, or those of language-gemma, or language-rivals:
-every method on a few prompts.
+quarter of an hour. With ``--keep`` the record that is there keeps its rows of methods that have no answers in the work
+folder, so that a table can be filled over several days. Writes language.md, language.json and language.png, or those of
+language-gemma, or language-rivals: every method on a few prompts.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", default=[""], metavar="NAME", help="how their names begin; default: all"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the record's rows of methods without answers in the work folder"
+    )
     parser.add_argument("--harper", type=Path, help="folder of the npm package harper.js, to find faults of grammar")
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
     parser.add_argument("--cache-dir", help="of the models (default $PAD_VLLM_CACHE or ~/.cache/pad-vllm)")
@@ -80,7 +84,7 @@ def main() -> None:
     work = args.work or models.reward.parent / f"{name}-{models.reward.name}{'-small' if args.small else ''}"
     bench = Bench(models, untrained, work, sizes, stop)
     grammar = Harper(args.harper, work / "grammar.json") if args.harper else None
-    write(args.output, name, bench, bench_answers(bench, args.methods), args.loaded, grammar)
+    write(args.output, name, bench, bench_answers(bench, args.methods), args.loaded, grammar, args.keep)
 
 
 if __name__ == "__main__":

@@ -252,12 +252,27 @@ def write(
     found: Mapping[str, Sequence[Mapping[str, Any]]],
     is_loaded: bool = False,
     grammar: Harper | None = None,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
-    methods = [one.method for one in all_of(bench) if one.method.name in found]
-    rows = figures(bench, found, is_loaded, grammar)
+    """Write the table, its record and its picture into ``output``; returns the rows.
+
+    Args:
+        keep: whether the record that is there keeps its rows of methods that are not in ``found``.
+
+    Raises:
+        ValueError: rows are to be kept, but they are of another reward model.
+    """
+    rows, everything = figures(bench, found, is_loaded, grammar), [one.method for one in all_of(bench)]
+    reward_model = bench.folders.reward.name
+    record = {"hardware": hardware(), "date": date.today().isoformat(), "reward_model": reward_model, "rows": rows}
+    if keep and (output / f"{name}.json").exists():
+        before = json.loads((output / f"{name}.json").read_text())
+        if before["reward_model"] != reward_model:
+            raise ValueError(f"{output / name}.json: it is of {before['reward_model']}, so its rows cannot be kept")
+        record["rows"] = rows = with_kept(rows, before, [method.name for method in everything])
+    methods = [method for method in everything if any(row["method"] == method.name for row in rows)]
     base = rows[0]
     output.mkdir(parents=True, exist_ok=True)
-    record = {"hardware": hardware(), "date": date.today().isoformat(), "rows": rows}
     (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     units = "; ".join(f"`{name}`: {d.unit}, for {d.more} or {d.less}" for name, d in DIMENSIONS.items())
     text = [
@@ -293,11 +308,24 @@ def write(
         text.append("Times are left out: the machine had other work.")
     if others := [method.name for method in methods if not method.is_by_vllm]:
         text.append(f"{', '.join(others)}: by transformers, in batches; time against that of the base in vLLM.")
-    if parts := [method.name for method in methods if method.is_personal and is_a_part(bench, found[method.name])]:
+    answered = [method.name for method in methods if method.is_personal and method.name in found]
+    if parts := [name for name in answered if is_a_part(bench, found[name])]:
         text.append(f"{', '.join(parts)}: for a part of the prompts or of the users.")
+    for day in sorted({row["date"] for row in rows if "date" in row}):
+        kept = dict.fromkeys(row["method"] for row in rows if row.get("date") == day)
+        text.append(f"Of {day}, beside the unguided answers of that day: {', '.join(kept)}.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
     plot_language(rows, output / f"{name}.png")
     return rows
+
+
+def with_kept(rows: Sequence[dict[str, Any]], before: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows, and those of an earlier record whose methods have none among them, with their day; in the order of
+    ``names``, of all methods."""
+    answered = {row["method"] for row in rows}
+    kept = [{"date": before["date"], **row} for row in before["rows"] if row["method"] not in answered]
+    known = [row for row in (*rows, *kept) if row["method"] in names]
+    return sorted(known, key=lambda row: names.index(row["method"]))
 
 
 def is_a_part(bench: Bench, records: Sequence[Mapping[str, Any]]) -> bool:

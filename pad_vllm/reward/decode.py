@@ -34,7 +34,7 @@ from pad_vllm.reward.rows import ContextRows
 
 logger = init_logger(f"vllm.{__name__}")
 
-_ONE = torch.ones((), dtype=torch.int32)
+_ONE = torch.ones((), dtype=torch.int32, device="cpu")
 """Made once: torch makes a tensor of each Python number that it adds."""
 
 

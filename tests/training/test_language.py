@@ -193,3 +193,9 @@ def test_the_language_table(models, tmp_path):
     assert text.count("| PAD, beta 1.5 |") == 4  # one wish, two, and each wish, or two, by itself
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     assert language.bench_answers(bench_of(models, tmp_path / "work")) == found  # nothing is made twice
+    # On another day, and in another work folder, the table keeps what it has.
+    fewer = {name: records for name, records in found.items() if name != "best of 2"}
+    later = language_report.write(tmp_path, "language", bench, fewer, keep=True)
+    assert [row["method"] for row in later] == [row["method"] for row in rows]
+    assert {row["method"] for row in later if "date" in row} == {"best of 2"}
+    assert "beside the unguided answers of that day: best of 2." in (tmp_path / "language.md").read_text()
