@@ -19,6 +19,7 @@ NUM_USERS = 40
 GAINS = torch.tensor([4.0, 6, 3, 5, 4, 3], dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_draws_are_from_the_posterior():
     """Means of what the choices say, against sums over a grid of both weights; what a pair tells is their mutual
     information."""
@@ -52,6 +53,7 @@ def test_draws_are_from_the_posterior():
         assert among_draws[within].double().mean(0).tolist() == pytest.approx(expected.tolist(), abs=0.015)
 
 
+@pytest.mark.slow
 def test_users_at_once_are_users_one_by_one():
     """Draws for several users, from where they were before the last choice, are from the same posteriors."""
     torch.manual_seed(0)
@@ -85,6 +87,7 @@ def users_of_a_small_world() -> Users:
     return Users(*pairs(120), *pairs(400))
 
 
+@pytest.mark.slow
 def test_such_choices_tell_more_than_random_ones():
     """A tenth of the choices are mistakes; the weights are fitted alike."""
     users = users_of_a_small_world()

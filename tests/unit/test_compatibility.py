@@ -124,6 +124,7 @@ def test_with_another_tokenizer_what_the_template_writes_is_an_end(models, tmp_p
     assert vocabulary["<|im_start|>"] in tokens.no_candidates
 
 
+@pytest.mark.slow
 def test_a_longrope_model_is_taken_at_its_long_length(models, tmp_path):
     """As Phi-3's: vLLM takes it at its first length unless it is asked for more."""
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "rope_theta": 10000.0}

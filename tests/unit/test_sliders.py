@@ -77,6 +77,7 @@ def test_differentials_are_those_of_a_plain_loop(beside, models, tmp_path):
     assert found.abs().max() > 0.5
 
 
+@pytest.mark.slow
 def test_the_folder_decides_which_head_applies(models, tmp_path):
     """The whole fit, by which of the models it scored as; what comparisons say of a preference is not read."""
     data = write_comparisons(tmp_path / "own.jsonl", 12)
