@@ -38,8 +38,8 @@ class Pace:
 class Lengths:
     """Tokens of sequences, of which each gets one more in a step that follows the last one.
 
-    Their array is made where it is read. A step that only counts up reads none: after a forward on a CPU nothing of
-    numpy is in the caches, and its first addition takes 30 us.
+    Their array is made where it is read. A step that only counts up reads none: on a CPU a forward has emptied the
+    caches, so numpy's first addition after it is slow.
 
     Args:
         tokens: [N] int64.
