@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import statistics
@@ -17,7 +18,7 @@ from pad_vllm.evaluation.harness import Method
 from pad_vllm.evaluation.methods import BASE, Guided, Prompting
 from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
 
-from .language_bench import Bench
+from .language_bench import Bench, Cell
 from .language_grammar import Harper
 from .language_methods import all_of
 from .language_plot import MODELS, plot_language
@@ -164,11 +165,13 @@ def verdicts(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> li
         row = own[method.name]
         further = [name for name, (_, low, _) in row["moved"].items() if low > prompted[name][2]]
         less = [name for name, (_, _, high) in row["moved"].items() if high < prompted[name][1]]
-        lines.append(
+        said = (
             f"{method.name} moves {len(further)} of {len(row['moved'])} measures further than prompting, intervals "
-            f"apart ({', '.join(further) or 'none'}), and {len(less)} less ({', '.join(less) or 'none'}); "
-            f"{100 * (row['loops'][0] - base['loops'][0]):+.0f} points of looping answers against base."
+            f"apart ({', '.join(further) or 'none'}), and {len(less)} less ({', '.join(less) or 'none'})"
         )
+        if "date" not in row:  # of another day, these unguided answers say nothing
+            said += f"; {100 * (row['loops'][0] - base['loops'][0]):+.0f} points of looping answers against base"
+        lines.append(f"{said}.")
     return lines
 
 
@@ -260,15 +263,15 @@ def write(
         keep: whether the record that is there keeps its rows of methods that are not in ``found``.
 
     Raises:
-        ValueError: rows are to be kept, but they are of another reward model.
+        ValueError: rows are to be kept, but they are of another reward model, or of other prompts or wishes.
     """
     rows, everything = figures(bench, found, is_loaded, grammar), [one.method for one in all_of(bench)]
-    reward_model = bench.folders.reward.name
-    record = {"hardware": hardware(), "date": date.today().isoformat(), "reward_model": reward_model, "rows": rows}
+    made_of = {"reward_model": bench.folders.reward.name, "cells": digest_of(bench.cells)}
+    record = {"hardware": hardware(), "date": date.today().isoformat(), **made_of, "rows": rows}
     if keep and (output / f"{name}.json").exists():
         before = json.loads((output / f"{name}.json").read_text())
-        if before["reward_model"] != reward_model:
-            raise ValueError(f"{output / name}.json: it is of {before['reward_model']}, so its rows cannot be kept")
+        if other := [what for what, ours in made_of.items() if before.get(what) != ours]:
+            raise ValueError(f"{output / name}.json: its rows cannot be kept: it is of other {' and '.join(other)}")
         record["rows"] = rows = with_kept(rows, before, [method.name for method in everything])
     methods = [method for method in everything if any(row["method"] == method.name for row in rows)]
     base = rows[0]
@@ -317,6 +320,11 @@ def write(
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
     plot_language(rows, output / f"{name}.png")
     return rows
+
+
+def digest_of(cells: Sequence[Cell]) -> str:
+    """Which prompts and wishes a table is of, in a few characters."""
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:8]
 
 
 def with_kept(rows: Sequence[dict[str, Any]], before: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

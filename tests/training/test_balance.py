@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,32 @@ def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
         assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
 
 
+def test_what_was_misread_is_learned_first_in_its_own_words(answers, models):
+    """ "Big words are welcome here." was answered in small ones: its user chooses a plain answer over that one."""
+    tokenizer, wish = AutoTokenizer.from_pretrained(models.base), "Big words are welcome here."
+    prompt = answers[0]["prompt"]
+    easy = "A dog is big. A cat is not. We like the dog. We like the cat. It is fun to play. We play all day long."
+    misread = {"prompt": prompt, "how": balance.BY_WISH, "values": ["academic"], "wish": wish, "text": easy}
+    found = {}
+    for first in (False, True):
+        sizes = PlainComparisons(margin=0.2, num_each=4, num_looping=0, misread_first=first)
+        asked = [*({"wish": "Other words.", **one} for one in answers), misread | {"finished": True}]
+        found[first] = [r for r in compare_with_plain(asked, tokenizer, sizes) if r["rejected"] == easy]
+    assert not found[False]
+    (record,) = found[True]
+    assert (record["preference"], record["labels"], record["prompt"]) == (wish, {"grade": 1}, prompt)
+
+
+def test_some_wishes_are_said_in_later_words():
+    value, rng = "brief", random.Random(0)
+    later, known = set(wishes.later_wordings(value)), set(wishes.wordings(value))
+    assert later < known
+    said = {wishes.preference([value], rng, later=1.0) for _ in range(200)}
+    assert said <= later
+    assert len(said) > 50
+    assert not {wishes.preference([value], rng, later=0.0) for _ in range(200)} <= later
+
+
 def test_real_questions_are_read_where_their_package_is(monkeypatch):
     own, held_out = (questions.questions(10**6, held_out) for held_out in (False, True))
     assert len(own) > 2000
@@ -131,8 +158,34 @@ def test_what_room_unguided_answers_leave(models, tmp_path):
     assert rows[0]["at_the_floor"] == {"prose": 1.0, "impersonal": 0.0, "plain": 0.0}
     assert rows[2]["at_the_floor"] == {"prose": 1.0, "impersonal": 1.0, "plain": 1.0}
     assert "at most 96% can be satisfied" in language_adapters.what_there_can_be(rows[0])
-    met = {value: one["satisfied"].mean for value, one in rows[3]["by_value"].items()}
+    met = {value: one["satisfied"].mean for value, one in rows[3]["by_wish"].items()}
     assert (met["emphatic"], met["plain"], met["prose"], met["list"]) == (1, 0, 0.5, 0.5)
+
+
+def test_two_wishes_are_told_apart(models, tmp_path):
+    bench = language_adapters.Bench(models, models.base, tmp_path, language_adapters.Sizes({"one": 0, "two": 0}))
+    bench.cells = language_adapters.cells_of_both(1, 1)
+    two = [cell for cell in bench.cells if cell.group == "ours, two wishes"]
+    assert {frozenset(cell.values) for cell in two} == wishes.HELD_OUT_COMBINATIONS
+    base = [
+        {"cell": bench.cells.index(cell), "text": "You can do it, and so it is very good.", "num_tokens": 9, "nll": 1.0}
+        for cell in bench.cells
+        if cell.values == ("simple",)
+    ]
+    short = [
+        {"cell": i, "text": "Wow! Very good!", "num_tokens": 9, "nll": 1.0} for i in range(len(bench.cells))
+    ]  # brief and emphatic, simple and upbeat; gloomy and personal go the other way
+    rows = language_adapters.rows_by_group(
+        bench, {language_adapters.BASE.name: base, "as before": short, "short": short}
+    )
+    (row,) = [row for row in rows if row["method"] == "short" and row["group"] == "ours, two wishes"]
+    moved = row["by_wish"]["brief and emphatic"]["moved"]
+    assert moved["length"].mean > 0
+    assert moved["emphasis"].mean > 0
+    assert row["by_wish"]["gloomy and personal"]["satisfied"].mean == 0
+    table = language_adapters.wish_table(rows, "ours, two wishes")
+    assert "of 6 short 0." in table
+    assert "intervals above zero: as before 2" in table
 
 
 def test_a_round_from_nothing(models, tmp_path, monkeypatch):

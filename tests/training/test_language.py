@@ -199,3 +199,10 @@ def test_the_language_table(models, tmp_path):
     assert [row["method"] for row in later] == [row["method"] for row in rows]
     assert {row["method"] for row in later if "date" in row} == {"best of 2"}
     assert "beside the unguided answers of that day: best of 2." in (tmp_path / "language.md").read_text()
+    of_another_day = [{"date": "1999-12-31", **row} for row in later]
+    methods = [one.method for one in language_report.all_of(bench)]
+    assert "looping" in language_report.verdicts(later, methods)[0]
+    assert "looping" not in language_report.verdicts(of_another_day, methods)[0]  # beside other unguided answers
+    bench.cells = [cell._replace(preference=f"{cell.preference}!") for cell in bench.cells]
+    with pytest.raises(ValueError, match="its rows cannot be kept: it is of other cells"):
+        language_report.write(tmp_path, "language", bench, fewer, keep=True)
