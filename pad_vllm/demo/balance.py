@@ -25,7 +25,7 @@ import random
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,7 @@ def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Balance) -> li
 
 def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes: Balance) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    template, is_guided = PromptTemplate(tokenizer, PROMPT_TEMPLATE), sizes.beta is not None
+    by_wish, ask = _answering(base, reward, PromptTemplate(tokenizer, PROMPT_TEMPLATE), sizes)
     asked: dict[str, list[tuple[dict[str, Any], Request]]] = {PLAIN: [], BY_WISH: []}
     for i, prompt in enumerate(prompts, first):
         rng = random.Random(f"{sizes.seed} {i}")
@@ -323,17 +323,8 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
             values += [DIMENSIONS[name].less, DIMENSIONS[name].more]
         for value in values:
             wish = wishes.preference([value], rng, later=sizes.later_words)
-            request = (
-                Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta})
-                if is_guided
-                else Request(template.compose(ids, wish))
-            )
-            asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value], "wish": wish}, request))
-    by_wish = (
-        Engine(str(base), {**DEFAULTS, "reference": sizes.reference, "reward_model": str(reward)})
-        if is_guided
-        else Engine(str(base), adapter=str(reward))
-    )
+            record = {"prompt": prompt, "how": BY_WISH, "values": [value], "wish": wish}
+            asked[BY_WISH].append((record, ask(ids, wish)))
     records = []
     for how, engine in ((PLAIN, Engine(str(base))), (BY_WISH, by_wish)):
         found = engine.generate(
@@ -350,6 +341,16 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
             for (record, _), text, tokens in zip(asked[how], found.texts, found.tokens, strict=True)
         ]
     return records
+
+
+def _answering(
+    base: Path, reward: Path, template: PromptTemplate, sizes: Balance
+) -> tuple[Engine, Callable[[list[int], str], Request]]:
+    """Who answers a prompt's ids for a wish, and how it is asked."""
+    if sizes.beta is None:
+        return Engine(str(base), adapter=str(reward)), lambda ids, wish: Request(template.compose(ids, wish))
+    engine = Engine(str(base), {**DEFAULTS, "reference": sizes.reference, "reward_model": str(reward)})
+    return engine, lambda ids, wish: Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta})
 
 
 def main() -> None:
