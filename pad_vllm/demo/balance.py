@@ -162,7 +162,6 @@ BALANCE_ROUNDS = (
         weak=("academic", "gloomy", "detailed", "impersonal"),
         beta=2.0,
         reference="base",
-        averaged=True,
         max_tokens=120,
         max_answer=104,
         num_each=176,
