@@ -166,7 +166,7 @@ def wish_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
         said = []
         for row in own:
             one, bold = row["by_wish"][wish], "**" * (wish in beyond(row, prompted))
-            moved = ", ".join(f"{mean:+.2g} ({low:.2g} to {high:.2g})" for mean, low, high in one["moved"].values())
+            moved = ", ".join(_say(*estimate) for estimate in one["moved"].values())
             said.append(f"{100 * one['satisfied'][0]:.0f}%; {bold}{moved}{bold}")
         lines.append(f"| {wish} | {' | '.join(said)} |")
     counts = [f"{row['method']} {len(beyond(row, prompted))}" for row in guided]
@@ -175,6 +175,11 @@ def wish_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
         both = [f"{row['method']} {_both_move(row)}" for row in own]
         text += f" Both measures move in the direction asked, intervals above zero: {', '.join(both)}."
     return "\n".join(lines) + f"\n\n{text}"
+
+
+def _say(mean: float, low: float, high: float) -> str:
+    mean, low, high = (float(f"{value:.2g}") for value in (mean, low, high))  # two digits, and no exponent
+    return f"{mean:+g} ({low:g} to {high:g})"
 
 
 def _both_move(row: Mapping[str, Any]) -> str:

@@ -152,29 +152,6 @@ BALANCE_ROUNDS = (
         first_question=49,
         stage=Stage(lr=4e-4, batch_size=8, beta=0.1, nll_weight=0.0),
     ),
-    Balance(  # as it is served, in words that nobody used before: of what was misread, mostly
-        num_prompts=20,
-        num_questions=32,
-        prompts_per_part=26,
-        plain=4,
-        always=("grade", "sentiment", "length", "person"),
-        others=1,
-        weak=("academic", "gloomy", "detailed", "impersonal"),
-        beta=2.0,
-        reference="base",
-        max_tokens=120,
-        max_answer=104,
-        num_each=176,
-        num_comparisons=1104,
-        num_test_comparisons=48,
-        num_looping=80,
-        num_ends=160,
-        later_words=0.6,
-        misread_first=True,
-        first_prompt=200,
-        first_question=85,
-        stage=Stage(lr=4e-4, batch_size=8, beta=0.1, nll_weight=0.0),
-    ),
 )
 TINY_BALANCE = Balance(
     num_prompts=2,
@@ -296,7 +273,7 @@ def _prompts(sizes: Balance) -> tuple[list[str], list[str]]:
 
 
 def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Balance) -> list[dict[str, Any]]:
-    """Answers: ``prompt``, ``how``, ``values`` (asked for), ``wish`` (in which words), ``text``, ``finished``."""
+    """Answers: ``prompt``, ``how``, ``values`` (asked for), ``text``, ``finished``."""
     ours, real = _prompts(sizes)
     prompts = [prompt for two in itertools.zip_longest(ours, real) for prompt in two if prompt]
     answers = []
@@ -321,9 +298,8 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
         for name in (*sizes.always, *rng.sample(rest, sizes.others)):
             values += [DIMENSIONS[name].less, DIMENSIONS[name].more]
         for value in values:
-            wish = wishes.preference([value], rng, later=sizes.later_words)
-            record = {"prompt": prompt, "how": BY_WISH, "values": [value], "wish": wish}
-            asked[BY_WISH].append((record, ask(ids, wish)))
+            wish = wishes.preference([value], rng)
+            asked[BY_WISH].append(({"prompt": prompt, "how": BY_WISH, "values": [value]}, ask(ids, wish)))
     records = []
     for how, engine in ((PLAIN, Engine(str(base))), (BY_WISH, by_wish)):
         found = engine.generate(

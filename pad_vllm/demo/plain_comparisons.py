@@ -6,7 +6,7 @@ import random
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,6 @@ class PlainComparisons:
         num_each: comparisons of each measure, at most, a user's and the opposite user's counted.
         num_looping: in which one answer goes in circles.
         num_ends: of an answer with itself, ended early, at most.
-        later_words: how often a user says it in one of the later wordings.
-        misread_first: whether answers that went against their wish are compared before others, and a user who has the
-            wish that an answer was made for says it in the same words.
     """
 
     max_answer: int = 64
@@ -43,8 +40,6 @@ class PlainComparisons:
     num_each: int = 72
     num_looping: int = 24
     num_ends: int = 0
-    later_words: float = 0.0
-    misread_first: bool = False
     seed: int = 0
 
 
@@ -60,17 +55,10 @@ def compare_with_plain(
     answer that loops never wins.
 
     Args:
-        answers: ``prompt``, ``how``, ``values`` (asked for), in which words (``wish``), ``text``, and whether it has
-            ``finished``.
+        answers: ``prompt``, ``how``, ``values`` (asked for), ``text``, and whether it has ``finished``.
         held_out: preferences in words that training does not use.
     """
     rng = random.Random(f"{sizes.seed} {held_out}")
-
-    def say(value: str, answer: _Answer | None = None) -> str:
-        if sizes.misread_first and not held_out and answer is not None and answer.asked == value:
-            return answer.wish
-        return wishes.preference([value], rng, held_out, later=0.0 if held_out else sizes.later_words)
-
     by_prompt: dict[str, list[_Answer]] = defaultdict(list)
     for answer in answers:
         ids = tokenizer.encode(answer["text"], add_special_tokens=False)
@@ -78,18 +66,17 @@ def compare_with_plain(
             text = tokenizer.decode(ids[: sizes.max_answer])
             sound = is_sound({**answer, "text": text})
             asked = answer["values"][0] if answer["how"] != PLAIN else None
-            by_prompt[answer["prompt"]].append(_Answer(text, measures_of(text), asked, answer.get("wish", ""), sound))
+            by_prompt[answer["prompt"]].append(_Answer(text, measures_of(text), asked, sound))
     measured = [one.measures for own in by_prompt.values() for one in own if one.sound]
     spread = {name: statistics.pstdev(m[name] for m in measured) or 1.0 for name in DIMENSIONS}
     records: list[dict[str, Any]] = []
     for name, dimension in DIMENSIONS.items():
-        found = sorted(_couples(by_prompt, name, spread, sizes), key=lambda couple: -couple[0])
+        found = sorted(_couples(by_prompt, name, spread, sizes.margin), key=lambda couple: -couple[0])
         for less_is_plain in (True, False):  # as many to learn what is more than usual from as what is less
             own = [couple for couple in found if couple[3].plain == less_is_plain]
             for _, prompt, more, less in own[: max(1, sizes.num_each // 4)]:
-                wished = more if less_is_plain else less
                 for value, chosen, rejected in ((dimension.more, more, less), (dimension.less, less, more)):
-                    records.append(_record(prompt, value, say(value, wished), chosen.text, rejected.text))
+                    records.append(_record(prompt, value, chosen.text, rejected.text, rng, held_out))
     looping = [
         (prompt, one, other)
         for prompt, own in by_prompt.items()
@@ -100,8 +87,8 @@ def compare_with_plain(
     ]
     for prompt, one, other in rng.sample(looping, min(sizes.num_looping, len(looping))):
         value = _suiting(other, one, rng)
-        records.append(_record(prompt, value, say(value, one), other.text, one.text))
-    records += _ends(by_prompt, tokenizer, sizes.num_ends, rng, say)
+        records.append(_record(prompt, value, other.text, one.text, rng, held_out))
+    records += _ends(by_prompt, tokenizer, sizes.num_ends, rng, held_out)
     rng.shuffle(records)
     return records
 
@@ -111,7 +98,7 @@ def _ends(
     tokenizer: PreTrainedTokenizerBase,
     num_ends: int,
     rng: random.Random,
-    say: Callable[[str], str],
+    held_out: bool,
 ) -> list[dict[str, Any]]:
     """Answers that are plain, or were to be of another length, each compared with its own beginning up to the end of a
     sentence. The two differ only in where they end: a user of few words wants the beginning, a user of many the whole.
@@ -128,7 +115,7 @@ def _ends(
     records = []
     for prompt, more, less in rng.sample(found, min(num_ends // 2, len(found))):
         for value, chosen, rejected in ((_LENGTH.more, more, less), (_LENGTH.less, less, more)):
-            records.append(_record(prompt, value, say(value), chosen, rejected))
+            records.append(_record(prompt, value, chosen, rejected, rng, held_out))
     return records
 
 
@@ -137,8 +124,7 @@ class _Answer:
     text: str
     measures: Mapping[str, float]
     asked: str | None
-    """The value that it was to change for; None of a plain one"""
-    wish: str
+    """The wish that it was to change for; None of a plain one"""
     sound: bool
 
     @property
@@ -147,24 +133,19 @@ class _Answer:
 
 
 def _couples(
-    by_prompt: Mapping[str, Sequence[_Answer]], name: str, spread: Mapping[str, float], sizes: PlainComparisons
+    by_prompt: Mapping[str, Sequence[_Answer]], name: str, spread: Mapping[str, float], margin: float
 ) -> Iterator[tuple[float, str, _Answer, _Answer]]:
     """Two sound answers, one of them plain, that differ in a measure and as little as can be otherwise, with how good
     they are to learn from. No answer that is not plain comes twice."""
     for prompt, own in by_prompt.items():
         plain = [one for one in own if one.plain and one.sound]
-        usual = statistics.median(one.measures[name] for one in plain) if plain else 0.0
         for other in (one for one in own if one.sound and not one.plain):
-            asked, sign = DIRECTIONS[str(other.asked)]
-            misread = sizes.misread_first and asked == name and sign * (other.measures[name] - usual) < 0
             best = None
             for one in plain:
                 apart = {n: (other.measures[n] - one.measures[n]) / spread[n] for n in DIMENSIONS}
-                if misread and sign * apart[name] > 0:
-                    continue
                 unasked = statistics.mean(min(abs(apart[n]), FAR) for n in DIMENSIONS if n != name)
-                good = min(abs(apart[name]), FAR) - unasked + (2 * FAR if misread else 0.0)
-                if abs(apart[name]) >= sizes.margin and (best is None or good > best[0]):
+                good = min(abs(apart[name]), FAR) - unasked
+                if abs(apart[name]) >= margin and (best is None or good > best[0]):
                     best = (good, prompt, *((other, one) if apart[name] > 0 else (one, other)))
             if best is not None:
                 yield best
@@ -177,11 +158,11 @@ def _suiting(one: _Answer, other: _Answer, rng: random.Random) -> str:
     return other.asked if other.asked in suited else rng.choice(suited)
 
 
-def _record(prompt: str, value: str, wish: str, chosen: str, rejected: str) -> dict[str, Any]:
+def _record(prompt: str, value: str, chosen: str, rejected: str, rng: random.Random, held_out: bool) -> dict[str, Any]:
     name, sign = DIRECTIONS[value]
     return {
         "prompt": prompt,
-        "preference": wish,
+        "preference": wishes.preference([value], rng, held_out),
         "chosen": chosen,
         "rejected": rejected,
         "labels": {name: sign},

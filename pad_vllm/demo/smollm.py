@@ -23,7 +23,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROMPT_TEMPLATE = "{preference}\n\n{prompt}"
 """In SmolLM2's chats the preference ends the system message, as a user's own instructions would."""
-DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "base", "beta": 1.75, "top_k": 40}
+DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "base", "beta": 2.0, "top_k": 40}
 UNTRAINED_DEFAULTS = {"prompt_template": PROMPT_TEMPLATE, "reference": "neutral", "beta": 2.5, "top_k": 40}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MODEL_PACKAGE = "pad_vllm_demo_model"

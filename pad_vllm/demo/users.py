@@ -8,7 +8,7 @@ from typing import Any
 
 from pad_vllm.demo.measures import DIRECTIONS
 
-DEMO_BETA = 1.0
+DEMO_BETA = 1.25
 """Weaker than the reward model's default: some of these users have several preferences, whose weights add up."""
 
 

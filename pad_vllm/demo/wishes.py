@@ -39,7 +39,7 @@ def prompts(held_out: bool = False) -> list[str]:
 
 def wordings(value: str, held_out: bool = False) -> list[str]:
     """In which words users ask for a value, such as ``brief``: of training also what they like and what the answer
-    shall do, each said in several ways. Some, :func:`later_wordings`, came when the rest had been learned."""
+    shall do, each said in several ways."""
     words = _read("preferences")[value]
     if held_out:
         return list(words["held_out"])
@@ -49,11 +49,7 @@ def wordings(value: str, held_out: bool = False) -> list[str]:
         for what in words[name]
         for frame in frames
     )
-    return list(dict.fromkeys([*words["train"], *composed, *words["later"]]))
-
-
-def later_wordings(value: str) -> list[str]:
-    return list(_read("preferences")[value]["later"])
+    return list(dict.fromkeys([*words["train"], *composed]))
 
 
 def _sentence(frame: str, words: str) -> str:
@@ -61,17 +57,9 @@ def _sentence(frame: str, words: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def preference(values: Sequence[str], rng: random.Random, held_out: bool = False, later: float = 0.0) -> str:
-    """A user's text for some values, in words that training used, or in others.
-
-    Args:
-        later: how often one of the later wordings of training is taken, besides those of them that chance takes.
-    """
-
-    def words(value: str) -> list[str]:
-        return later_wordings(value) if later and rng.random() < later else wordings(value, held_out)
-
-    return " ".join(rng.choice(words(value)) for value in values)
+def preference(values: Sequence[str], rng: random.Random, held_out: bool = False) -> str:
+    """A user's text for some values, in words that training used, or in others."""
+    return " ".join(rng.choice(wordings(value, held_out)) for value in values)
 
 
 def combinations(held_out: bool = False, with_opposites: bool = False) -> list[tuple[str, str]]:

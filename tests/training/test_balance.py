@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -98,32 +97,6 @@ def test_no_measure_and_no_side_of_it_crowds_out_the_others(answers, models):
     records = compare_with_plain(answers, tokenizer, PlainComparisons(margin=0.2, num_each=8, num_looping=0))
     for value, asked in DIRECTIONS.items():
         assert 0 < sum(record["labels"] == dict([asked]) for record in records) <= 4, value
-
-
-def test_what_was_misread_is_learned_first_in_its_own_words(answers, models):
-    """ "Big words are welcome here." was answered in small ones: its user chooses a plain answer over that one."""
-    tokenizer, wish = AutoTokenizer.from_pretrained(models.base), "Big words are welcome here."
-    prompt = answers[0]["prompt"]
-    easy = "A dog is big. A cat is not. We like the dog. We like the cat. It is fun to play. We play all day long."
-    misread = {"prompt": prompt, "how": balance.BY_WISH, "values": ["academic"], "wish": wish, "text": easy}
-    found = {}
-    for first in (False, True):
-        sizes = PlainComparisons(margin=0.2, num_each=4, num_looping=0, misread_first=first)
-        asked = [*({"wish": "Other words.", **one} for one in answers), misread | {"finished": True}]
-        found[first] = [r for r in compare_with_plain(asked, tokenizer, sizes) if r["rejected"] == easy]
-    assert not found[False]
-    (record,) = found[True]
-    assert (record["preference"], record["labels"], record["prompt"]) == (wish, {"grade": 1}, prompt)
-
-
-def test_some_wishes_are_said_in_later_words():
-    value, rng = "brief", random.Random(0)
-    later, known = set(wishes.later_wordings(value)), set(wishes.wordings(value))
-    assert later < known
-    said = {wishes.preference([value], rng, later=1.0) for _ in range(200)}
-    assert said <= later
-    assert len(said) > 50
-    assert not {wishes.preference([value], rng, later=0.0) for _ in range(200)} <= later
 
 
 def test_real_questions_are_read_where_their_package_is(monkeypatch):
