@@ -38,7 +38,7 @@ from .language_report import Unguided
 from .record import hardware
 
 OURS, REAL = "ours", "real"
-TITLES = {OURS: "Prompts of ours", REAL: "Real questions"}
+PROMPTS_OF = {OURS: "Prompts of ours", REAL: "Real questions"}
 TWO = ", two wishes"
 FLOORED = ("lists", "person", "emphasis")
 """Measures of which most answers have none: a wish for less is met by them already, and can be a tie at best."""
@@ -157,7 +157,7 @@ def beyond(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [wish for wish, moved, less in by_wish if all(moved[name][1] > less[name][2] for name in moved)]
 
 
-def wish_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
+def by_wish_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     """Bold: further than the first method, which is prompting, intervals apart."""
     own = [row for row in rows if row["group"] == group and "by_wish" in row]
     prompted, *guided = own
@@ -204,12 +204,12 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        text.append(f"## {TITLES[group.removesuffix(TWO)]}{TWO if group.endswith(TWO) else ''}")
+        text.append(f"## {PROMPTS_OF[group.removesuffix(TWO)]}{TWO if group.endswith(TWO) else ''}")
         if not group.endswith(TWO):
             text.append(what_there_can_be(own[0]))
         text.append(summary_table(rows, group))
         if len(own) > 2:
-            text.append(wish_table(rows, group))
+            text.append(by_wish_table(rows, group))
     (output / "language-adapters.md").write_text("\n\n".join(text) + "\n")
 
 

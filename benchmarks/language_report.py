@@ -265,14 +265,16 @@ def write(
     Raises:
         ValueError: rows are to be kept, but they are of another reward model, or of other prompts or wishes.
     """
-    rows, everything = figures(bench, found, is_loaded, grammar), [one.method for one in all_of(bench)]
     made_of = {"reward_model": bench.folders.reward.name, "cells": digest_of(bench.cells)}
-    record = {"hardware": hardware(), "date": date.today().isoformat(), **made_of, "rows": rows}
+    before = None
     if keep and (output / f"{name}.json").exists():
         before = json.loads((output / f"{name}.json").read_text())
         if other := [what for what, ours in made_of.items() if before.get(what) != ours]:
             raise ValueError(f"{output / name}.json: its rows cannot be kept: it is of other {' and '.join(other)}")
-        record["rows"] = rows = with_kept(rows, before, [method.name for method in everything])
+    rows, everything = figures(bench, found, is_loaded, grammar), [one.method for one in all_of(bench)]
+    if before is not None:
+        rows = with_kept(rows, before, [method.name for method in everything])
+    record = {"hardware": hardware(), "date": date.today().isoformat(), **made_of, "rows": rows}
     methods = [method for method in everything if any(row["method"] == method.name for row in rows)]
     base = rows[0]
     output.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def test_two_wishes_are_told_apart(models, tmp_path):
     assert moved["length"].mean > 0
     assert moved["emphasis"].mean > 0
     assert row["by_wish"]["gloomy and personal"]["satisfied"].mean == 0
-    table = language_adapters.wish_table(rows, "ours, two wishes")
+    table = language_adapters.by_wish_table(rows, "ours, two wishes")
     assert "of 6 short 0." in table
     assert "intervals above zero: as before 2" in table
 
