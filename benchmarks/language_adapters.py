@@ -17,7 +17,6 @@ import os
 import random
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -26,25 +25,29 @@ from typing import Any
 os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 from pad_vllm.demo import questions, wishes
-from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
+from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops
 from pad_vllm.demo.smollm import build, build_untrained
 from pad_vllm.evaluation.harness import Asked, Method
 from pad_vllm.evaluation.methods import BASE, Guided
-from pad_vllm.evaluation.metrics import Estimate, bootstrap
+from pad_vllm.evaluation.metrics import bootstrap
 
 from .language_bench import Bench, Cell, Sizes
 from .language_methods import prompting
-from .language_report import Unguided
+from .language_report import Unguided, moves_of, say_estimate
 from .record import hardware
 
 OURS, REAL = "ours", "real"
-PROMPTS_OF = {OURS: "Prompts of ours", REAL: "Real questions"}
 TWO = ", two wishes"
+HEADINGS = {
+    OURS: "Prompts of ours",
+    REAL: "Real questions",
+    OURS + TWO: "Prompts of ours, two wishes",
+    REAL + TWO: "Real questions, two wishes",
+}
+"""By group of cells."""
 FLOORED = ("lists", "person", "emphasis")
 """Measures of which most answers have none: a wish for less is met by them already, and can be a tie at best."""
 _Records = Sequence[Mapping[str, Any]]
-_Ones = list[tuple[float, str]]
-"""A number of each answer, with its prompt."""
 
 
 def cells_of_both(num_prompts: int, num_of_two: int = 0, seed: int = 0) -> list[Cell]:
@@ -54,13 +57,15 @@ def cells_of_both(num_prompts: int, num_of_two: int = 0, seed: int = 0) -> list[
     groups = {OURS: wishes.prompts(held_out=True)}
     if questions.available():
         groups[REAL] = questions.questions(max(num_prompts, num_of_two), held_out=True)
-    wanted: list[tuple[str, int, Sequence[tuple[str, ...]]]] = []
-    wanted += [(group, num_prompts, [(value,) for value in DIRECTIONS]) for group in groups]
-    wanted += [(group + TWO, num_of_two, wishes.combinations(held_out=True)) for group in groups]
+    wanted: list[tuple[str, int, Sequence[tuple[str, ...]]]] = [
+        ("", num_prompts, [(value,) for value in DIRECTIONS]),
+        (TWO, num_of_two, wishes.combinations(held_out=True)),
+    ]
     return [
-        Cell(group, prompt, values, wishes.preference(values, rng, held_out=True))
-        for group, num, wants in wanted
-        for prompt in groups[group.removesuffix(TWO)][:num]
+        Cell(group + how_many, prompt, values, wishes.preference(values, rng, held_out=True))
+        for how_many, num, wants in wanted
+        for group, prompts in groups.items()
+        for prompt in prompts[:num]
         for values in wants
     ]
 
@@ -93,7 +98,7 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
             if name == BASE.name:
                 cut = [r["num_tokens"] == bench.sizes.max_tokens for _, r in own]
                 row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(asked, unguided)}
-            rows.append(row if name == BASE.name else row | _wishes(own, unguided))
+            rows.append(row if name == BASE.name else row | moves_of(bench, [r for _, r in own], unguided))
     return rows
 
 
@@ -103,29 +108,6 @@ def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
         DIMENSIONS[name].less: statistics.mean(unguided.median[prompt][name] == 0 for prompt in prompts)
         for name in FLOORED
     }
-
-
-def _wishes(own: Sequence[tuple[Cell, Mapping[str, Any]]], unguided: Unguided) -> dict[str, Any]:
-    satisfied: dict[str, _Ones] = defaultdict(list)
-    moved: dict[str, dict[str, _Ones]] = defaultdict(lambda: defaultdict(list))
-    for cell, record in own:
-        measures, wish = measures_of(record["text"]), " and ".join(cell.values)
-        for name, sign in (DIRECTIONS[value] for value in cell.values):
-            beyond = sign * (measures[name] - unguided.median[cell.prompt][name])
-            satisfied[wish].append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
-            moved[wish][name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
-    everything = [one for ones in satisfied.values() for one in ones]
-    return {
-        "satisfied": _estimate(everything),
-        "by_wish": {
-            wish: {"satisfied": _estimate(ones), "moved": {name: _estimate(m) for name, m in moved[wish].items()}}
-            for wish, ones in satisfied.items()
-        },
-    }
-
-
-def _estimate(ones: _Ones) -> Estimate:
-    return bootstrap([value for value, _ in ones], [prompt for _, prompt in ones])
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
@@ -153,39 +135,39 @@ def what_there_can_be(base: Mapping[str, Any]) -> str:
 
 def beyond(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The wishes for which one method moves answers further than another, intervals apart: two wishes, in both."""
-    by_wish = ((wish, row["by_wish"][wish]["moved"], other["by_wish"][wish]["moved"]) for wish in row["by_wish"])
-    return [wish for wish, moved, less in by_wish if all(moved[name][1] > less[name][2] for name in moved)]
+    by_values = ((values, moved, other["by_values"][values]) for values, moved in row["by_values"].items())
+    return [values for values, moved, less in by_values if all(moved[name][1] > less[name][2] for name in moved)]
 
 
 def by_wish_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     """Bold: further than the first method, which is prompting, intervals apart."""
-    own = [row for row in rows if row["group"] == group and "by_wish" in row]
-    prompted, *guided = own
+    own = [row for row in rows if row["group"] == group and "by_values" in row]
+    further = [beyond(row, own[0]) for row in own]
     lines = [f"| | {' | '.join(row['method'] for row in own)} |", "| --- |" + " --- |" * len(own)]
-    for wish in prompted["by_wish"]:
+    for values in own[0]["by_values"]:
         said = []
-        for row in own:
-            one, bold = row["by_wish"][wish], "**" * (wish in beyond(row, prompted))
-            moved = ", ".join(_say(*estimate) for estimate in one["moved"].values())
-            said.append(f"{100 * one['satisfied'][0]:.0f}%; {bold}{moved}{bold}")
-        lines.append(f"| {wish} | {' | '.join(said)} |")
-    counts = [f"{row['method']} {len(beyond(row, prompted))}" for row in guided]
-    text = f"Further than prompting, intervals apart: of {len(prompted['by_wish'])} {', '.join(counts)}."
+        for row, ahead in zip(own, further, strict=True):
+            bold = "**" * (values in ahead)
+            moved = ", ".join(map(say_estimate, row["by_values"][values].values()))
+            said.append(f"{100 * row['satisfied_by_values'][values][0]:.0f}%; {bold}{moved}{bold}")
+        lines.append(f"| {values} | {' | '.join(said)} |")
+    counts = [
+        f"- {row['method']} moves answers further than prompting for {len(ahead)} of {len(row['by_values'])}, "
+        "intervals apart."
+        for row, ahead in zip(own[1:], further[1:], strict=True)
+    ]
     if group.endswith(TWO):
-        both = [f"{row['method']} {_both_move(row)}" for row in own]
-        text += f" Both measures move in the direction asked, intervals above zero: {', '.join(both)}."
-    return "\n".join(lines) + f"\n\n{text}"
-
-
-def _say(mean: float, low: float, high: float) -> str:
-    mean, low, high = (float(f"{value:.2g}") for value in (mean, low, high))  # two digits, and no exponent
-    return f"{mean:+g} ({low:g} to {high:g})"
+        counts += [_both_move(row) for row in own]
+    return "\n".join([*lines, "", *counts])
 
 
 def _both_move(row: Mapping[str, Any]) -> str:
-    found = [one["moved"].values() for one in row["by_wish"].values()]
-    apart, means = (sum(all(m[i] > 0 for m in moved) for moved in found) for i in (1, 0))
-    return f"{apart} (their means {means})"
+    found = [moved.values() for moved in row["by_values"].values()]
+    means, lows = (sum(all(m[i] > 0 for m in moved) for moved in found) for i in (0, 1))
+    return (
+        f"- {row['method']} moves both measures in the direction asked for {means} of {len(found)}, "
+        f"intervals above zero for {lows}."
+    )
 
 
 def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
@@ -195,7 +177,7 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
     units = "; ".join(f"{d.less}, {d.more}: {d.unit}" for d in DIMENSIONS.values())
     text = [
         "# Reward models beside each other",
-        f"SmolLM2-135M-Instruct guided by each, for one wish; on {record['hardware']}, "
+        f"SmolLM2-135M-Instruct guided by each, for one wish or for two together; on {record['hardware']}, "
         f"{record['date']}, by `python -m benchmarks.language_adapters`. Answers have at most {max_tokens} tokens. "
         "Prompts, questions, wordings and which two wishes go together are held out from training. `satisfied`: beyond "
         "the median of the unguided answers to the prompt; a tie is half.",
@@ -204,7 +186,7 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        text.append(f"## {PROMPTS_OF[group.removesuffix(TWO)]}{TWO if group.endswith(TWO) else ''}")
+        text.append(f"## {HEADINGS[group]}")
         if not group.endswith(TWO):
             text.append(what_there_can_be(own[0]))
         text.append(summary_table(rows, group))

@@ -71,7 +71,7 @@ def figures(
             rows.append(
                 {"method": method.name, "group": group, "is_by_vllm": method.is_by_vllm}
                 | {"seconds_over_base": None if is_loaded else _mean(own, "seconds") / base_seconds}
-                | _moves(bench, own, unguided)
+                | moves_of(bench, own, unguided)
                 | _fluency([(r["text"], bench.cells[r["cell"]].prompt) for r in own], grammar)
                 | {"nll": statistics.mean(nll[r["cell"]] for r in own if r["cell"] in nll)}
             )
@@ -86,7 +86,9 @@ def _base_row(bench: Bench, records: Sequence[Mapping[str, Any]], grammar: Harpe
     )
 
 
-def _moves(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
+def moves_of(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Unguided) -> dict[str, Any]:
+    """How often a method's answers satisfied, and how far each measure moved, each also by the cell's wish or wishes
+    (``satisfied_by_values``, ``by_values``)."""
     moved: dict[str, Moves] = defaultdict(list)
     together: dict[str, dict[str, Moves]] = defaultdict(lambda: defaultdict(list))
     satisfied: dict[str, Moves] = defaultdict(list)
@@ -191,10 +193,10 @@ def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     ]
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for row in own:
-        moved = [_say(row["moved"][name]) if name in row["moved"] else "" for name in names]
+        moved = [say_estimate(row["moved"][name]) if name in row["moved"] else "" for name in names]
         seconds = row["seconds_over_base"]
         time = "" if seconds is None else f"{seconds:.1f}{'' if row['is_by_vllm'] else ' (transformers)'}"
-        faults = _say(row["faults"]) if "faults" in row else ""
+        faults = say_estimate(row["faults"]) if "faults" in row else ""
         lines.append(
             f"| {row['method']} | {_percent(row['satisfied'])} | {' | '.join(moved)} | {_percent(row['loops'])} | "
             f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {_percent(row['taken_up'])} | {_percent(row['refuses'])} | "
@@ -224,12 +226,13 @@ def combination_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| | {' | '.join(row['method'] for row in own)} |", "| --- |" + " --- |" * len(own)]
     for values in own[0]["by_values"]:
         found = (row["by_values"].get(values, {}) for row in own)
-        said = ["; ".join(f"{name} {_say(moved)}" for name, moved in moves.items()) for moves in found]
+        said = ["; ".join(f"{name} {say_estimate(moved)}" for name, moved in moves.items()) for moves in found]
         lines.append(f"| {values} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
-def _say(estimate: Sequence[float]) -> str:
+def say_estimate(estimate: Sequence[float]) -> str:
+    """A mean and its interval, in as many digits as the mean has to show."""
     mean, low, high = estimate
     digits = 0 if abs(mean) >= 10 else 1 if abs(mean) >= 1 else 2
     return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

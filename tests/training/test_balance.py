@@ -131,7 +131,7 @@ def test_what_room_unguided_answers_leave(models, tmp_path):
     assert rows[0]["at_the_floor"] == {"prose": 1.0, "impersonal": 0.0, "plain": 0.0}
     assert rows[2]["at_the_floor"] == {"prose": 1.0, "impersonal": 1.0, "plain": 1.0}
     assert "at most 96% can be satisfied" in language_adapters.what_there_can_be(rows[0])
-    met = {value: one["satisfied"].mean for value, one in rows[3]["by_wish"].items()}
+    met = {value: satisfied.mean for value, satisfied in rows[3]["satisfied_by_values"].items()}
     assert (met["emphatic"], met["plain"], met["prose"], met["list"]) == (1, 0, 0.5, 0.5)
 
 
@@ -152,13 +152,13 @@ def test_two_wishes_are_told_apart(models, tmp_path):
         bench, {language_adapters.BASE.name: base, "as before": short, "short": short}
     )
     (row,) = [row for row in rows if row["method"] == "short" and row["group"] == "ours, two wishes"]
-    moved = row["by_wish"]["brief and emphatic"]["moved"]
+    moved = row["by_values"]["brief and emphatic"]
     assert moved["length"].mean > 0
     assert moved["emphasis"].mean > 0
-    assert row["by_wish"]["gloomy and personal"]["satisfied"].mean == 0
+    assert row["satisfied_by_values"]["gloomy and personal"].mean == 0
     table = language_adapters.by_wish_table(rows, "ours, two wishes")
-    assert "of 6 short 0." in table
-    assert "intervals above zero: as before 2" in table
+    assert "short moves answers further than prompting for 0 of 6, intervals apart." in table
+    assert "as before moves both measures in the direction asked for 2 of 6, intervals above zero for 2." in table
 
 
 def test_a_round_from_nothing(models, tmp_path, monkeypatch):
