@@ -7,7 +7,8 @@ Wishes in words that training did not use were met less often than those in its 
 2. the teacher is the reward model as it is, too. It reads each answer's wishes in words that it knows, and their
    opposites with a negative weight, several texts of each. What that guides to at every token is to be learned
    (:mod:`pad_vllm.training.distillation`);
-3. the reward model's LoRA learns to give that guidance for other words, and for two wishes in one text.
+3. the reward model's LoRA learns to give that guidance for other words, and for two wishes in one text, and what is
+   kept is the mean of it and of the one before, as in :mod:`pad_vllm.demo.balance`.
 
 It follows the rounds of :mod:`pad_vllm.demo.balance`. Each step keeps what it has done, and goes on from there when it
 is started again.
@@ -19,16 +20,19 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pad_vllm.demo import wishes
+from pad_vllm.demo.balance import write_mean
 from pad_vllm.demo.measures import DIRECTIONS, OPPOSITES
 from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
 from pad_vllm.demo.recipe import ENGINE, FAST_BF16, TRAINER, answer_parts, write_packed
@@ -38,7 +42,7 @@ from pad_vllm.evaluation.harness import Engine
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import prompt_ids
 from pad_vllm.training.distillation import Guidance, Lesson, ReadingTrainer, Taught, guidance_of
-from pad_vllm.training.export import export
+from pad_vllm.training.export import export, whole_folder
 from pad_vllm.training.loading import import_peft, load_causal_lm, load_merged
 from pad_vllm.training.settings import SAVING
 from pad_vllm.training.trainer import last_checkpoint, training_arguments
@@ -57,10 +61,25 @@ STRENGTHS = {
     "plain": 0.5,
     "emphatic": 0.35,
 }
-
-
+"""By value: the teacher's answers on prompts held out from training, and apart from the tables', set them. At 1 most of
+them went too far, and in circles."""
 CIRCLE = 4
 """Tokens that come again."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of training.
+
+    Attributes:
+        times: each answer is learned from, for users who say it in other words each time.
+        max_answer: tokens of an answer that are learned from, the first ones.
+    """
+
+    times: int
+    max_answer: int
+    batch_size: int
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,8 @@ class Reading:
             for each time that it has them.
         together: weight of each of two wishes that the teacher reads apart.
         known: wordings of a wish, and of its opposite, that the teacher reads, each with an equal part of its weight.
-        times: each answer is learned from, for users who say it in other words each time.
-        batch_size, lr: of training.
+        passes: of training, one after the other. What a wish changes shows early, and with short answers a pass sees
+            more wordings in the same time.
     """
 
     num_prompts: int = 28
@@ -99,11 +118,9 @@ class Reading:
     circles: float = 1.0
     together: float = 0.9
     known: int = 2
-    times: int = 4
+    passes: tuple[Pass, ...] = (Pass(3, 144, 16, 4e-4), Pass(3, 64, 32, 3e-4))
     max_tokens: int = 144
     temperature: float = 0.7
-    batch_size: int = 16
-    lr: float = 4e-4
     save_steps: int = 25
     seed: int = 0
 
@@ -117,23 +134,48 @@ def learn_to_read(folder: Path, base: Path, reward: Path, sizes: Reading) -> Pat
     learned = folder / "reward"
     if learned.exists():
         return learned
-    answers = answer_prompts(folder, base, reward, sizes)
-    taught = lessons_of(folder, base, reward, sizes, answers)
-    model = import_peft().PeftModel.from_pretrained(load_causal_lm("base", str(base)), str(reward), is_trainable=True)
-    steps = len(taught) // sizes.batch_size
+    answers = [answer for answer in answer_prompts(folder, base, reward, sizes) if answer["text"]]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lessons = lessons_of(answers, tokenizer, sizes)
+    guidance = _kept_guidance(folder / "guidance.safetensors", base, reward, lessons, sizes)
+    for answer, lesson, own in zip(answers, lessons, guidance, strict=True):
+        own.guided[own.candidates == tokenizer.eos_token_id] += sum(sizes.ends.get(v, 0) for v in answer["values"])
+        discourage_circles(own, lesson.answer, sizes.circles)
+    before = reward
+    for number, one in enumerate(sizes.passes, 1):
+        trained = folder / f"pass-{number}"
+        if not trained.exists():
+            rng = random.Random(f"pass {sizes.seed} {number}")
+            said = [
+                _users(answer, lesson, own, one, tokenizer, rng)
+                for answer, lesson, own in zip(answers, lessons, guidance, strict=True)
+            ]
+            taught = [user for users in said for user in users]
+            _train(trained, base, before, taught, one, sizes)
+        before = trained
+    mean = folder / "mean"
+    if not mean.exists():
+        write_mean(mean, reward, before)
+    record = {"sizes": asdict(sizes), "num_answers": len(answers)}
+    return export(learned, mean, tokenizer, record=record, defaults=DEFAULTS)
+
+
+def _train(target: Path, base: Path, before: Path, taught: Sequence[Taught], one: Pass, sizes: Reading) -> None:
+    model = import_peft().PeftModel.from_pretrained(load_causal_lm("base", str(base)), str(before), is_trainable=True)
+    checkpoints = target.with_name(f"{target.name}.unfinished")
     args = training_arguments(
-        folder / "training",
-        steps=max(1, steps),
-        batch_size=sizes.batch_size,
-        lr=sizes.lr,
+        checkpoints,
+        steps=max(1, len(taught) // one.batch_size),
+        batch_size=one.batch_size,
+        lr=one.lr,
         seed=sizes.seed,
         save_steps=sizes.save_steps,
         **(SAVING | {"eval_strategy": "no"} | TRAINER),
     )
-    ReadingTrainer(model, taught, args, sizes.beta).train(resume_from_checkpoint=last_checkpoint(folder / "training"))
-    model.save_pretrained(folder / "adapter")
-    record = {"sizes": asdict(sizes), "num_answers": len(answers), "num_lessons": len(taught)}
-    return export(learned, folder / "adapter", AutoTokenizer.from_pretrained(base), record=record, defaults=DEFAULTS)
+    ReadingTrainer(model, taught, args, sizes.beta).train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    with whole_folder(target) as folder:
+        model.save_pretrained(folder)
+    shutil.rmtree(checkpoints)
 
 
 def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Reading) -> list[dict[str, Any]]:
@@ -208,25 +250,29 @@ def _known(values: Sequence[str], num: int, sizes: Reading, rng: random.Random) 
     ]
 
 
-def lessons_of(
-    folder: Path, base: Path, reward: Path, sizes: Reading, answers: Sequence[Mapping[str, Any]]
-) -> list[Taught]:
-    """Each answer, as often as it is learned from, with what its user says."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def lessons_of(answers: Sequence[Mapping[str, Any]], tokenizer: Any, sizes: Reading) -> list[Lesson]:
+    """What the teacher is asked about each answer."""
     template = PromptTemplate(tokenizer, PROMPT_TEMPLATE)
     rng = random.Random(f"lessons {sizes.seed}")
-    answers = [answer for answer in answers if answer["text"]]
-    lessons = [_lesson(answer, tokenizer, template, sizes, rng) for answer in answers]
-    guidance = _kept_guidance(folder / "guidance.safetensors", base, reward, lessons, sizes)
-    taught = []
-    for answer, lesson, own in zip(answers, lessons, guidance, strict=True):
-        own.guided[own.candidates == tokenizer.eos_token_id] += sum(sizes.ends.get(v, 0) for v in answer["values"])
-        discourage_circles(own, lesson.answer, sizes.circles)
-        said = [answer["preference"]]
-        while len(said) < sizes.times:
-            said.append(_said(answer["values"], rng))
-        taught += [Taught(template.compose(lesson.plain, wish), lesson.answer, own) for wish in said]
-    return taught
+    lessons = []
+    for answer in answers:
+        plain = prompt_ids(answer["prompt"], tokenizer)
+        ids = tokenizer.encode(answer["text"], add_special_tokens=False)
+        ids = [*ids, tokenizer.eos_token_id] if answer["finished"] else ids
+        known = _known(answer["values"], sizes.known, sizes, rng)
+        lessons.append(Lesson(plain, ids, [(template.compose(plain, wish), weight) for wish, weight in known]))
+    return lessons
+
+
+def _users(
+    answer: Mapping[str, Any], lesson: Lesson, guidance: Guidance, one: Pass, tokenizer: Any, rng: random.Random
+) -> Iterator[Taught]:
+    """What users say who want the same of an answer, each in other words."""
+    template = PromptTemplate(tokenizer, PROMPT_TEMPLATE)
+    beginning = Guidance(*(part[: one.max_answer] for part in guidance))
+    for _ in range(one.times):
+        wish = _said(answer["values"], rng)
+        yield Taught(template.compose(lesson.plain, wish), lesson.answer[: one.max_answer], beginning)
 
 
 def discourage_circles(guidance: Guidance, answer: Sequence[int], penalty: float) -> None:
@@ -240,19 +286,7 @@ def discourage_circles(guidance: Guidance, answer: Sequence[int], penalty: float
         after[before][answer[t]] += 1
 
 
-def _lesson(
-    answer: Mapping[str, Any], tokenizer: Any, template: PromptTemplate, sizes: Reading, rng: random.Random
-) -> Lesson:
-    plain = prompt_ids(answer["prompt"], tokenizer)
-    ids = tokenizer.encode(answer["text"], add_special_tokens=False)
-    ids = [*ids, tokenizer.eos_token_id] if answer["finished"] else ids
-    known = _known(answer["values"], sizes.known, sizes, rng)
-    return Lesson(plain, ids, [(template.compose(plain, wish), weight) for wish, weight in known])
-
-
 def _kept_guidance(file: Path, base: Path, reward: Path, lessons: Sequence[Lesson], sizes: Reading) -> list[Guidance]:
-    from safetensors.torch import load_file, save_file
-
     if not file.exists():
         models = load_causal_lm("base", str(base)).eval(), load_merged("reward_model", str(reward), str(base)).eval()
         dtype = torch.bfloat16 if FAST_BF16 else torch.float32

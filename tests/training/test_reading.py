@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pad_vllm.demo import questions, reading, recipe, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS
+from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import prompt_ids
 from pad_vllm.training.distillation import Guidance, Lesson, ReadingTrainer, Taught, guidance_of, reading_loss
 from pad_vllm.training.trainer import training_arguments
@@ -26,9 +27,8 @@ TINY = reading.Reading(
     strengths={"academic": 1.5},
     together=0.75,
     known=2,
-    times=2,
+    passes=(reading.Pass(2, 12, 8, 4e-4), reading.Pass(1, 6, 8, 4e-4)),
     max_tokens=12,
-    batch_size=8,
     save_steps=2,
 )
 
@@ -138,7 +138,9 @@ def test_a_round_of_reading(tmp_path, monkeypatch):
     assert len(answers) == 2 * (len(DIRECTIONS) + 1)
     assert {answer["prompt"] for answer in answers} == {wishes.prompts()[0], questions.questions(101)[100]}
     made = json.loads((learned / "training.json").read_text())
-    assert made["num_lessons"] == TINY.times * made["num_answers"]
+    assert made["num_answers"] == len(answers)
+    first = load_file(tmp_path / "pass-1" / smollm.ADAPTER_WEIGHTS)
+    assert any(not after[name].equal(first[name]) for name in first)
     assert reading.learn_to_read(tmp_path, models.base, models.reward, TINY) == learned
 
 
@@ -156,11 +158,11 @@ def test_what_an_answer_has_already_is_not_to_come_again():
 
 def test_a_teacher_reads_known_words_with_their_weights():
     tokenizer = AutoTokenizer.from_pretrained(smollm.build_base())
-    template = reading.PromptTemplate(tokenizer, smollm.PROMPT_TEMPLATE)
     answer = {"prompt": "Why is the sky blue?", "values": ["academic", "brief"], "text": "So.", "finished": True}
-    lesson = reading._lesson(answer, tokenizer, template, TINY, random.Random(0))
+    (lesson,) = reading.lessons_of([answer], tokenizer, TINY)
     assert lesson.plain == prompt_ids(answer["prompt"], tokenizer)
     assert lesson.answer[-1] == tokenizer.eos_token_id
+    template = PromptTemplate(tokenizer, smollm.PROMPT_TEMPLATE)
     academic, brief = 0.75 * 1.5 / 2, 0.75 / 2  # two wishes together, each in two wordings
     expected = [("academic", academic), ("simple", -academic / 2), ("brief", brief), ("detailed", -brief / 2)]
     assert [weight for _, weight in lesson.known] == [weight for _, weight in expected for _ in range(2)]
