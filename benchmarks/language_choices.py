@@ -213,9 +213,9 @@ def choices_as_markdown(record: Mapping[str, Any]) -> str:
         f"reward model under {len(ATTRIBUTES)} attributes, on {record['hardware']}, {record['date']}, by "
         f"`python -m benchmarks.language_choices --prompts {prompts} --users {rows['users']}`. {rows['users']} "
         f"simulated users want two or three of the measures of [language.md](language.md); {100 * MISTAKES:.0f}% of "
-        "their choices are mistakes. Agreement: of pairs of answers to prompts that were not asked about, the share "
-        "that the fitted weights order as the user would. Of the same fit, after pairs that `pad-vllm fit --next` "
-        f"would name, from {rows['pairs']}, and after random ones. Intervals are 95%, over users, who share answers.",
+        "their choices are mistakes. Weights are fitted to choices between the pairs that `pad-vllm fit --next` names, "
+        f"of {rows['pairs']}, and to choices between random ones; a cell has the share of pairs of answers to other "
+        "prompts that the weights order as the user would. Intervals are 95%, over users, who share answers.",
         f"| choices | named by --next | random | named, above {most} random (points) |\n| ---: | ---: | ---: | ---: |",
     ]
     for number in rows["next"]:
