@@ -21,12 +21,12 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
 import numpy as np
 
-from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
+from pad_vllm.demo.measures import loops, measures_of
 from pad_vllm.demo.recipe import ENGINE
 from pad_vllm.demo.smollm import build, build_untrained
 from pad_vllm.evaluation.harness import Asked
 from pad_vllm.evaluation.methods import BASE, Guided
-from pad_vllm.evaluation.metrics import NUM_RESAMPLES, bootstrap, distinct, win_shares
+from pad_vllm.evaluation.metrics import NUM_RESAMPLES, bootstrap, distinct
 
 from .language_bench import Bench, Cell, Sizes
 from .language_report import Unguided
@@ -81,15 +81,9 @@ class Tables:
         for name in (method.name for method in STRENGTHS if method.name in found):
             records = sorted(found[name], key=lambda record: record["cell"])
             self.nll[name] = np.array([record["nll"] for record in records]).reshape(shape)
-            shares = [is_satisfied(cells[record["cell"]], record["text"], unguided) for record in records]
+            asked = ((cells[record["cell"]], measures_of(record["text"])) for record in records)
+            shares = [unguided.satisfied(cell.prompt, cell.values[0], measures) for cell, measures in asked]
             self.satisfied[name] = np.array(shares).reshape(shape)
-
-
-def is_satisfied(cell: Cell, text: str, unguided: Unguided) -> float:
-    """1 beyond the median of the prompt's unguided answers in the direction of the wish, a half on it."""
-    (value,) = cell.values
-    name, sign = DIRECTIONS[value]
-    return win_shares([sign * measures_of(text)[name]], [sign * unguided.median[cell.prompt][name]])[0]
 
 
 def gains(tables: Tables, name: str, seed: int = 0) -> list[float] | None:

@@ -16,7 +16,7 @@ from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS, loops, measures_of
 from pad_vllm.demo.recipe import ENGINE
 from pad_vllm.evaluation.harness import Method
 from pad_vllm.evaluation.methods import BASE, Guided, Prompting
-from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct
+from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_shares
 
 from .language_bench import Bench, Cell
 from .language_grammar import Harper
@@ -45,6 +45,11 @@ class Unguided:
             {p: {d: f(m[d] for m in own) for d in DIMENSIONS} for p, own in by_prompt.items()}
             for f in (statistics.mean, statistics.median)
         )
+
+    def satisfied(self, prompt: str, value: str, measures: Mapping[str, float]) -> float:
+        """1 beyond the median of the prompt's unguided answers in the direction of the value, a half on it."""
+        name, sign = DIRECTIONS[value]
+        return win_shares([sign * measures[name]], [sign * self.median[prompt][name]])[0]
 
 
 def figures(
@@ -95,11 +100,11 @@ def moves_of(bench: Bench, records: Sequence[Mapping[str, Any]], unguided: Ungui
     for record in records:
         cell = bench.cells[record["cell"]]
         values, measures = " and ".join(cell.values), measures_of(record["text"])
-        for name, sign in (DIRECTIONS[value] for value in cell.values):
+        for value in cell.values:
+            name, sign = DIRECTIONS[value]
             moved[name].append((sign * (measures[name] - unguided.mean[cell.prompt][name]), cell.prompt))
             together[values][name].append(moved[name][-1])
-            beyond = sign * (measures[name] - unguided.median[cell.prompt][name])
-            satisfied[values].append((0.5 * ((beyond > 0) + (beyond >= 0)), cell.prompt))
+            satisfied[values].append((unguided.satisfied(cell.prompt, value, measures), cell.prompt))
     return {
         "num_answers": len(records),
         "satisfied": _estimate([one for own in satisfied.values() for one in own]),
