@@ -34,6 +34,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pad_vllm.demo import wishes
+from pad_vllm.demo.balance import learn_rounds
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
 from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
 from pad_vllm.demo.recipe import ENGINE, FAST_BF16, TRAINER, answer_parts, write_packed
@@ -266,8 +267,9 @@ def _train(
         save_steps=sizes.save_steps,
         **(SAVING | {"eval_strategy": "no"} | TRAINER | {"logging_steps": 4}),
     )
-    objective = {"divergence": sizes.divergence, "by_answer": sizes.by_answer}
-    trainer = PolicyTrainer(model, rollouts, steps, args, guided, **objective)
+    trainer = PolicyTrainer(
+        model, rollouts, steps, args, guided, divergence=sizes.divergence, by_answer=sizes.by_answer
+    )
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     with whole_folder(target) as folder:
         model.save_pretrained(folder)
@@ -277,15 +279,19 @@ def _train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
+    parser.add_argument("--from-demo", action="store_true", help="these rounds alone, of the demo's adapter")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
     args = parser.parse_args()
-    base, reward, made = build_base(), build_reward(), []
+    if args.from_demo:
+        reward, record = build_reward(), json.loads((adapter_folder() / "training.json").read_text())
+    else:
+        reward, record = learn_rounds(args.folder)
+    made = record.get("policy", [])
     for number, sizes in enumerate(POLICY_ROUNDS, 1):
-        reward = learn_on_policy(args.folder / f"policy-{number}", base, reward, sizes)
+        reward = learn_on_policy(args.folder / f"policy-{number}", build_base(), reward, sizes)
         made.append(json.loads((reward / "training.json").read_text()))
     print(f"The reward model is in {reward}")
     if args.adapter:
-        record = json.loads((adapter_folder() / "training.json").read_text())
         write_packed(reward, args.adapter, record | {"made_by": "python -m pad_vllm.demo.policy", "policy": made})
 
 

@@ -79,7 +79,8 @@ def policy_steps(
         dtype: that the models multiply in.
     """
     found: list[Steps] = [None] * len(rollouts)  # type: ignore[list-item]
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].answer))
+    # The longest first, or no logits would fit where those before them were: what is kept lies between.
+    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt) - len(rollouts[i].answer))
     for start in range(0, len(order), BATCH_SIZE):
         rows = order[start : start + BATCH_SIZE]
         own = [rollouts[i] for i in rows]
