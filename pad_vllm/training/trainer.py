@@ -106,7 +106,7 @@ def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]
     return [Example(prompt, chosen) for prompt, chosen, _ in read] + [Example(p, rejected) for p, _, rejected in read]
 
 
-class FixedOrderTrainer(Trainer):
+class _Trainer(Trainer):
     """transformers' Trainer over ``examples`` in an order fixed beforehand, so that resuming needs only to count.
 
     Args:
@@ -153,7 +153,7 @@ class FixedOrderTrainer(Trainer):
         super().log(logs | means, *args, **kwargs)
 
 
-class SFTTrainer(FixedOrderTrainer):
+class SFTTrainer(_Trainer):
     """Maximum likelihood of the answers of ``examples``."""
 
     def __init__(self, model: nn.Module, examples: Sequence[Example], args: TrainingArguments) -> None:
@@ -165,7 +165,7 @@ class SFTTrainer(FixedOrderTrainer):
         return -answer_logprob_sums(model, **inputs).mean() / self._mean_length
 
 
-class PADTrainer(FixedOrderTrainer):
+class PADTrainer(_Trainer):
     """The PAD objective over ``pairs``.
 
     Args:
