@@ -88,11 +88,11 @@ GEMMA: dict[str, Any] = {
 }
 """What is not done on Gemma: answers that take models or choices of its own, or another end than an end token."""
 FEW_PROMPTS: dict[str, Any] = {
-    "prompts": {"one": 4, "two": 0},
-    "choice_prompts": 12,
+    "prompts": {"one": 12, "two": 0},
+    "choice_prompts": 34,
     "fitted": ("brief", "upbeat"),
-    "choices": (5, 10, 20),
-    "tuned_pairs": 20,
+    "tuned": ("brief", "personal", "emphatic", "simple", "upbeat", "academic"),
+    "tuned_pairs": 32,
     "steering_prompts": 2,
     "steering_tokens": 48,
     "together": 1,

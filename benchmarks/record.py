@@ -121,7 +121,8 @@ def hardware() -> str:
     numbers = ", ".join(f"{name.split()[-1]} {cpu[name]}" for name in ("cpu family", "model") if name in cpu)
     # Virtual machines call processors that differ by two times the same.
     name = f"{cpu.get('model name') or platform.machine()}{f' ({numbers})' if numbers else ''}"
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+    num_cores = len(os.sched_getaffinity(0))
+    return f"{num_cores} core{'s' * (num_cores > 1)} of {name}"
 
 
 def plot_throughput(path: Path, results: Mapping[str, Any]) -> None:
