@@ -328,27 +328,39 @@ def _answering(
     return engine, lambda ids, wish: Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta})
 
 
+def learn_rounds(folder: Path, from_demo: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The rounds of the recipe and these, in a folder that keeps what is done and is gone on with.
+
+    Args:
+        from_demo: learn the last round alone, of the demo's adapter.
+
+    Returns:
+        The reward model's folder, and the record of all rounds.
+    """
+    base, reward = build_base(), build_reward() if from_demo else learn(folder)
+    made = []
+    for number, sizes in list(enumerate(BALANCE_ROUNDS, 1))[-1 if from_demo else 0 :]:
+        round_folder = folder / f"balance-{number}"
+        reward = learn_balanced(round_folder, base, reward, sizes)
+        made.append(record_of(round_folder, sizes))
+    before = adapter_folder()
+    if not from_demo:
+        before = folder / "packed"
+        pack(folder, before)
+    record = json.loads((before / "training.json").read_text())
+    return reward, record | {"balance": [*record.get("balance", ()), *made]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
     parser.add_argument("--from-demo", action="store_true", help="the last round alone, of the demo's adapter")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
     args = parser.parse_args()
-    base, reward = build_base(), build_reward() if args.from_demo else learn(args.folder)
-    made = []
-    for number, sizes in list(enumerate(BALANCE_ROUNDS, 1))[-1 if args.from_demo else 0 :]:
-        folder = args.folder / f"balance-{number}"
-        reward = learn_balanced(folder, base, reward, sizes)
-        made.append(record_of(folder, sizes))
+    reward, record = learn_rounds(args.folder, args.from_demo)
     print(f"The reward model is in {reward}")
     if args.adapter:
-        before = adapter_folder()
-        if not args.from_demo:
-            before = args.folder / "packed"
-            pack(args.folder, before)
-        record = json.loads((before / "training.json").read_text())
-        record |= {"made_by": "python -m pad_vllm.demo.balance", "balance": [*record.get("balance", ()), *made]}
-        write_packed(reward, args.adapter, record)
+        write_packed(reward, args.adapter, record | {"made_by": "python -m pad_vllm.demo.balance"})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -147,6 +147,17 @@ def sample(folder: Path, base: Path, reward: Path, recipe: Recipe, number: int =
         )
         for start in range(0, len(prompts), recipe.prompts_per_part)
     }
+    return answer_parts(parts, answer_round)
+
+
+def answer_parts(
+    parts: Mapping[Path, tuple[Any, ...]], answer: Callable[..., list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """What ``answer`` makes of each part's arguments, kept in the part's file; an engine on each core.
+
+    Args:
+        answer: a function that a process finds by its name.
+    """
     missing = {part: arguments for part, arguments in parts.items() if not part.exists()}
     cores = sorted(os.sched_getaffinity(0))[: len(missing)]
     if len(cores) > 1:
@@ -155,12 +166,13 @@ def sample(folder: Path, base: Path, reward: Path, recipe: Recipe, number: int =
         for core in cores:
             free.put(core)
         with ProcessPoolExecutor(len(cores), context, _take_core, (free,)) as pool:
-            for done in [pool.submit(_answer_part, part, *arguments) for part, arguments in missing.items()]:
+            tasks = [pool.submit(_answer_part, part, answer, *arguments) for part, arguments in missing.items()]
+            for done in tasks:
                 done.result()
     else:
         for part, arguments in missing.items():
-            _answer_part(part, *arguments)
-    return [answer for part in parts for answer in read_records(part)]
+            _answer_part(part, answer, *arguments)
+    return [record for part in parts for record in read_records(part)]
 
 
 def _take_core(free: SimpleQueue) -> None:
@@ -171,9 +183,9 @@ def _take_core(free: SimpleQueue) -> None:
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND=str(core), OMP_NUM_THREADS="1")
 
 
-def _answer_part(part: Path, base: Path, reward: Path, prompts: Sequence[str], first: int, *recipe: Any) -> None:
-    print(f"Answering prompts {first} to {first + len(prompts)}", flush=True)
-    write_records(part, answer_round(base, reward, prompts, first, *recipe))
+def _answer_part(part: Path, answer: Callable[..., list[dict[str, Any]]], *arguments: Any) -> None:
+    print(f"Answering for {part.name}", flush=True)
+    write_records(part, answer(*arguments))
 
 
 def answer_round(

@@ -52,6 +52,11 @@ def wordings(value: str, held_out: bool = False) -> list[str]:
     return list(dict.fromkeys([*words["train"], *composed]))
 
 
+def later_wordings(value: str) -> list[str]:
+    """Words that came after the rounds for balance: which those did not use, and which are not held out either."""
+    return list(_read("preferences")[value]["later"])
+
+
 def _sentence(frame: str, words: str) -> str:
     sentence = frame.format(words)
     return sentence[0].upper() + sentence[1:]

@@ -106,7 +106,7 @@ def answers_of(pairs: Sequence[PairExample], ref: bool = False) -> list[Example]
     return [Example(prompt, chosen) for prompt, chosen, _ in read] + [Example(p, rejected) for p, _, rejected in read]
 
 
-class _Trainer(Trainer):
+class FixedOrderTrainer(Trainer):
     """transformers' Trainer over ``examples`` in an order fixed beforehand, so that resuming needs only to count.
 
     Args:
@@ -153,7 +153,7 @@ class _Trainer(Trainer):
         super().log(logs | means, *args, **kwargs)
 
 
-class SFTTrainer(_Trainer):
+class SFTTrainer(FixedOrderTrainer):
     """Maximum likelihood of the answers of ``examples``."""
 
     def __init__(self, model: nn.Module, examples: Sequence[Example], args: TrainingArguments) -> None:
@@ -165,7 +165,7 @@ class SFTTrainer(_Trainer):
         return -answer_logprob_sums(model, **inputs).mean() / self._mean_length
 
 
-class PADTrainer(_Trainer):
+class PADTrainer(FixedOrderTrainer):
     """The PAD objective over ``pairs``.
 
     Args:
