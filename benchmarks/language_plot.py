@@ -58,11 +58,11 @@ METHOD_LOOKS = [
     PointLook(r"Persona-judge|steering vector", r"\g<0>", "others, without training a model", "#9a6700", "D"),
     PointLook(r"prompting.*", r"\g<0>", "the wish in the prompt", "#0969da", "o"),
     PointLook(r"best of .*", r"\g<0>", "best of several answers", MUTED, "o"),
-    PointLook(r"sliders of (.*)", r"sliders: \1", "sliders, fitted to one user's choices", "#bc4c00", "D"),
-    PointLook(r"DPO for (.*)", r"DPO: \1", "a model tuned per user, by DPO (line: their mean)", MUTED, "x"),
 ]
-TUNED_PER_USER = METHOD_LOOKS[-1]
-"""An upper line: each user has a model, trained for nothing but that user's wish."""
+OF_ONE_USER = ("sliders of ", "DPO for ")
+"""How the names of methods begin that answer for one user. They are no points among those that answer for all."""
+TUNED_PER_USER = "DPO for "
+"""A line: each user has a model, trained for nothing but that user's wish."""
 
 
 class Plotted(NamedTuple):
@@ -73,13 +73,16 @@ class Plotted(NamedTuple):
     """% of wishes, and the 95% interval"""
 
 
+def rows_for_all(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of users with one wish, the methods that answer for each of them."""
+    return [row for row in rows if row["group"] == "one" and not row["method"].startswith(OF_ONE_USER)]
+
+
 def points_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Plotted]:
-    """Of users with one wish."""
-    for row in rows:
-        if row["group"] == "one":
-            kind, match = next((k, m) for k in METHOD_LOOKS if (m := re.fullmatch(k.pattern, row["method"])))
-            mean, low, high = (100 * value for value in row["satisfied"])
-            yield Plotted(kind, match.expand(kind.name), row["nll"], (mean, low, high))
+    for row in rows_for_all(rows):
+        kind, match = next((k, m) for k in METHOD_LOOKS if (m := re.fullmatch(k.pattern, row["method"])))
+        mean, low, high = (100 * value for value in row["satisfied"])
+        yield Plotted(kind, match.expand(kind.name), row["nll"], (mean, low, high))
 
 
 def plot_language(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -96,7 +99,7 @@ def plot_language(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_xlabel("nats a token under the unguided model   (left: more fluent)", color=INK)
     axis.set_ylabel("wishes satisfied (%), with 95% intervals", color=INK)
     thin = [place for point in points for place in draw_interval(axis, point)] + draw_unguided(axis, unguided)
-    lines = draw_tuned(axis, points)
+    lines = draw_tuned(axis, rows)
     for kind in METHOD_LOOKS:
         own = [point for point in points if point.kind is kind]
         if own:
@@ -118,9 +121,9 @@ def draw_unguided(axis: Axes, nll: float) -> list[tuple[float, float]]:
     return along((nll, low), (nll, axis.get_ylim()[1])) + along((axis.get_xlim()[0], 50), (right, 50))
 
 
-def draw_tuned(axis: Axes, points: Sequence[Plotted]) -> list[tuple[float, float]]:
+def draw_tuned(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """Draw what a model for each user reaches; points along the line."""
-    tuned = [point.satisfied[0] for point in points if point.kind is TUNED_PER_USER]
+    tuned = [100 * row["satisfied"][0] for row in rows if row["method"].startswith(TUNED_PER_USER)]
     if not tuned:
         return []
     mean, (left, right) = statistics.mean(tuned), axis.get_xlim()
@@ -154,7 +157,7 @@ def draw_kind(axis: Axes, kind: PointLook, points: Sequence[Plotted]) -> list[tu
 
 def shown_points(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """What a picture says that it shows: method, nats a token, and % satisfied with its interval."""
-    own = [row for row in rows if row["group"] == "one"]
+    own = rows_for_all(rows)
     points = [[row["method"], row["nll"], *(100 * value for value in row["satisfied"])] for row in own]
     return [[rows[0]["method"], rows[0]["nll"]], *points]
 
