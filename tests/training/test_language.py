@@ -19,6 +19,7 @@ from pad_vllm.reward.source import source_of
 from pad_vllm.training.loading import load_source
 from tests.support.command import run_command
 
+pytestmark = pytest.mark.usefixtures("short_contexts")
 ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
 """Of SmolLM2 to twelve prompts, as the recipe sampled them."""
 
@@ -27,17 +28,6 @@ ANSWERS = Path(__file__).parents[1] / "data" / "answers.jsonl"
 def models() -> smollm.DemoModels:
     printed = run_command(["models"]).splitlines()[-1]
     return smollm.DemoModels(**{name: Path(path) for name, path in json.loads(printed).items()})
-
-
-@pytest.fixture(autouse=True)
-def short_contexts(monkeypatch):
-    """A start runs a reward model's longest context once, which here is longer than all that is answered."""
-    for name, value in {
-        "max_model_len": 256,
-        "max_num_batched_tokens": 4096,
-        "kv_cache_memory_bytes": 256 << 20,
-    }.items():
-        monkeypatch.setitem(recipe.ENGINE, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pad_vllm.demo import policy, questions, recipe, smollm, wishes
+from pad_vllm.demo import policy, questions, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import prompt_ids
@@ -178,13 +178,7 @@ def test_what_users_say_is_not_held_out():
         assert not set(later) & {*wishes.wordings(value), *wishes.wordings(value, held_out=True)}
 
 
-def test_a_round_on_policy(tmp_path, monkeypatch):
-    for name, value in {
-        "max_model_len": 256,
-        "max_num_batched_tokens": 4096,
-        "kv_cache_memory_bytes": 256 << 20,
-    }.items():
-        monkeypatch.setitem(recipe.ENGINE, name, value)
+def test_a_round_on_policy(tmp_path, short_contexts):
     models = smollm.build()
     learned = policy.learn_on_policy(tmp_path, models.base, models.reward, TINY)
     before, after = (load_file(folder / smollm.ADAPTER_WEIGHTS) for folder in (models.reward, learned))
