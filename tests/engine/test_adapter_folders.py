@@ -214,11 +214,12 @@ def make_int8(path, base):
         else:
             tensors[name] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {"num_bits": 8, "type": "int"}
     group = {
         "targets": ["Linear"],
-        "weights": scheme | {"strategy": "channel", "dynamic": False},
-        "input_activations": scheme | {"strategy": "token", "dynamic": True},
+        "weights": scheme | {"strategy": "channel", "dynamic": False, "symmetric": True},
+        # Not symmetric, since vLLM's kernel for symmetric ones on a CPU with AMX refuses float32.
+        "input_activations": scheme | {"strategy": "token", "dynamic": True, "symmetric": False},
     }
     quantization = {
         "quant_method": "compressed-tensors",
