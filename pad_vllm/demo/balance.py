@@ -18,7 +18,6 @@ adapter. Each step keeps what it has done, and goes on from there when it is sta
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -37,7 +36,7 @@ from pad_vllm.demo import wishes
 from pad_vllm.demo.measures import DIMENSIONS, DIRECTIONS
 from pad_vllm.demo.plain_comparisons import PlainComparisons, compare_with_plain
 from pad_vllm.demo.questions import QUESTIONS_PACKAGE, available, questions
-from pad_vllm.demo.recipe import ENGINE, PLAIN, TRAINER, learn, pack, write_packed
+from pad_vllm.demo.recipe import ENGINE, PLAIN, TRAINER, learn, pack, run_rounds
 from pad_vllm.demo.smollm import ADAPTER_WEIGHTS, DEFAULTS, PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
 from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
@@ -367,17 +366,5 @@ def learn_rounds(folder: Path, from_demo: bool = False) -> tuple[Path, dict[str,
     return reward, record | {"balance": [*record.get("balance", ()), *made]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
-    parser.add_argument("--from-demo", action="store_true", help="the last round alone, of the demo's adapter")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
-    args = parser.parse_args()
-    reward, record = learn_rounds(args.folder, args.from_demo)
-    print(f"The reward model is in {reward}")
-    if args.adapter:
-        write_packed(reward, args.adapter, record | {"made_by": "python -m pad_vllm.demo.balance"})
-
-
 if __name__ == "__main__":
-    main()
+    run_rounds(__doc__, __spec__.name, learn_rounds)

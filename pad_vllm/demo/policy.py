@@ -17,25 +17,24 @@ Each step keeps what it has done, and goes on from there when it is started agai
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.balance import alternating, learn_rounds
 from pad_vllm.demo.measures import DIRECTIONS, loops, measures_of
-from pad_vllm.demo.recipe import ENGINE, FAST_BF16, TRAINER, answer_parts, write_packed
+from pad_vllm.demo.recipe import ENGINE, FAST_BF16, TRAINER, answer_parts, run_rounds
 from pad_vllm.demo.smollm import DEFAULTS, PROMPT_TEMPLATE, adapter_folder, build_base, build_reward
 from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
@@ -51,6 +50,8 @@ CLEAR_DIFFERENCE = {"grade": 2.0, "sentiment": 0.15, "length": 25.0, "lists": 25
 """By how much an answer differs clearly, in each measure's unit: about the spread of plain answers to one prompt, where
 there is any."""
 TWO_WISHES = "two"
+AT_ONCE = 8
+"""Answers that a step of training reads together. 32 take 11 GB, and twice the time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class PolicyRound:
         prompts_per_part: answered by one engine, whose answers are then kept.
         plain: answers to a prompt as it is.
         each: answers for a wish to a prompt, in the same words.
+        weak, wordings_of_weak: values for which a prompt is answered in more than one wording, and in how many.
         combinations: two wishes that a prompt is answered for.
         beta, top_k, temperature: as it is served.
         circles: what the score of an answer that goes in circles loses.
@@ -79,6 +81,8 @@ class PolicyRound:
     prompts_per_part: int = 2
     plain: int = 4
     each: int = 3
+    weak: tuple[str, ...] = ()
+    wordings_of_weak: int = 1
     combinations: int = 4
     beta: float = 2.0
     top_k: int = 40
@@ -109,8 +113,12 @@ def learn_on_policy(folder: Path, base: Path, reward: Path, sizes: PolicyRound) 
     print(json.dumps(by_wish(scored)), flush=True)
     rollouts = rollouts_of(scored, tokenizer, sizes)
     guided = GuidedPolicy(sizes.beta, sizes.top_k, sizes.temperature)
-    steps = _kept_steps(folder / "steps.pt", base, reward, rollouts, guided)
-    _train(folder / "trained", base, reward, rollouts, steps, guided, sizes)
+    steps = kept_steps(folder / "steps.pt", base, reward, rollouts, guided)
+
+    def trainer_of(model: Any, args: TrainingArguments) -> PolicyTrainer:
+        return PolicyTrainer(model, rollouts, steps, args, guided, divergence=sizes.divergence)
+
+    train_lora(folder / "trained", base, reward, len(rollouts), sizes, trainer_of)
     record = {"sizes": asdict(sizes), "num_answers": len(scored), "before": by_wish(scored)}
     return export(learned, folder / "trained", tokenizer, record=record, defaults=DEFAULTS)
 
@@ -137,8 +145,9 @@ def answer_as_served(
         for _ in range(sizes.plain):
             records.append({"prompt": prompt, "values": [], "preference": ""})
             requests.append(Request(ids))
-        for values in [(value,) for value in DIRECTIONS] + rng.sample(wishes.combinations(), sizes.combinations):
-            wish = _said(values, rng)
+        asked = [(v,) for v in DIRECTIONS for _ in range(sizes.wordings_of_weak if v in sizes.weak else 1)]
+        for values in asked + rng.sample(wishes.combinations(), sizes.combinations):
+            wish = said_in_any_words(values, rng)
             for _ in range(sizes.each):
                 records.append({"prompt": prompt, "values": list(values), "preference": wish})
                 requests.append(Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta}))
@@ -157,7 +166,7 @@ def answer_as_served(
     ]
 
 
-def _said(values: Sequence[str], rng: random.Random) -> str:
+def said_in_any_words(values: Sequence[str], rng: random.Random) -> str:
     """In any words that are not held out."""
     return " ".join(rng.choice(rng.choice([wishes.wordings(v), wishes.later_wordings(v)])) for v in values)
 
@@ -218,7 +227,8 @@ def rollouts_of(scored: Sequence[Mapping[str, Any]], tokenizer: Any, sizes: Poli
     ]
 
 
-def _kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout], guided: GuidedPolicy) -> list[Steps]:
+def kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout], guided: GuidedPolicy) -> list[Steps]:
+    """Of each rollout, made once and kept in the file."""
     if not file.exists():
         models = load_causal_lm("base", str(base)).eval(), load_merged("reward_model", str(reward), str(base)).eval()
         found = policy_steps(*models, rollouts, guided, torch.bfloat16 if FAST_BF16 else torch.float32)
@@ -228,51 +238,60 @@ def _kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout
     return [Steps(*own) for own in torch.load(file)]
 
 
-def _train(
+class Climb(Protocol):
+    """How a LoRA is trained on rollouts."""
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def save_steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def train_lora(
     target: Path,
     base: Path,
     reward: Path,
-    rollouts: Sequence[Rollout],
-    steps: Sequence[Steps],
-    guided: GuidedPolicy,
-    sizes: PolicyRound,
+    num_rollouts: int,
+    sizes: Climb,
+    trainer_of: Callable[[Any, TrainingArguments], Trainer],
 ) -> None:
+    """Go on with the adapter ``reward``; the LoRA learned, a PEFT folder."""
     if target.exists():
         return
     model = import_peft().PeftModel.from_pretrained(load_causal_lm("base", str(base)), str(reward), is_trainable=True)
-    checkpoints = target.with_name(f"{target.name}.unfinished")
+    checkpoints, at_once = target.with_name(f"{target.name}.unfinished"), math.gcd(sizes.batch_size, AT_ONCE)
     args = training_arguments(
         checkpoints,
-        steps=max(1, int(sizes.epochs * len(rollouts)) // sizes.batch_size),
-        batch_size=sizes.batch_size,
+        steps=max(1, int(sizes.epochs * num_rollouts) // sizes.batch_size),
+        batch_size=at_once,
+        gradient_accumulation_steps=sizes.batch_size // at_once,
         lr=sizes.lr,
         seed=sizes.seed,
         save_steps=sizes.save_steps,
         **(SAVING | {"eval_strategy": "no"} | TRAINER | {"logging_steps": 4}),
     )
-    trainer = PolicyTrainer(model, rollouts, steps, args, guided, divergence=sizes.divergence)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer_of(model, args).train(resume_from_checkpoint=last_checkpoint(checkpoints))
     with whole_folder(target) as folder:
         model.save_pretrained(folder)
     shutil.rmtree(checkpoints)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
-    parser.add_argument("--from-demo", action="store_true", help="this round alone, of the demo's adapter")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
-    args = parser.parse_args()
-    if args.from_demo:
+def learn_all(folder: Path, from_demo: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The rounds before and this one; see :func:`pad_vllm.demo.balance.learn_rounds`."""
+    if from_demo:
         reward, record = build_reward(), json.loads((adapter_folder() / "training.json").read_text())
     else:
-        reward, record = learn_rounds(args.folder)
-    reward = learn_on_policy(args.folder / "policy", build_base(), reward, PolicyRound())
-    print(f"The reward model is in {reward}")
-    if args.adapter:
-        made = [*record.get("policy", ()), json.loads((reward / "training.json").read_text())]
-        write_packed(reward, args.adapter, record | {"made_by": "python -m pad_vllm.demo.policy", "policy": made})
+        reward, record = learn_rounds(folder)
+    reward = learn_on_policy(folder / "policy", build_base(), reward, PolicyRound())
+    made = json.loads((reward / "training.json").read_text())
+    return reward, record | {"policy": [*record.get("policy", ()), made]}
 
 
 if __name__ == "__main__":
-    main()
+    run_rounds(__doc__, __spec__.name, learn_all)

@@ -327,11 +327,34 @@ def write_packed(reward: Path, target: Path, record: Mapping[str, Any]) -> None:
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_rounds(
+    said: str | None, name: str, learn_rounds: Callable[[Path, bool], tuple[Path, Mapping[str, Any]]]
+) -> None:
+    """The command of a module whose rounds follow these.
+
+    Args:
+        said: the module's docstring.
+        learn_rounds: with a folder, and whether the last round alone follows the demo's adapter: the reward model's
+            folder, and the record of all rounds.
+    """
+    parser = _parser(said)
+    parser.add_argument("--from-demo", action="store_true", help="the last round alone, of the demo's adapter")
+    args = parser.parse_args()
+    reward, record = learn_rounds(args.folder, args.from_demo)
+    print(f"The reward model is in {reward}")
+    if args.adapter:
+        write_packed(reward, args.adapter, {**record, "made_by": f"python -m {name}"})
+
+
+def _parser(said: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(said or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = _parser(__doc__).parse_args()
     print(f"The reward model is in {learn(args.folder)}")
     if args.adapter:
         pack(args.folder, args.adapter)
