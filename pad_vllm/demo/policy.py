@@ -23,13 +23,13 @@ import random
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer
 
 from pad_vllm.demo import wishes
 from pad_vllm.demo.balance import alternating, learn_rounds
@@ -51,7 +51,7 @@ CLEAR_DIFFERENCE = {"grade": 2.0, "sentiment": 0.15, "length": 25.0, "lists": 25
 there is any."""
 TWO_WISHES = "two"
 AT_ONCE = 8
-"""Answers that a step of training reads together. 32 take 11 GB, and twice the time on a CPU."""
+"""Answers that are read together in training. 32 take 11 GB, and twice the time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class PolicyRound:
         prompts_per_part: answered by one engine, whose answers are then kept.
         plain: answers to a prompt as it is.
         each: answers for a wish to a prompt, in the same words.
-        weak, wordings_of_weak: values for which a prompt is answered in more than one wording, and in how many.
         combinations: two wishes that a prompt is answered for.
         beta, top_k, temperature: as it is served.
         circles: what the score of an answer that goes in circles loses.
@@ -81,8 +80,6 @@ class PolicyRound:
     prompts_per_part: int = 2
     plain: int = 4
     each: int = 3
-    weak: tuple[str, ...] = ()
-    wordings_of_weak: int = 1
     combinations: int = 4
     beta: float = 2.0
     top_k: int = 40
@@ -113,12 +110,8 @@ def learn_on_policy(folder: Path, base: Path, reward: Path, sizes: PolicyRound) 
     print(json.dumps(by_wish(scored)), flush=True)
     rollouts = rollouts_of(scored, tokenizer, sizes)
     guided = GuidedPolicy(sizes.beta, sizes.top_k, sizes.temperature)
-    steps = kept_steps(folder / "steps.pt", base, reward, rollouts, guided)
-
-    def trainer_of(model: Any, args: TrainingArguments) -> PolicyTrainer:
-        return PolicyTrainer(model, rollouts, steps, args, guided, divergence=sizes.divergence)
-
-    train_lora(folder / "trained", base, reward, len(rollouts), sizes, trainer_of)
+    steps = _kept_steps(folder / "steps.pt", base, reward, rollouts, guided)
+    _train(folder / "trained", base, reward, rollouts, steps, guided, sizes)
     record = {"sizes": asdict(sizes), "num_answers": len(scored), "before": by_wish(scored)}
     return export(learned, folder / "trained", tokenizer, record=record, defaults=DEFAULTS)
 
@@ -145,9 +138,8 @@ def answer_as_served(
         for _ in range(sizes.plain):
             records.append({"prompt": prompt, "values": [], "preference": ""})
             requests.append(Request(ids))
-        asked = [(v,) for v in DIRECTIONS for _ in range(sizes.wordings_of_weak if v in sizes.weak else 1)]
-        for values in asked + rng.sample(wishes.combinations(), sizes.combinations):
-            wish = said_in_any_words(values, rng)
+        for values in [(value,) for value in DIRECTIONS] + rng.sample(wishes.combinations(), sizes.combinations):
+            wish = _said(values, rng)
             for _ in range(sizes.each):
                 records.append({"prompt": prompt, "values": list(values), "preference": wish})
                 requests.append(Request(ids, {"pad_preference": wish, "pad_beta": sizes.beta}))
@@ -166,7 +158,7 @@ def answer_as_served(
     ]
 
 
-def said_in_any_words(values: Sequence[str], rng: random.Random) -> str:
+def _said(values: Sequence[str], rng: random.Random) -> str:
     """In any words that are not held out."""
     return " ".join(rng.choice(rng.choice([wishes.wordings(v), wishes.later_wordings(v)])) for v in values)
 
@@ -227,8 +219,7 @@ def rollouts_of(scored: Sequence[Mapping[str, Any]], tokenizer: Any, sizes: Poli
     ]
 
 
-def kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout], guided: GuidedPolicy) -> list[Steps]:
-    """Of each rollout, made once and kept in the file."""
+def _kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout], guided: GuidedPolicy) -> list[Steps]:
     if not file.exists():
         models = load_causal_lm("base", str(base)).eval(), load_merged("reward_model", str(reward), str(base)).eval()
         found = policy_steps(*models, rollouts, guided, torch.bfloat16 if FAST_BF16 else torch.float32)
@@ -238,37 +229,22 @@ def kept_steps(file: Path, base: Path, reward: Path, rollouts: Sequence[Rollout]
     return [Steps(*own) for own in torch.load(file)]
 
 
-class Climb(Protocol):
-    """How a LoRA is trained on rollouts."""
-
-    @property
-    def epochs(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def save_steps(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def train_lora(
+def _train(
     target: Path,
     base: Path,
     reward: Path,
-    num_rollouts: int,
-    sizes: Climb,
-    trainer_of: Callable[[Any, TrainingArguments], Trainer],
+    rollouts: Sequence[Rollout],
+    steps: Sequence[Steps],
+    guided: GuidedPolicy,
+    sizes: PolicyRound,
 ) -> None:
-    """Go on with the adapter ``reward``; the LoRA learned, a PEFT folder."""
     if target.exists():
         return
     model = import_peft().PeftModel.from_pretrained(load_causal_lm("base", str(base)), str(reward), is_trainable=True)
     checkpoints, at_once = target.with_name(f"{target.name}.unfinished"), math.gcd(sizes.batch_size, AT_ONCE)
     args = training_arguments(
         checkpoints,
-        steps=max(1, int(sizes.epochs * num_rollouts) // sizes.batch_size),
+        steps=max(1, int(sizes.epochs * len(rollouts)) // sizes.batch_size),
         batch_size=at_once,
         gradient_accumulation_steps=sizes.batch_size // at_once,
         lr=sizes.lr,
@@ -276,7 +252,8 @@ def train_lora(
         save_steps=sizes.save_steps,
         **(SAVING | {"eval_strategy": "no"} | TRAINER | {"logging_steps": 4}),
     )
-    trainer_of(model, args).train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer = PolicyTrainer(model, rollouts, steps, args, guided, divergence=sizes.divergence)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     with whole_folder(target) as folder:
         model.save_pretrained(folder)
     shutil.rmtree(checkpoints)

@@ -347,7 +347,7 @@ def run_rounds(
 
 
 def _parser(said: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(said or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(said or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="of what is made on the way; an unfinished one is gone on with")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="write the LoRA and its record there")
     return parser

@@ -1,20 +1,15 @@
-"""A reward model learns from the answers that it guided.
+"""Policy gradient: a reward model learns from the answers that it guided, and from how well each one turned out.
 
-What a user is served is a policy: at each token the guided distribution over the base's top-k candidates. It is a
-formula of the reward model's logits, so its gradient is exact.
-
-- :class:`PolicyTrainer` learns from how well each answer turned out. The objective is the answers' advantage (clipped,
-  as in PPO, arXiv 1707.06347; without a length bias, arXiv 2503.20783), less the divergence of the policy from the
-  base, which is known at every token.
-- :class:`StrengthTrainer` learns to guide more or less strongly where that is asked for, as the model did before at
-  another beta: a distillation, at every token (arXiv 1503.02531).
+What a user is served is a policy: at each token the guided distribution over the base's top-k candidates. Its own
+answers say how often it does what is wanted, and its gradient is exact, since guidance is a formula of the reward
+model's logits. The objective is the answers' advantage (clipped, as in PPO, arXiv 1707.06347; without a length bias,
+arXiv 2503.20783), less the divergence of the policy from the base, which is known at every token.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +28,12 @@ class Rollout(NamedTuple):
         plain: the prompt, which the base reads.
         prompt: what the reward model reads.
         advantage: by how much it turned out better than others.
-        strength: by how much more strongly its preference is to guide.
     """
 
     plain: Sequence[int]
     prompt: Sequence[int]
     answer: Sequence[int]
-    advantage: float = 0.0
-    strength: float = 1.0
+    advantage: float
 
 
 class Steps(NamedTuple):
@@ -49,14 +42,12 @@ class Steps(NamedTuple):
     Attributes:
         candidates: (num_tokens, top_k) int32, the base's likeliest tokens.
         base: (num_tokens, top_k) float32, their logits by the base.
-        scores: (num_tokens, top_k) float32, their logits by the reward model.
         chosen: (num_tokens,) int64, which of them came; -1: none, as another engine rounds otherwise.
         before: (num_tokens,) float32, its log-probability when it was sampled.
     """
 
     candidates: torch.Tensor
     base: torch.Tensor
-    scores: torch.Tensor
     chosen: torch.Tensor
     before: torch.Tensor
 
@@ -64,7 +55,7 @@ class Steps(NamedTuple):
 class GuidedPolicy(NamedTuple):
     """How answers are guided."""
 
-    beta: float | torch.Tensor
+    beta: float
     top_k: int
     temperature: float
 
@@ -99,9 +90,9 @@ def policy_steps(
             logits, candidates = (plain @ _head(base).float().T).topk(guided.top_k)
             is_chosen = candidates == torch.tensor(one.answer)[:, None]
             chosen = torch.where(is_chosen.any(-1), is_chosen.int().argmax(-1), -1)
-            scores = candidate_logits(read, _head(reward), candidates)
-            before = guided.logprobs(scores, logits).gather(1, chosen.clamp(min=0)[:, None])[:, 0]
-            found[i] = Steps(candidates.int(), logits, scores, chosen, before)
+            logprobs = guided.logprobs(candidate_logits(read, _head(reward), candidates), logits)
+            before = logprobs.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
+            found[i] = Steps(candidates.int(), logits, chosen, before)
     return found
 
 
@@ -119,12 +110,14 @@ def candidate_logits(states: torch.Tensor, head: torch.Tensor, candidates: torch
     return torch.einsum("nd,nkd->nk", states, head[candidates.long()].float())
 
 
-class RolloutTrainer(FixedOrderTrainer, ABC):
+class PolicyTrainer(FixedOrderTrainer):
     """Learns from ``rollouts``.
 
     Args:
         model: the reward model, or its LoRA.
         steps: of each rollout.
+        clip: how far a token's probability can move from what it was before its advantage no longer counts.
+        divergence: what a nat a token counts, in units of the advantage of an answer of the mean length.
     """
 
     def __init__(
@@ -134,8 +127,11 @@ class RolloutTrainer(FixedOrderTrainer, ABC):
         steps: Sequence[Steps],
         args: TrainingArguments,
         guided: GuidedPolicy,
+        *,
+        clip: float = 0.2,
+        divergence: float,
     ) -> None:
-        self.guided = guided
+        self._guided, self._clip, self._divergence = guided, clip, divergence
         self._mean_length = sum(len(one.answer) for one in rollouts) / len(rollouts)
         sizes = [len(one.prompt) + len(one.answer) for one in rollouts]
         super().__init__(model, list(zip(rollouts, steps, strict=True)), _collate, args, sizes)
@@ -144,57 +140,12 @@ class RolloutTrainer(FixedOrderTrainer, ABC):
         states = _answer_states(model, inputs["ids"], inputs["is_answer"])
         with torch.autocast(states.device.type, enabled=False):
             scores = candidate_logits(states.float(), _head(model), inputs["candidates"])
-            terms = self.terms(scores, inputs)
+            gain, divergence = policy_terms(scores, inputs, self._guided, self._clip)
         # Not means over the batch's tokens: batches are of one length, and short answers would count more.
         num_tokens = len(inputs["ids"]) * self._mean_length
-        means = {name: term.sum() / num_tokens for name, term in terms.items()}
-        self.note(**means)
-        return self.loss(**means)
-
-    @abstractmethod
-    def terms(self, scores: torch.Tensor, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Of each token, (num_tokens,) float32, by name.
-
-        Args:
-            scores: (num_tokens, top_k) float32, logits of the candidates by the reward model.
-            tokens: the fields of :class:`Steps`, and of each token's rollout ``advantage`` and ``strength``.
-        """
-
-    @abstractmethod
-    def loss(self, **means: torch.Tensor) -> torch.Tensor:
-        """Of the terms' means over an answer of the mean length."""
-
-
-class PolicyTrainer(RolloutTrainer):
-    """Follows the policy gradient.
-
-    Args:
-        clip: how far a token's probability can move from what it was before its advantage no longer counts.
-        divergence: what a nat a token counts, in units of the advantage of an answer of the mean length.
-    """
-
-    def __init__(self, *args: Any, clip: float = 0.2, divergence: float) -> None:
-        self._clip, self._divergence = clip, divergence
-        super().__init__(*args)
-
-    def terms(self, scores: torch.Tensor, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        gain, divergence = policy_terms(scores, tokens, self.guided, self._clip)
-        return {"gain": gain, "divergence": divergence}
-
-    def loss(self, **means: torch.Tensor) -> torch.Tensor:
-        return self._divergence * means["divergence"] - means["gain"]
-
-
-class StrengthTrainer(RolloutTrainer):
-    """Learns to guide by ``strength`` times the beta, as the model did before."""
-
-    def terms(self, scores: torch.Tensor, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        strength = tokens["strength"][:, None]
-        wanted = self.guided._replace(beta=self.guided.beta * strength).logprobs(tokens["scores"], tokens["base"])
-        return {"distance": _divergence(wanted, self.guided.logprobs(scores, tokens["base"]))}
-
-    def loss(self, **means: torch.Tensor) -> torch.Tensor:
-        return means["distance"]
+        gain, divergence = gain.sum() / num_tokens, divergence.sum() / num_tokens
+        self.note(gain=gain, divergence=divergence)
+        return self._divergence * divergence - gain
 
 
 def policy_terms(
@@ -210,12 +161,7 @@ def policy_terms(
     ratio = (own.gather(1, chosen.clamp(min=0)[:, None])[:, 0] - tokens["before"]).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage) * (chosen >= 0)
     base = (tokens["base"] / guided.temperature).log_softmax(-1)
-    return gain, _divergence(own, base)
-
-
-def _divergence(logprobs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(p, other), of (num_tokens, top_k) log-probabilities: (num_tokens,), in nats."""
-    return F.kl_div(other, logprobs, log_target=True, reduction="none").sum(-1)
+    return gain, F.kl_div(base, own, log_target=True, reduction="none").sum(-1)
 
 
 def _collate(items: Sequence[tuple[Rollout, Steps]]) -> dict[str, torch.Tensor]:
@@ -223,9 +169,8 @@ def _collate(items: Sequence[tuple[Rollout, Steps]]) -> dict[str, torch.Tensor]:
     batch = pad_examples([(one.prompt, one.answer) for one in rollouts])
     batch |= dict(zip(Steps._fields, map(torch.cat, zip(*steps, strict=True)), strict=True))
     lengths = torch.tensor([len(one.answer) for one in rollouts])
-    for name in ("advantage", "strength"):
-        batch[name] = torch.tensor([getattr(one, name) for one in rollouts]).repeat_interleave(lengths)
-    return batch
+    advantage = torch.tensor([one.advantage for one in rollouts]).repeat_interleave(lengths)
+    return batch | {"advantage": advantage}
 
 
 def _states(

@@ -1,28 +1,20 @@
-"""Rounds that learn from answers as they are served: what is wanted comes more often, and some wishes guide more."""
+"""The round on policy: what is learned from is what was served, and what is wanted comes more often."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pad_vllm.demo import policy, questions, smollm, strength, wishes
+from pad_vllm.demo import policy, questions, smollm, wishes
 from pad_vllm.demo.measures import DIRECTIONS
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import prompt_ids
-from pad_vllm.training.policy import (
-    GuidedPolicy,
-    PolicyTrainer,
-    Rollout,
-    StrengthTrainer,
-    policy_steps,
-    policy_terms,
-)
+from pad_vllm.training.policy import GuidedPolicy, PolicyTrainer, Rollout, policy_steps, policy_terms
 from pad_vllm.training.trainer import training_arguments
 from tests.oracle import guided_logits, logits_after
 
@@ -156,43 +148,6 @@ def test_what_nobody_needs_is_given_back(base, tmp_path):
     assert divergence() < 0.5 * before
 
 
-def test_some_prompts_learn_to_guide_more_and_others_stay(base, tmp_path):
-    """Against the oracle: what stronger guidance would be is what the old model makes of twice the beta."""
-    reward, stronger = _llama(1), GUIDED._replace(beta=2 * GUIDED.beta)
-    rollouts = [
-        one._replace(prompt=[own, *one.plain], strength=times)
-        for own, times in ((5, 2.0), (6, 1.0))
-        for one in _sampled(base, reward, 24, 6, seed=own)
-    ]
-    steps = policy_steps(base, reward, rollouts, GUIDED)
-
-    def distance(guided: GuidedPolicy, scores: list[torch.Tensor], own: int) -> float:
-        """From how the old model guides so, in nats a token, of the prompts that begin with ``own``."""
-        found = []
-        for one, kept, now in zip(rollouts, steps, scores, strict=True):
-            if one.prompt[0] == own:
-                wanted, said = guided.logprobs(kept.scores, kept.base), GUIDED.logprobs(now, kept.base)
-                found.append((wanted.exp() * (wanted - said)).sum(-1).mean())
-        return float(torch.stack(found).mean())
-
-    def scores_now() -> list[torch.Tensor]:
-        return [
-            torch.stack(
-                [logits_after(reward, (*one.prompt, *one.answer[:t]))[s.candidates[t].long()] for t in range(6)]
-            )
-            for one, s in zip(rollouts, steps, strict=True)
-        ]
-
-    before = scores_now()
-    assert distance(GUIDED, before, 5) == pytest.approx(0, abs=1e-4)  # they are the logits of the model as it was
-    args = training_arguments(tmp_path, steps=60, batch_size=16, lr=3e-3, seed=0, use_cpu=True, disable_tqdm=True)
-    StrengthTrainer(reward, rollouts, steps, args, GUIDED).train()
-    logits_after.cache_clear()
-    after = scores_now()
-    assert distance(stronger, after, 5) < 0.3 * distance(stronger, before, 5)
-    assert distance(GUIDED, after, 6) < 0.3 * distance(GUIDED, after, 5)
-
-
 def test_scores():
     plain = [{"prompt": "Q", "values": [], "preference": "", "tokens": [1], "text": "One two three."}] * 2
 
@@ -244,32 +199,3 @@ def test_a_round_on_policy(tmp_path, short_contexts):
         assert one.prompt == template.compose(one.plain, answer["preference"])
         assert one.answer == answer["tokens"]
     assert policy.learn_on_policy(tmp_path, models.base, models.reward, TINY) == learned
-    _check_a_round_of_strength(tmp_path, models.base, learned, answers)
-
-
-def _check_a_round_of_strength(folder, base, reward, answers) -> None:
-    """Of the answers that the round on policy made."""
-    own = folder / "strength"
-    own.mkdir()
-    for file in folder.glob("answers-*.jsonl"):
-        shutil.copy(file, own)
-    sizes = strength.StrengthRound(TINY, {"brief": 2.0}, wordings=1, epochs=1.0, batch_size=8)
-    learned = strength.learn_strength(own, base, reward, sizes)
-    before, after = (load_file(folder / smollm.ADAPTER_WEIGHTS) for folder in (reward, learned))
-    assert any(not after[name].equal(before[name].float()) for name in before)
-    assert json.loads((learned / "pad.json").read_text()) == smollm.DEFAULTS
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    readings = strength.readings_of(answers, tokenizer, sizes)
-    template = PromptTemplate(tokenizer, smollm.PROMPT_TEMPLATE)
-    wished = [answer for answer in answers if answer["values"]]
-    brief = [answer for answer in wished if answer["values"] == ["brief"]]
-    assert len(readings) == len(answers) + len(brief)  # a plain answer is read with the one wish that is to be stronger
-    as_served = {(*template.compose(prompt_ids(a["prompt"], tokenizer), a["preference"]),): a for a in wished}
-    found: dict = {}
-    for one in readings:
-        answer = as_served.get((*one.prompt,))
-        found.setdefault(answer and tuple(answer["values"]), []).append(one.strength)
-    assert set(found.pop(("brief",))) == set(found.pop(None)) == {2.0}
-    two = {values: found.pop(values)[0] for values in list(found) if len(values) == 2}
-    assert {strengths for own in found.values() for strengths in own} == {1.0}
-    assert all(times == (1.5 if "brief" in values else 1.0) for values, times in two.items())
