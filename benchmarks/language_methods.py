@@ -165,9 +165,9 @@ def fit_user(bench: Bench, value: str, num_choices: int) -> dict[str, Any]:
             data = write_records(Path(folder, "choices.jsonl"), _first(bench.choices[value], num_choices))
             fitted = fit_sliders(str(bench.folders.reward), data, attributes)
         print(f"{file.stem}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
-        file.write_text(json.dumps(sliders_of(fitted)))
+        file.write_text(json.dumps(persona_of(sliders_of(fitted), fitted.reference)))
     beta = bench.sizes.betas[len(bench.sizes.betas) // 2]
-    return persona_of(json.loads(file.read_text())) | {"pad_beta": beta}
+    return json.loads(file.read_text()) | {"pad_beta": beta}
 
 
 def _first(choices: Sequence[Mapping[str, Any]], num: int) -> Sequence[Mapping[str, Any]]:
