@@ -34,7 +34,7 @@ from pad_vllm.demo.smollm import DemoModels, build
 from pad_vllm.evaluation.metrics import bootstrap
 from pad_vllm.training.choosing import information
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
-from pad_vllm.training.fit import load_reward_model, to_device
+from pad_vllm.training.fit import for_scoring, load_reward_model
 from pad_vllm.training.loading import load_causal_lm
 from pad_vllm.training.posterior import MISTAKES, draw_normals, mean_direction, weights_of
 from pad_vllm.training.records import read_records, write_records
@@ -69,7 +69,7 @@ def score_pool(models: DemoModels, work: Path, pool: Sequence[Mapping[str, Any]]
     """Answers' ``prompt`` and ``measures``, and ``favors``: by how many nats each attribute makes them likelier than
     they are to the base."""
     model, template = load_reward_model(str(models.reward), None, None)
-    base = to_device(load_causal_lm("base", str(models.base)))
+    base = for_scoring(load_causal_lm("base", str(models.base)))
     tokenizer, max_answer = template.tokenizer, recipe.FULL.max_answer
     found = []
     for prompt in dict.fromkeys(one["prompt"] for one in pool):

@@ -149,12 +149,12 @@ def as_configured(reward_model: str, prompt_template: str | None, insert_after: 
 
 
 def load_configured(pad: PADConfig) -> tuple[PreTrainedModel, PromptTemplate]:
-    model = to_device(load_source("reward_model", pad.source))
+    model = for_scoring(load_source("reward_model", pad.source))
     tokenizer = load_tokenizer("reward_model", pad.source.tokenizer[0])
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
 
 
-def to_device(model: PreTrainedModel) -> PreTrainedModel:
+def for_scoring(model: PreTrainedModel) -> PreTrainedModel:
     """To score with, on a GPU where there is one."""
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -38,10 +38,10 @@ from pad_vllm.training.fit import (
     Basis,
     FittedWeights,
     as_configured,
+    for_scoring,
     load_configured,
     max_positions,
     regress,
-    to_device,
 )
 from pad_vllm.training.heads import HeadedModel
 from pad_vllm.training.loading import load_causal_lm
@@ -98,7 +98,7 @@ def attribute_basis(
     room = max(map(template.num_added_tokens, texts)) + template.num_seam_tokens
     scorer, base = scorer_of(model, reward_model, heads), None
     if pad.reference == "base" and pad.source.is_adapter:
-        base = to_device(load_causal_lm("reward_model", pad.source.model))
+        base = for_scoring(load_causal_lm("reward_model", pad.source.model))
     return Basis(
         "attribute",
         tuple(texts),
