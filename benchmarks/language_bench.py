@@ -38,7 +38,8 @@ class Sizes:
         neutral_betas: and held against what it says itself without the preference (``reference: neutral``).
         beta_with_prompting: of guidance whose wish is in the prompt too.
         is_judged: whether Persona-judge answers.
-        fitted: values of users to whom sliders are fitted, from each of so many ``choices``.
+        fitted: values of users to whom sliders are fitted, from each of so many ``choices``; those from ``bounded`` of
+            them are served within ``bound`` nats a token, too.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
         steering_prompts: training prompts on which a steering vector's layer and strength are chosen, among
@@ -60,6 +61,8 @@ class Sizes:
     is_judged: bool = True
     fitted: tuple[str, ...] = ("brief", "emphatic")
     choices: tuple[int, ...] = (5, 10, 20, 40)
+    bounded: int = 10
+    bound: float = 0.4
     tuned: tuple[str, ...] = ("brief", "personal", "emphatic", "simple", "upbeat", "list")
     tuned_pairs: int = 96
     choice_prompts: int = 85

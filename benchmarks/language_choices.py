@@ -2,12 +2,11 @@
 
     timeout 900 python -m benchmarks.language_choices [--prompts 8] [--users 100] [--work FOLDER] [--output FOLDER]
 
-SmolLM2 answers held-out prompts, as they are, asked in words, and guided by the demo's reward model. The same reward
-model, held against SmolLM2 as it is served, scores every answer under one attribute for each measure. Answers and
-scores are kept in the work folder, a prompt and an attribute at a time: what was stopped goes on there. Simulated users
-want a hidden mixture of the measures, and a tenth of their choices are mistakes. What the fitted weights say of pairs
-of prompts that were not asked about is held against what the user would say without mistakes. Writes
-language-choices.md and .json.
+SmolLM2 answers held-out prompts, as they are, asked in words, and guided by the demo's reward model; the same reward
+model scores every answer under one attribute for each measure. Answers and scores are kept in the work folder, a prompt
+and an attribute at a time: what was stopped goes on there. Simulated users want a hidden mixture of the measures, and a
+tenth of their choices are mistakes. What the fitted weights say of pairs of prompts that were not asked about is held
+against what the user would say without mistakes. Writes language-choices.md and .json.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ from pad_vllm.demo.smollm import DemoModels, build
 from pad_vllm.evaluation.metrics import bootstrap
 from pad_vllm.training.choosing import information
 from pad_vllm.training.data import Example, answer_ids, prompt_ids
-from pad_vllm.training.fit import for_scoring, load_reward_model
-from pad_vllm.training.loading import load_causal_lm
+from pad_vllm.training.fit import load_reward_model
 from pad_vllm.training.posterior import MISTAKES, draw_normals, mean_direction, weights_of
 from pad_vllm.training.records import read_records, write_records
 from pad_vllm.training.trainer import score_answers
@@ -44,7 +42,7 @@ from .record import hardware
 
 ATTRIBUTES = ("simple", "gloomy", "brief", "list", "impersonal", "emphatic")
 """One of each measure's two, the one that the reward model serves more strongly (docs/training.md)."""
-_BASE = "base"
+_NEUTRAL = "neutral"
 NUMBERS = (3, 5, 10, 20, 30)
 NUM_PAIRS, NUM_HELD_OUT = 240, 120
 """Of a user: those that may be asked about, and those of other prompts, at most."""
@@ -66,10 +64,8 @@ def answer_pool(models: DemoModels, work: Path, num_prompts: int) -> list[dict[s
 
 
 def score_pool(models: DemoModels, work: Path, pool: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Answers' ``prompt`` and ``measures``, and ``favors``: by how many nats each attribute makes them likelier than
-    they are to the base."""
+    """Answers' ``prompt`` and ``measures``, and ``favors``: by how many nats each attribute makes them likelier."""
     model, template = load_reward_model(str(models.reward), None, None)
-    base = for_scoring(load_causal_lm("base", str(models.base)))
     tokenizer, max_answer = template.tokenizer, recipe.FULL.max_answer
     found = []
     for prompt in dict.fromkeys(one["prompt"] for one in pool):
@@ -77,18 +73,18 @@ def score_pool(models: DemoModels, work: Path, pool: Sequence[Mapping[str, Any]]
         own = [one for one in pool if one["prompt"] == prompt]
         read = [i for i, one in enumerate(own) if one["finished"] or len(ids[i]) > max_answer + 1]
         scores = {}
-        for name in (_BASE, *ATTRIBUTES):
+        for name in (_NEUTRAL, *ATTRIBUTES):
             file = work / f"{name} {wishes.prompts(held_out=True).index(prompt):03}.json"
             if not file.exists():
                 plain = prompt_ids(prompt, tokenizer)
-                context = plain if name == _BASE else template.compose(plain, wishes.wordings(name)[0])
+                context = plain if name == _NEUTRAL else template.compose(plain, wishes.wordings(name)[0])
                 examples = [Example(context, ids[i][:max_answer]) for i in read]
-                write_records(file, [score_answers(base if name == _BASE else model, examples).tolist()])
+                write_records(file, [score_answers(model, examples).tolist()])
                 print(file.stem, flush=True)
             scores[name] = json.loads(file.read_text())
         for place, i in enumerate(read):
             text = tokenizer.decode(ids[i][:max_answer], skip_special_tokens=True)
-            favors = [scores[name][place] - scores[_BASE][place] for name in ATTRIBUTES]
+            favors = [scores[name][place] - scores[_NEUTRAL][place] for name in ATTRIBUTES]
             found.append({"prompt": prompt, "measures": measures_of(text), "favors": favors})
     return found
 
@@ -214,10 +210,9 @@ def choices_as_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         "# A user's taste from few choices",
         f"SmolLM2-135M-Instruct's answers to {prompts} held-out prompts ({record['answers']}), scored by the demo's "
-        f"reward model under {len(ATTRIBUTES)} attributes, against the base, on {record['hardware']}, "
-        f"{record['date']}, by `python -m benchmarks.language_choices --prompts {prompts} --users {rows['users']}`. "
-        f"{rows['users']} simulated users want two or three of the measures of [language.md](language.md); "
-        f"{100 * MISTAKES:.0f}% of "
+        f"reward model under {len(ATTRIBUTES)} attributes, on {record['hardware']}, {record['date']}, by "
+        f"`python -m benchmarks.language_choices --prompts {prompts} --users {rows['users']}`. {rows['users']} "
+        f"simulated users want two or three of the measures of [language.md](language.md); {100 * MISTAKES:.0f}% of "
         "their choices are mistakes. Weights are fitted to choices between the pairs that `pad-vllm fit --next` names, "
         f"of {rows['pairs']}, and to choices between random ones; a cell has the share of pairs of answers to other "
         "prompts that the weights order as the user would. Intervals are 95%, over users, who share answers.",

@@ -77,6 +77,9 @@ def after_work(bench: Bench) -> list[Asked]:
         for num in sizes.choices:
             sliders = Weighted(f"sliders of {value}, {num} choices", for_all(fit_user, bench, value, num))
             asked.append(Asked(sliders, users(value)))
+            if num == sizes.bounded:
+                bounded = for_all(fit_user, bench, value, num, sizes.bound)
+                asked.append(Asked(Weighted(f"{sliders.name}, within {sizes.bound:g} nats", bounded), users(value)))
     for value in sizes.tuned:
         asked.append(Asked(Tuned(f"DPO for {value}", for_all(tune_user, bench, value)), users(value)))
     return asked
@@ -150,7 +153,7 @@ def for_all(make: Callable[..., Any], bench: Bench, *what: Any) -> Callable[[Cel
     return lambda cell: made()
 
 
-def fit_user(bench: Bench, value: str, num_choices: int) -> dict[str, Any]:
+def fit_user(bench: Bench, value: str, num_choices: int, bound: float | None = None) -> dict[str, Any]:
     """Arguments of a user's requests, from comparisons in which the user never said what was wanted."""
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
@@ -165,9 +168,10 @@ def fit_user(bench: Bench, value: str, num_choices: int) -> dict[str, Any]:
             data = write_records(Path(folder, "choices.jsonl"), _first(bench.choices[value], num_choices))
             fitted = fit_sliders(str(bench.folders.reward), data, attributes)
         print(f"{file.stem}: {sliders_of(fitted)}, {fitted.held_out_accuracy:.0%} of what was left out", flush=True)
-        file.write_text(json.dumps(persona_of(sliders_of(fitted), fitted.reference)))
+        file.write_text(json.dumps(sliders_of(fitted)))
     beta = bench.sizes.betas[len(bench.sizes.betas) // 2]
-    return json.loads(file.read_text()) | {"pad_beta": beta}
+    arguments = persona_of(json.loads(file.read_text())) | {"pad_beta": beta}
+    return arguments if bound is None else arguments | {"pad_max_divergence": bound}
 
 
 def _first(choices: Sequence[Mapping[str, Any]], num: int) -> Sequence[Mapping[str, Any]]:

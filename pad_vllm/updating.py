@@ -21,9 +21,9 @@ from pad_vllm.config import MAX_TOP_K, parse_file
 from pad_vllm.params import PREFIX
 from pad_vllm.personas import read_personas
 
-KEPT = ("beta", "top_k", "cache_salt")
-"""Arguments that an update keeps from the old persona: a fit finds neither the strength of guidance nor the cache
-salt."""
+KEPT = ("beta", "max_divergence", "top_k", "cache_salt")
+"""Arguments that an update keeps from the old persona: a fit finds neither the strength of guidance, nor its bound, nor
+the cache salt."""
 MAX_WAIT = 30.0
 """Seconds for the file's lock, which its writers hold for milliseconds."""
 

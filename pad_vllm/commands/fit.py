@@ -89,7 +89,7 @@ def run(name, update, pool, columns, prompt_template, attributes, adapters, **se
         print("  ".join(f"{head} {weight:+g}" for head, weight in zip(found.names, found.weights, strict=True)))
     else:
         sliders = sliders_of(found)
-        persona = mixture_of(sliders) if adapters else persona_of(sliders, found.reference)
+        persona = mixture_of(sliders) if adapters else persona_of(sliders)
         if num_left_out := len(found.names) - len(sliders):
             why = f"at most {MAX_PREFERENCES} are served" if len(found.names) > MAX_PREFERENCES else "their weight is 0"
             print(f"{num_left_out} of {len(found.names)} {what} are left out: {why}.")

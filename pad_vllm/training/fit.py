@@ -38,8 +38,7 @@ NUM_FEW_DRAWS = 1024
 class FittedWeights(NamedTuple):
     """A user's weights, one per head (or attribute) in the order of ``names``, and how often they predict the chosen
     answer: on comparisons that the fit has not seen (``held_out_accuracy``, cross-validated), and on all
-    (``accuracy``). ``penalty``: None where there were too few to choose one. ``reference``: what rewards of attributes
-    and adapters were held against, as they are to be served."""
+    (``accuracy``). ``penalty``: None where there were too few to choose one."""
 
     names: tuple[str, ...]
     weights: list[float]
@@ -47,7 +46,6 @@ class FittedWeights(NamedTuple):
     accuracy: float
     penalty: float | None
     num_comparisons: int
-    reference: str = "neutral"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class Basis:
         features: of pairs, what each adds at weight 1 to the reward of the chosen answer over the rejected one, in
             nats: (num_pairs, num_features) float32.
         reads_preference: whether what comparisons say under ``preference`` counts.
-        reference: what rewards are held against.
     """
 
     what: str
@@ -69,7 +66,6 @@ class Basis:
     max_length: int
     features: Callable[[Sequence[PairExample]], torch.Tensor]
     reads_preference: bool = False
-    reference: str = "neutral"
 
     def encode(self, comparisons: Sequence[Comparison]) -> list[PairExample]:
         """Those of a user's comparisons that fit into the model.
@@ -139,24 +135,12 @@ def load_reward_model(
     reward_model: str, prompt_template: str | None, insert_after: str | None
 ) -> tuple[PreTrainedModel, PromptTemplate]:
     """A reward model, and how a preference enters its prompts: as its ``pad.json`` says, or the arguments."""
-    return load_configured(as_configured(reward_model, prompt_template, insert_after))
-
-
-def as_configured(reward_model: str, prompt_template: str | None, insert_after: str | None) -> PADConfig:
-    """A reward model's configuration as a server has it that names nothing else."""
     given = {"reward_model": reward_model, "prompt_template": prompt_template, "insert_after": insert_after}
-    return PADConfig.from_pad({key: value for key, value in given.items() if value is not None})
-
-
-def load_configured(pad: PADConfig) -> tuple[PreTrainedModel, PromptTemplate]:
-    model = for_scoring(load_source("reward_model", pad.source))
+    pad = PADConfig.from_pad({key: value for key, value in given.items() if value is not None})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_source("reward_model", pad.source).eval().to(device)
     tokenizer = load_tokenizer("reward_model", pad.source.tokenizer[0])
     return model, PromptTemplate(tokenizer, pad.prompt_template, pad.insert_after)
-
-
-def for_scoring(model: PreTrainedModel) -> PreTrainedModel:
-    """To score with, on a GPU where there is one."""
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def max_positions(model: PreTrainedModel) -> int:

@@ -11,10 +11,6 @@ probability sigmoid(R(chosen) - R(rejected)), so the weights are fitted by logis
 
 In serving, the attributes are a list of preferences with these weights. Each is read in its own context and compared
 with the neutral reference, the context without a preference. Summed over tokens, that is R.
-
-A reward model that was trained to be held against the base says so (``reference: base``), and what it says without a
-preference means nothing. Where it is an adapter, the base is known. The base then takes the neutral context's place in
-all of that.
 """
 
 from __future__ import annotations
@@ -34,17 +30,8 @@ from pad_vllm.params import MAX_PREFERENCES
 from pad_vllm.reward.heads import load_heads, locate_heads
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import PairExample, read_comparisons
-from pad_vllm.training.fit import (
-    Basis,
-    FittedWeights,
-    as_configured,
-    for_scoring,
-    load_configured,
-    max_positions,
-    regress,
-)
+from pad_vllm.training.fit import Basis, FittedWeights, load_reward_model, max_positions, regress
 from pad_vllm.training.heads import HeadedModel
-from pad_vllm.training.loading import load_causal_lm
 from pad_vllm.training.trainer import answers_of, score_answers
 
 MAX_ATTRIBUTES = 64
@@ -82,7 +69,7 @@ def fit_sliders(
     """
     basis = attribute_basis(reward_model, attributes, heads, prompt_template, insert_after)
     pairs = basis.encode(read_comparisons(data, columns, split))
-    return fit_slider_weights(basis.features(pairs), basis.names, seed)._replace(reference=basis.reference)
+    return fit_slider_weights(basis.features(pairs), basis.names, seed)
 
 
 def attribute_basis(
@@ -93,19 +80,16 @@ def attribute_basis(
     insert_after: str | None,
 ) -> Basis:
     """The attributes of a file, as a reward model reads them; see :func:`fit_sliders`."""
-    texts, pad = read_attributes(attributes), as_configured(reward_model, prompt_template, insert_after)
-    model, template = load_configured(pad)
+    texts = read_attributes(attributes)
+    model, template = load_reward_model(reward_model, prompt_template, insert_after)
     room = max(map(template.num_added_tokens, texts)) + template.num_seam_tokens
-    scorer, base = scorer_of(model, reward_model, heads), None
-    if pad.reference == "base" and pad.source.is_adapter:
-        base = for_scoring(load_causal_lm("reward_model", pad.source.model))
+    scorer = scorer_of(model, reward_model, heads)
     return Basis(
         "attribute",
         tuple(texts),
         template,
         max_positions(model) - room,
-        lambda pairs: differentials(scorer, template, pairs, texts, base),
-        reference="neutral" if base is None else "base",
+        lambda pairs: differentials(scorer, template, pairs, texts),
     )
 
 
@@ -145,11 +129,7 @@ def read_attributes(path: str | Path) -> list[str]:
 
 
 def differentials(
-    model: nn.Module,
-    template: PromptTemplate,
-    pairs: Sequence[PairExample],
-    attributes: Sequence[str],
-    base: PreTrainedModel | None = None,
+    model: nn.Module, template: PromptTemplate, pairs: Sequence[PairExample], attributes: Sequence[str]
 ) -> torch.Tensor:
     """By how much more each attribute favors a pair's chosen answer than its rejected one, D(chosen) - D(rejected), in
     nats: (num_pairs, num_attributes) float32.
@@ -157,13 +137,12 @@ def differentials(
     Args:
         model: a causal language model, or a :class:`HeadedModel` of one head, which applies.
         pairs: read with their plain prompts; the answers end with EOS, whose probability counts.
-        base: what log p(answer | prompt) is of. None: ``model``.
     """
-    without = margins(model if base is None else base, [pair._replace(prompt=pair.ref_prompt) for pair in pairs])
+    neutral = margins(model, [pair._replace(prompt=pair.ref_prompt) for pair in pairs])
     columns = []
     for attribute in tqdm(attributes, desc="attributes", disable=None):
         asked = [pair._replace(prompt=template.compose(pair.ref_prompt, attribute)) for pair in pairs]
-        columns.append(margins(model, asked) - without)
+        columns.append(margins(model, asked) - neutral)
     return torch.stack(columns, dim=1)
 
 
@@ -219,10 +198,10 @@ def sliders_of(found: FittedWeights) -> dict[str, float]:
     return dict(sorted(kept.items(), key=lambda slider: -abs(slider[1])))
 
 
-def persona_of(sliders: Mapping[str, float], reference: str = "neutral") -> dict[str, Any]:
-    """A request's arguments by which sliders are served, held against what they were fitted to."""
+def persona_of(sliders: Mapping[str, float]) -> dict[str, Any]:
+    """A request's arguments by which sliders are served."""
     return {
         "pad_preference": list(sliders),
         "pad_preference_weights": list(sliders.values()),
-        "pad_reference": reference,
+        "pad_reference": "neutral",
     }

@@ -25,7 +25,6 @@ from pad_vllm.training.sliders import (
     sliders_of,
 )
 from tests import oracle
-from tests.support.models import make_adapter
 
 TEXTS = ["Be concise.", "Be formal, and say why.", "playful"]
 
@@ -76,37 +75,6 @@ def test_differentials_are_those_of_a_plain_loop(beside, models, tmp_path):
                 expected += sign * (asked - logprob(models.reward_model, prompt, ids, head))
             assert value.item() == pytest.approx(expected, abs=2e-4)
     assert found.abs().max() > 0.5
-
-
-def test_an_adapter_that_says_base_is_held_against_the_base(models, tmp_path, capsys):
-    """As it is served. What it says without a preference has no part in the weights."""
-    merged = make_adapter(tmp_path / "own", models.base, seed=21, rank=4, targets=["q_proj", "down_proj"])
-    data = write_comparisons(tmp_path / "own.jsonl", 12)
-    (tmp_path / "attributes.yaml").write_text(json.dumps(TEXTS))
-    neutral = fit_sliders(str(tmp_path / "own"), data, tmp_path / "attributes.yaml")
-    assert neutral.reference == "neutral"
-    (tmp_path / "own" / "pad.json").write_text('{"reference": "base"}')
-    found = fit_sliders(str(tmp_path / "own"), data, tmp_path / "attributes.yaml")
-    assert found.reference == "base"
-
-    model, template = load_reward_model(str(tmp_path / "own"), None, None)
-    pairs = encode(read_comparisons(data), template.tokenizer, template, 512)
-    differences = differentials(model, template, pairs, TEXTS, models.base_model)
-    for row, pair in zip(differences[:3], pairs[:3], strict=True):
-        for value, text in zip(row, TEXTS, strict=True):
-            expected = 0.0
-            for sign, answer in ((1, pair.chosen), (-1, pair.rejected)):
-                asked = logprob(merged, template.compose(pair.ref_prompt, text), [*answer])
-                expected += sign * (asked - logprob(models.base_model, [*pair.ref_prompt], [*answer]))
-            assert value.item() == pytest.approx(expected, abs=5e-4)
-    assert found.weights == fit_slider_weights(differences, TEXTS).weights != neutral.weights
-
-    command = ["--reward-model", str(tmp_path / "own"), "--attributes", str(tmp_path / "attributes.yaml")]
-    with pytest.raises(SystemExit):
-        main(["fit", str(data), *command])
-    persona = json.loads(capsys.readouterr().out.splitlines()[-1])["new-user"]
-    assert persona == persona_of(sliders_of(found), "base")
-    assert persona["pad_reference"] == "base"
 
 
 @pytest.mark.slow

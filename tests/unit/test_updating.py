@@ -87,6 +87,13 @@ def test_whatever_yaml_it_is(text, file):
     assert read_file("", str(file)) == before | {"ada": AS_WRITTEN | kept}
 
 
+def test_the_strength_and_its_bound_stay(file):
+    own = {"beta": 0.8, "max_divergence": 0.4, "top_k": 12, "cache_salt": "hers"}
+    file.write_text(json.dumps({"ada": {"weights": [1, 2], **own}}))
+    update_personas(file, "ada", ADA)
+    assert read_file("", str(file)) == {"ada": AS_WRITTEN | own}
+
+
 def test_json_and_a_file_that_is_not_there_yet(tmp_path):
     path = tmp_path / "personas.json"
     update_personas(path, "ada", ADA)
