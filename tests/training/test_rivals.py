@@ -138,6 +138,7 @@ def bench(tmp_path_factory) -> Bench:
         is_judged=True,
         fitted=("brief",),
         choices=(5,),
+        bounded=5,
         tuned=("brief",),
         tuned_pairs=6,
         choice_prompts=1,
@@ -190,6 +191,10 @@ def test_what_is_made_of_a_users_choices_is_kept(bench):
     path = Path(tune_user(bench, "brief"))
     changed = [file.stat().st_mtime_ns for file in path.iterdir()]
     assert fit_user(bench, "brief", 5) == fitted
+    (bounded,) = [one for one in all_of(bench) if one.method.name == "sliders of brief, 5 choices, within 0.4 nats"]
+    (plan,) = bounded.method.plan(bench.models, [bench.cells[i] for i in bounded.indices])
+    (asked,) = {json.dumps(dict(request.guidance)) for request in plan.requests}
+    assert json.loads(asked) == fitted | {"pad_max_divergence": 0.4}
     assert Path(tune_user(bench, "brief")) == path
     assert [file.stat().st_mtime_ns for file in path.iterdir()] == changed
     (tuned,) = [one for one in all_of(bench) if one.method.name == "DPO for brief"]
