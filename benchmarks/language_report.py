@@ -21,7 +21,7 @@ from pad_vllm.evaluation.metrics import Estimate, bootstrap, distinct, win_share
 from .language_bench import Bench, Cell
 from .language_grammar import Harper
 from .language_methods import all_of
-from .language_plot import MODELS, plot_language
+from .language_plot import MODELS, plot_language, rows_for_all
 from .language_task import refuses, share_taken_up
 from .record import hardware
 
@@ -328,7 +328,8 @@ def write(
         kept = dict.fromkeys(row["method"] for row in rows if row.get("date") == day)
         text.append(f"Of {day}, beside the unguided answers of that day: {', '.join(kept)}.")
     (output / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    plot_language(rows, output / f"{name}.png")
+    if rows_for_all(rows):
+        plot_language(rows, output / f"{name}.png")
     return rows
 
 

@@ -183,6 +183,9 @@ def test_the_language_table(models, tmp_path):
     assert text.count("| PAD, beta 1.5 |") == 4  # one wish, two, and each wish, or two, by itself
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     assert language.bench_answers(bench_of(models, tmp_path / "work")) == found  # nothing is made twice
+    # A picture has what answers for all users, and where nothing does there is none.
+    language_report.write(tmp_path / "alone", "language", bench, {"base": found["base"]})
+    assert not (tmp_path / "alone" / "language.png").exists()
     # On another day, and in another work folder, the table keeps what it has.
     fewer = {name: records for name, records in found.items() if name != "best of 2"}
     later = language_report.write(tmp_path, "language", bench, fewer, keep=True)
