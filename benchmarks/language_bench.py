@@ -38,8 +38,8 @@ class Sizes:
         neutral_betas: and held against what it says itself without the preference (``reference: neutral``).
         beta_with_prompting: of guidance whose wish is in the prompt too.
         is_judged: whether Persona-judge answers.
-        fitted: values of users to whom sliders are fitted, from each of so many ``choices``; those from ``bounded`` of
-            them are served within ``bound`` nats a token, too.
+        fitted: values of users to whom sliders are fitted, from each number of ``choices``.
+        bounded, bound: from how many choices sliders also answer within a bound, and that bound, in nats a token.
         tuned: values of users for whom a model is tuned by DPO, from ``tuned_pairs`` comparisons.
         choice_prompts: training prompts whose answers those users chose from.
         steering_prompts: training prompts on which a steering vector's layer and strength are chosen, among

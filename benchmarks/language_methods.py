@@ -154,7 +154,11 @@ def for_all(make: Callable[..., Any], bench: Bench, *what: Any) -> Callable[[Cel
 
 
 def fit_user(bench: Bench, value: str, num_choices: int, bound: float | None = None) -> dict[str, Any]:
-    """Arguments of a user's requests, from comparisons in which the user never said what was wanted."""
+    """Arguments of a user's requests, from comparisons in which the user never said what was wanted.
+
+    Args:
+        bound: on each token's divergence, in nats.
+    """
     from pad_vllm.training.sliders import fit_sliders, persona_of, sliders_of
 
     file = bench.work / f"sliders of {value} from {num_choices}.json"
