@@ -13,8 +13,9 @@ instructions. Users want
 Every method's answers are kept in the work folder as they come, and are not made again, also where there are more
 prompts later. A stopped command goes on: ``--part 96`` keeps a method's answers 96 at a time, which take less than a
 quarter of an hour. With ``--keep`` the record that is there keeps its rows of methods that have no answers in the work
-folder, so that a table can be filled over several days. Writes language.md, language.json and language.png, or those of
-language-gemma, or language-rivals: every method on a few prompts.
+folder, so that a table can be filled over several days. Where it is of another reward model, only rows of methods that
+need none are kept. Writes language.md, language.json and language.png, or those of language-gemma, or language-rivals:
+every method on a few prompts.
 """
 
 from __future__ import annotations

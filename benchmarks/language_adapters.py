@@ -80,8 +80,8 @@ def answer_everything(bench: Bench, methods: Iterable[Method]) -> dict[str, _Rec
 
 
 def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str, Any]]:
-    """A row for each group and method: ``satisfied`` as in the language table, by wish too; of the
-    unguided answers what room they leave."""
+    """A row for each group and method: ``satisfied`` as in the language table, by wish too, and of wishes that unguided
+    answers leave room for (``satisfied_with_room``, where there are any); of the unguided answers what room that is."""
     unguided = Unguided(bench, found[BASE.name])
     rows = []
     for group in dict.fromkeys(cell.group for cell in bench.cells):
@@ -98,8 +98,17 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
             if name == BASE.name:
                 cut = [r["num_tokens"] == bench.sizes.max_tokens for _, r in own]
                 row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(asked, unguided)}
-            rows.append(row if name == BASE.name else row | moves_of(bench, [r for _, r in own], unguided))
+            else:
+                row |= moves_of(bench, [r for _, r in own], unguided)
+                if with_room := [r for cell, r in own if _has_room(cell, unguided)]:
+                    row["satisfied_with_room"] = moves_of(bench, with_room, unguided)["satisfied"]
+            rows.append(row)
     return rows
+
+
+def _has_room(cell: Cell, unguided: Unguided) -> bool:
+    less = {DIMENSIONS[name].less: name for name in FLOORED}
+    return not any(unguided.median[cell.prompt][less[value]] == 0 for value in cell.values if value in less)
 
 
 def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
@@ -111,13 +120,13 @@ def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
-    lines = ["| | satisfied | loops | NLL / token |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| | satisfied | where there is room | loops | NLL / token |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in (row for row in rows if row["group"] == group):
-        said = ""
-        if "satisfied" in row:
-            mean, low, high = (100 * value for value in row["satisfied"])
-            said = f"{mean:.0f}% ({low:.0f} to {high:.0f})"
-        lines.append(f"| {row['method']} | {said} | {100 * row['loops'][0]:.0f}% | {row['nll'][0]:.2f} |")
+        said = []
+        for name in ("satisfied", "satisfied_with_room"):
+            mean, low, high = (100 * value for value in row.get(name, (0, 0, 0)))
+            said.append(f"{mean:.0f}% ({low:.0f} to {high:.0f})" if name in row else "")
+        lines.append(f"| {row['method']} | {' | '.join(said)} | {100 * row['loops'][0]:.0f}% | {row['nll'][0]:.2f} |")
     return "\n".join(lines)
 
 
@@ -180,7 +189,8 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
         f"SmolLM2-135M-Instruct guided by each, for one wish or for two together; on {record['hardware']}, "
         f"{record['date']}, by `python -m benchmarks.language_adapters`. Answers have at most {max_tokens} tokens. "
         "Prompts, questions, wordings and which two wishes go together are held out from training. `satisfied`: beyond "
-        "the median of the unguided answers to the prompt; a tie is half.",
+        "the median of the unguided answers to the prompt; a tie is half. `where there is room`: without "
+        "wishes for less of what the median unguided answer to the prompt has nothing of.",
         f"By wish: satisfied; by how much its measure moved in the direction asked ({units}), bold where that is "
         "further than prompting moved it, intervals apart. Intervals are 95%, over prompts.",
     ]

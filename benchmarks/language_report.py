@@ -7,7 +7,7 @@ import json
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -268,20 +268,23 @@ def write(
     """Write the table, its record and its picture into ``output``; returns the rows.
 
     Args:
-        keep: whether the record that is there keeps its rows of methods that are not in ``found``.
+        keep: whether the record that is there keeps its rows of methods that are not in ``found``; where it is of
+            another reward model, those that need none.
 
     Raises:
-        ValueError: rows are to be kept, but they are of another reward model, or of other prompts or wishes.
+        ValueError: rows are to be kept, but they are of other prompts or wishes.
     """
     made_of = {"reward_model": bench.folders.reward.name, "cells": digest_of(bench.cells)}
     before = None
     if keep and (output / f"{name}.json").exists():
         before = json.loads((output / f"{name}.json").read_text())
-        if other := [what for what, ours in made_of.items() if before.get(what) != ours]:
-            raise ValueError(f"{output / name}.json: its rows cannot be kept: it is of other {' and '.join(other)}")
+        if before.get("cells") != made_of["cells"]:
+            raise ValueError(f"{output / name}.json: its rows cannot be kept: it is of other cells")
     rows, everything = figures(bench, found, is_loaded, grammar), [one.method for one in all_of(bench)]
     if before is not None:
-        rows = with_kept(rows, before, [method.name for method in everything])
+        same_reward_model = before.get("reward_model") == made_of["reward_model"]
+        holding = {one.name for one in everything if same_reward_model or not one.needs_reward_model}
+        rows = with_kept(rows, before, [one.name for one in everything], holding)
     record = {"hardware": hardware(), "date": date.today().isoformat(), **made_of, "rows": rows}
     methods = [method for method in everything if any(row["method"] == method.name for row in rows)]
     base = rows[0]
@@ -338,11 +341,17 @@ def digest_of(cells: Sequence[Cell]) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:8]
 
 
-def with_kept(rows: Sequence[dict[str, Any]], before: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows, and those of an earlier record whose methods have none among them, with their day; in the order of
-    ``names``, of all methods."""
-    answered = {row["method"] for row in rows}
-    kept = [{"date": before["date"], **row} for row in before["rows"] if row["method"] not in answered]
+def with_kept(
+    rows: Sequence[dict[str, Any]], before: Mapping[str, Any], names: Sequence[str], holding: Set[str]
+) -> list[dict[str, Any]]:
+    """Rows, and an earlier record's of methods that have none among them, with their day; in the order of ``names``, of
+    all methods.
+
+    Args:
+        holding: methods whose earlier rows still hold.
+    """
+    wanted = holding - {row["method"] for row in rows}
+    kept = [{"date": before["date"], **row} for row in before["rows"] if row["method"] in wanted]
     known = [row for row in (*rows, *kept) if row["method"] in names]
     return sorted(known, key=lambda row: names.index(row["method"]))
 

@@ -180,6 +180,11 @@ class Method(ABC):
         """Whether the base model answers, having read the prompt alone: the likelihoods that it gave are its own."""
         return True
 
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether the table's reward model has a part in its answers: by another one they are others."""
+        return False
+
     def tokenizer(self, models: Models) -> PreTrainedTokenizerBase:
         """The one of its answers."""
         return models.tokenizer

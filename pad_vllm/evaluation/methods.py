@@ -124,6 +124,10 @@ class Guided(Method):
     def reads_the_prompt(self) -> bool:
         return self.prompting is None
 
+    @property
+    def needs_reward_model(self) -> bool:
+        return self.reward_model is None
+
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
         pad = models.pad if self.reward_model is None else {**models.pad, "reward_model": self.reward_model}
         return [Plan(Engine(models.base, pad), [self._request(models, cell) for cell in cells])]
@@ -146,6 +150,10 @@ class Weighted(Method):
 
     arguments: Callable[[Any], Mapping[str, Any]]
 
+    @property
+    def needs_reward_model(self) -> bool:
+        return True
+
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
         requests = [Request(models.plain(cell.prompt), self.arguments(cell)) for cell in cells]
         return [Plan(Engine(models.base, models.pad), requests)]
@@ -163,6 +171,10 @@ class BestOf(Method):
     n: int
     shared: bool = False
     seed: int = 0
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return True
 
     def plan(self, models: Models, cells: Sequence[Cell]) -> list[Plan]:
         prompts = [models.plain(cell.prompt) for cell in cells]
@@ -215,6 +227,10 @@ class RewardModel(Method):
     @property
     def reads_the_prompt(self) -> bool:
         return False
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return True
 
     def tokenizer(self, models: Models) -> PreTrainedTokenizerBase:
         return models.reward_tokenizer

@@ -133,6 +133,10 @@ def test_what_room_unguided_answers_leave(models, tmp_path):
     assert "at most 96% can be satisfied" in language_adapters.what_there_can_be(rows[0])
     met = {value: satisfied.mean for value, satisfied in rows[3]["satisfied_by_values"].items()}
     assert (met["emphatic"], met["plain"], met["prose"], met["list"]) == (1, 0, 0.5, 0.5)
+    in_all = sum(met.values())
+    met_at_the_floor = met["plain"] + met["prose"] + met["impersonal"]
+    assert rows[3]["satisfied"].mean == pytest.approx(in_all / 12)
+    assert rows[3]["satisfied_with_room"].mean == pytest.approx((in_all - met_at_the_floor) / 9)
 
 
 def test_two_wishes_are_told_apart(models, tmp_path):

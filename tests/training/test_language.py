@@ -196,6 +196,11 @@ def test_the_language_table(models, tmp_path):
     methods = [one.method for one in language_report.all_of(bench)]
     assert "looping" in language_report.verdicts(later, methods)[0]
     assert "looping" not in language_report.verdicts(of_another_day, methods)[0]  # beside other unguided answers
+    # By another reward model, the rows of methods that need one are gone.
+    bench.folders = bench.folders._replace(reward=Path("another"))
+    rows = language_report.write(tmp_path, "language", bench, {"base": found["base"]}, keep=True)
+    untrained = [name for name in methods if name.startswith("PAD untrained")]
+    assert {row["method"] for row in rows} == {"base", "prompting", *untrained}
     bench.cells = [cell._replace(preference=f"{cell.preference}!") for cell in bench.cells]
     with pytest.raises(ValueError, match="its rows cannot be kept: it is of other cells"):
         language_report.write(tmp_path, "language", bench, fewer, keep=True)
