@@ -199,7 +199,7 @@ def test_the_language_table(models, tmp_path):
     # By another reward model, the rows of methods that need one are gone.
     bench.folders = bench.folders._replace(reward=Path("another"))
     rows = language_report.write(tmp_path, "language", bench, {"base": found["base"]}, keep=True)
-    untrained = [name for name in methods if name.startswith("PAD untrained")]
+    untrained = {"PAD untrained, beta 2.5", "PAD untrained, from the opposite, beta 2.5"}
     assert {row["method"] for row in rows} == {"base", "prompting", *untrained}
     bench.cells = [cell._replace(preference=f"{cell.preference}!") for cell in bench.cells]
     with pytest.raises(ValueError, match="its rows cannot be kept: it is of other cells"):
