@@ -33,7 +33,7 @@ from pad_vllm.evaluation.metrics import bootstrap
 
 from .language_bench import Bench, Cell, Sizes
 from .language_methods import prompting
-from .language_report import Unguided, moves_of, say_estimate
+from .language_report import Unguided, moves_of, say_estimate, say_percent
 from .record import hardware
 
 OURS, REAL = "ours", "real"
@@ -100,32 +100,28 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
                 row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(asked, unguided)}
             else:
                 row |= moves_of(bench, [r for _, r in own], unguided)
-                if with_room := [r for cell, r in own if _has_room(cell, unguided)]:
+                if with_room := [r for cell, r in own if all(_has_room(cell.prompt, v, unguided) for v in cell.values)]:
                     row["satisfied_with_room"] = moves_of(bench, with_room, unguided)["satisfied"]
             rows.append(row)
     return rows
 
 
-def _has_room(cell: Cell, unguided: Unguided) -> bool:
-    less = {DIMENSIONS[name].less: name for name in FLOORED}
-    return not any(unguided.median[cell.prompt][less[value]] == 0 for value in cell.values if value in less)
+def _has_room(prompt: str, value: str, unguided: Unguided) -> bool:
+    """Whether unguided answers have anything of what a wish wants less of."""
+    name, sign = DIRECTIONS[value]
+    return name not in FLOORED or sign > 0 or unguided.median[prompt][name] != 0
 
 
 def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
     """Wish -> share of prompts whose unguided answers have nothing already of what it wants less of."""
-    return {
-        DIMENSIONS[name].less: statistics.mean(unguided.median[prompt][name] == 0 for prompt in prompts)
-        for name in FLOORED
-    }
+    less = [DIMENSIONS[name].less for name in FLOORED]
+    return {value: statistics.mean(not _has_room(prompt, value, unguided) for prompt in prompts) for value in less}
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
     lines = ["| | satisfied | where there is room | loops | NLL / token |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in (row for row in rows if row["group"] == group):
-        said = []
-        for name in ("satisfied", "satisfied_with_room"):
-            mean, low, high = (100 * value for value in row.get(name, (0, 0, 0)))
-            said.append(f"{mean:.0f}% ({low:.0f} to {high:.0f})" if name in row else "")
+        said = [say_percent(row[name]) if name in row else "" for name in ("satisfied", "satisfied_with_room")]
         lines.append(f"| {row['method']} | {' | '.join(said)} | {100 * row['loops'][0]:.0f}% | {row['nll'][0]:.2f} |")
     return "\n".join(lines)
 

@@ -203,14 +203,15 @@ def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
         time = "" if seconds is None else f"{seconds:.1f}{'' if row['is_by_vllm'] else ' (transformers)'}"
         faults = say_estimate(row["faults"]) if "faults" in row else ""
         lines.append(
-            f"| {row['method']} | {_percent(row['satisfied'])} | {' | '.join(moved)} | {_percent(row['loops'])} | "
-            f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {_percent(row['taken_up'])} | {_percent(row['refuses'])} | "
+            f"| {row['method']} | {say_percent(row['satisfied'])} | {' | '.join(moved)} | {say_percent(row['loops'])} | "
+            f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {say_percent(row['taken_up'])} | {say_percent(row['refuses'])} | "
             f"{faults} | {time} |"
         )
     return "\n".join(lines)
 
 
-def _percent(estimate: Sequence[float]) -> str:
+def say_percent(estimate: Sequence[float]) -> str:
+    """A share and its interval."""
     mean, low, high = (100 * value for value in estimate)
     return f"{mean:.0f}% ({low:.0f} to {high:.0f})"
 
@@ -306,8 +307,8 @@ def write(
         + ("" if grammar is None else "`faults`: of grammar in 100 words, those that Harper's rules find. ")
         + f"{'Grammar and w' if grammar is None else 'W'}hether an answer stays with its question in meaning "
         f"{'are' if grammar is None else 'is'} not measured. Intervals are 95%, over prompts.",
-        f"Unguided: {_percent(base['loops'])} of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
-        f"{base['distinct_2']:.2f}, {_percent(base['taken_up'])} taken up, {_percent(base['refuses'])} refuse; "
+        f"Unguided: {say_percent(base['loops'])} of answers loop, {base['nll']:.2f} nats a token, distinct-2 "
+        f"{base['distinct_2']:.2f}, {say_percent(base['taken_up'])} taken up, {say_percent(base['refuses'])} refuse; "
         f"{base['num_answers']} answers to {len({cell.prompt for cell in bench.cells})} prompts.",
         "\n".join(f"- {line}" for line in verdicts(rows, methods)),
     ]

@@ -42,7 +42,7 @@ from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import encode, prompt_ids, read_comparisons
-from pad_vllm.training.export import whole_folder
+from pad_vllm.training.export import export, whole_folder
 from pad_vllm.training.loading import load_merged
 from pad_vllm.training.records import read_records, write_records
 from pad_vllm.training.train import Stage, TrainingConfig, train
@@ -216,9 +216,8 @@ def _learn_round(folder: Path, base: Path, reward: Path, sizes: Balance, target:
         print(f"{len(records)} comparisons to {name}: {dict(Counter(d for r in records for d in r['labels']))}")
         files[name] = write_records(folder / f"{name}.jsonl", records)
     before = folder / "before" if sizes.reference == "neutral" else base
-    if not (before / "tokenizer_config.json").exists():
-        load_merged("reward_model", str(reward), str(base)).save_pretrained(before)
-        tokenizer.save_pretrained(before)
+    if not before.exists():
+        export(before, load_merged("reward_model", str(reward), str(base)), tokenizer)
     config = TrainingConfig(
         str(files["train"]),
         str(base),

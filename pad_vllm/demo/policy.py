@@ -105,7 +105,7 @@ def learn_on_policy(folder: Path, base: Path, reward: Path, sizes: PolicyRound) 
     if learned.exists():
         return learned
     tokenizer = AutoTokenizer.from_pretrained(base)
-    merged = folder / "merged"  # which answers much faster than a LoRA
+    merged = folder / "merged"  # which answers without a LoRA's products in every layer
     if not merged.exists():
         export(merged, load_merged("reward_model", str(reward), str(base)), tokenizer)
     answers = answer_wishes(folder, base, merged, sizes)
