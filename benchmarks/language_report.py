@@ -203,9 +203,9 @@ def group_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
         time = "" if seconds is None else f"{seconds:.1f}{'' if row['is_by_vllm'] else ' (transformers)'}"
         faults = say_estimate(row["faults"]) if "faults" in row else ""
         lines.append(
-            f"| {row['method']} | {say_percent(row['satisfied'])} | {' | '.join(moved)} | {say_percent(row['loops'])} | "
-            f"{row['nll']:.2f} | {row['distinct_2']:.2f} | {say_percent(row['taken_up'])} | {say_percent(row['refuses'])} | "
-            f"{faults} | {time} |"
+            f"| {row['method']} | {say_percent(row['satisfied'])} | {' | '.join(moved)} | "
+            f"{say_percent(row['loops'])} | {row['nll']:.2f} | {row['distinct_2']:.2f} | "
+            f"{say_percent(row['taken_up'])} | {say_percent(row['refuses'])} | {faults} | {time} |"
         )
     return "\n".join(lines)
 
