@@ -17,6 +17,7 @@ import os
 import random
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -83,6 +84,7 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
     """A row for each group and method: ``satisfied`` as in the language table, by wish too, and of wishes that unguided
     answers leave room for (``satisfied_with_room``, where there are any); of the unguided answers what room that is."""
     unguided = Unguided(bench, found[BASE.name])
+    met = without_room(bench, found[BASE.name], unguided)
     rows = []
     for group in dict.fromkeys(cell.group for cell in bench.cells):
         asked = {cell.prompt for cell in bench.cells if cell.group == group}
@@ -97,25 +99,30 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
             }
             if name == BASE.name:
                 cut = [r["num_tokens"] == bench.sizes.max_tokens for _, r in own]
-                row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(asked, unguided)}
+                row |= {"cut": statistics.mean(cut), "at_the_floor": _floors(asked, met)}
             else:
                 row |= moves_of(bench, [r for _, r in own], unguided)
-                if with_room := [r for cell, r in own if all(_has_room(cell.prompt, v, unguided) for v in cell.values)]:
+                if with_room := [r for cell, r in own if met.isdisjoint((cell.prompt, v) for v in cell.values)]:
                     row["satisfied_with_room"] = moves_of(bench, with_room, unguided)["satisfied"]
             rows.append(row)
     return rows
 
 
-def _has_room(prompt: str, value: str, unguided: Unguided) -> bool:
-    """Whether unguided answers have anything of what a wish wants less of."""
-    name, sign = DIRECTIONS[value]
-    return name not in FLOORED or sign > 0 or unguided.median[prompt][name] != 0
+def without_room(bench: Bench, base: _Records, unguided: Unguided) -> set[tuple[str, str]]:
+    """Prompts and wishes for which the median unguided answer leaves no room: it has nothing of what is wanted less of,
+    or, where more words are wanted, every token that an answer may have."""
+    num_tokens = defaultdict(list)
+    for record in base:
+        num_tokens[bench.cells[record["cell"]].prompt].append(record["num_tokens"])
+    full = [prompt for prompt, own in num_tokens.items() if statistics.median(own) == bench.sizes.max_tokens]
+    floors = [(p, name) for p, median in unguided.median.items() for name in FLOORED if median[name] == 0]
+    return {(p, DIMENSIONS["length"].more) for p in full} | {(p, DIMENSIONS[name].less) for p, name in floors}
 
 
-def _floors(prompts: set[str], unguided: Unguided) -> dict[str, float]:
+def _floors(prompts: set[str], met: set[tuple[str, str]]) -> dict[str, float]:
     """Wish -> share of prompts whose unguided answers have nothing already of what it wants less of."""
     less = [DIMENSIONS[name].less for name in FLOORED]
-    return {value: statistics.mean(not _has_room(prompt, value, unguided) for prompt in prompts) for value in less}
+    return {value: statistics.mean((prompt, value) in met for prompt in prompts) for value in less}
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], group: str) -> str:
@@ -185,8 +192,9 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
         f"SmolLM2-135M-Instruct guided by each, for one wish or for two together; on {record['hardware']}, "
         f"{record['date']}, by `python -m benchmarks.language_adapters`. Answers have at most {max_tokens} tokens. "
         "Prompts, questions, wordings and which two wishes go together are held out from training. `satisfied`: beyond "
-        "the median of the unguided answers to the prompt; a tie is half. `where there is room`: without "
-        "wishes for less of what the median unguided answer to the prompt has nothing of.",
+        "the median of the unguided answers to the prompt; a tie is half. `where there is room`: without wishes for "
+        "less of what the median unguided answer to the prompt has nothing of, and for more words where it has every "
+        "token.",
         f"By wish: satisfied; by how much its measure moved in the direction asked ({units}), bold where that is "
         "further than prompting moved it, intervals apart. Intervals are 95%, over prompts.",
     ]

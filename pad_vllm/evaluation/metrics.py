@@ -33,10 +33,11 @@ def bootstrap(values: Sequence[float], groups: Sequence[str], seed: int = 0) -> 
     for group, value in zip(groups, values, strict=True):
         by_group[group].append(value)
     rng = np.random.default_rng(seed)
-    # Means of each group under resampling, then of resampled groups; groups are of one size here.
-    inner = np.stack([rng.choice(v, (NUM_RESAMPLES, len(v))).mean(1) for v in map(np.asarray, by_group.values())], 1)
+    # Sums of each group under resampling, then the mean over resampled groups, in which each value counts alike.
+    inner = np.stack([rng.choice(v, (NUM_RESAMPLES, len(v))).sum(1) for v in map(np.asarray, by_group.values())], 1)
     picked = rng.integers(len(by_group), size=inner.shape)
-    means = np.take_along_axis(inner, picked, 1).mean(1)
+    sizes = np.array([len(v) for v in by_group.values()])
+    means = np.take_along_axis(inner, picked, 1).sum(1) / sizes[picked].sum(1)
     low, high = (float(np.quantile(means, share)) for share in (0.025, 0.975))
     return Estimate(float(np.mean(values)), low, high)
 

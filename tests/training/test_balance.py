@@ -137,6 +137,9 @@ def test_what_room_unguided_answers_leave(models, tmp_path):
     met_at_the_floor = met["plain"] + met["prose"] + met["impersonal"]
     assert rows[3]["satisfied"].mean == pytest.approx(in_all / 12)
     assert rows[3]["satisfied_with_room"].mean == pytest.approx((in_all - met_at_the_floor) / 9)
+    base[1]["num_tokens"] = bench.sizes.max_tokens  # no room for more words either
+    (row,) = language_adapters.rows_by_group(bench, {language_adapters.BASE.name: base, "shouting": shout})[3:]
+    assert row["satisfied_with_room"].mean == pytest.approx((in_all - met_at_the_floor - met["detailed"]) / 8)
 
 
 def test_two_wishes_are_told_apart(models, tmp_path):

@@ -38,6 +38,15 @@ def test_bootstrap_intervals_hold_what_they_say():
     assert naive_held < 150
 
 
+def test_bootstrap_of_groups_that_differ_in_size():
+    """A value counts as much in the interval as in the mean, whatever its group's size."""
+    values, groups = [1.0] * 90 + [0.0] * 10, [f"large {i % 10}" for i in range(90)] + [f"small {i}" for i in range(10)]
+    mean, low, high = bootstrap(values, groups)
+    assert mean == 0.9
+    assert low < 0.9 < high
+    assert low > 0.7  # a mean of the groups' means would be 0.5
+
+
 def test_estimates_apart():
     assert Estimate(0.5, 0.4, 0.6).apart_from(Estimate(0.8, 0.7, 0.9))
     assert not Estimate(0.5, 0.4, 0.6).apart_from(Estimate(0.7, 0.6, 0.8))
