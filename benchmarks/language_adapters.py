@@ -1,12 +1,13 @@
 """Reward models beside each other, wish by wish, on held-out prompts of ours and on real questions.
 
-    python -m benchmarks.language_adapters NAME=FOLDER@BETA ... [--prompts 10] [--two N] [--max-tokens 128]
-        [--work FOLDER] [--output FOLDER]
+    python -m benchmarks.language_adapters NAME=FOLDER@BETA ... [--prompts 10] [--wordings 1] [--two N]
+        [--max-tokens 128] [--work FOLDER] [--output FOLDER]
 
 Each guides SmolLM2 for users with one of the language table's twelve wishes (``benchmarks/language.py``: its measures,
 wordings and settings), and on the first ``--two`` prompts for users with two of them together; beside them stands the
 wish in the prompt. Where real questions are installed (:mod:`pad_vllm.demo.questions`), as many held-out ones are
-asked. Answers are kept in the work folder as they come, and are not made again. Writes language-adapters.md and .json.
+asked. There are fewer prompts of ours, so users of these say each wish in ``--wordings`` ways. Answers are kept in the
+work folder as they come, and are not made again. Writes language-adapters.md and .json.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ FLOORED = ("lists", "person", "emphasis")
 _Records = Sequence[Mapping[str, Any]]
 
 
-def cells_of_both(num_prompts: int, num_of_two: int = 0, seed: int = 0) -> list[Cell]:
+def cells_of_both(num_prompts: int, num_of_two: int = 0, num_wordings: int = 1, seed: int = 0) -> list[Cell]:
     """A cell for each prompt and wish, in words that training did not use; then for each of the first ``num_of_two``
-    prompts and two wishes that no user of training had together."""
+    prompts and two wishes that no user of training had together; then for the other wordings of a wish on a prompt of
+    ours."""
     rng = random.Random(seed)
     groups = {OURS: wishes.prompts(held_out=True)}
     if questions.available():
@@ -62,13 +64,24 @@ def cells_of_both(num_prompts: int, num_of_two: int = 0, seed: int = 0) -> list[
         ("", num_prompts, [(value,) for value in DIRECTIONS]),
         (TWO, num_of_two, wishes.combinations(held_out=True)),
     ]
-    return [
+    cells = [
         Cell(group + how_many, prompt, values, wishes.preference(values, rng, held_out=True))
         for how_many, num, wants in wanted
         for group, prompts in groups.items()
         for prompt in prompts[:num]
         for values in wants
     ]
+    return cells + [
+        cell._replace(preference=words)
+        for cell in cells
+        if cell.group == OURS
+        for words in _other_wordings(cell, num_wordings - 1, seed)
+    ]
+
+
+def _other_wordings(cell: Cell, num: int, seed: int) -> list[str]:
+    others = [words for words in wishes.wordings(cell.values[0], held_out=True) if words != cell.preference]
+    return random.Random(f"{seed} {cell.prompt} {cell.preference}").sample(others, num)
 
 
 def answer_everything(bench: Bench, methods: Iterable[Method]) -> dict[str, _Records]:
@@ -93,7 +106,7 @@ def rows_by_group(bench: Bench, found: Mapping[str, _Records]) -> list[dict[str,
             # An unguided answer belongs to its prompt, whoever asks.
             own = [one for one in own if (one[0].prompt in asked if name == BASE.name else one[0].group == group)]
             prompts = [cell.prompt for cell, _ in own]
-            row = {"group": group, "method": name, "num_answers": len(own)} | {
+            row = {"group": group, "method": name, "num_prompts": len(asked), "num_answers": len(own)} | {
                 "loops": bootstrap([float(loops(r["text"])) for _, r in own], prompts),
                 "nll": bootstrap([r["nll"] for _, r in own], prompts),
             }
@@ -201,6 +214,8 @@ def write_side_by_side(output: Path, rows: Sequence[Mapping[str, Any]], max_toke
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         text.append(f"## {HEADINGS[group]}")
+        said = f"{own[0]['num_prompts']} of them, and {own[0]['num_answers']} unguided answers"
+        text.append(f"{said}; {own[-1]['num_answers']} answers by each other method.")
         if not group.endswith(TWO):
             text.append(what_there_can_be(own[0]))
         text.append(summary_table(rows, group))
@@ -225,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reward_models", nargs="*", metavar="NAME=FOLDER@BETA", help="without a folder: the demo's")
     parser.add_argument("--prompts", type=int, default=10, help="of ours, and as many real questions")
+    parser.add_argument("--wordings", type=int, default=1, metavar="N", help="of each wish on a prompt of ours")
     parser.add_argument("--two", type=int, default=0, metavar="N", help="prompts of users with two wishes, likewise")
     parser.add_argument("--max-tokens", type=int, default=Sizes.max_tokens, help="of an answer")
     parser.add_argument("--work", type=Path, help="where answers are kept (default: in the cache of models)")
@@ -235,7 +251,7 @@ def main() -> None:
     work = args.work or models.reward.parent / "language-adapters"
     sizes = Sizes({"one": 0, "two": 0}, max_tokens=args.max_tokens)
     bench = Bench(models, build_untrained(args.cache_dir), work, sizes)
-    bench.cells = cells_of_both(args.prompts, args.two)
+    bench.cells = cells_of_both(args.prompts, args.two, args.wordings)
     guided = [guided_by(one, models.reward) for one in args.reward_models]
     rows = rows_by_group(bench, answer_everything(bench, [prompting(bench), *guided]))
     write_side_by_side(args.output, rows, args.max_tokens)

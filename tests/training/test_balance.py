@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,17 @@ def test_what_room_unguided_answers_leave(models, tmp_path):
     base[1]["num_tokens"] = bench.sizes.max_tokens  # no room for more words either
     (row,) = language_adapters.rows_by_group(bench, {language_adapters.BASE.name: base, "shouting": shout})[3:]
     assert row["satisfied_with_room"].mean == pytest.approx((in_all - met_at_the_floor - met["detailed"]) / 8)
+
+
+def test_other_wordings_follow_what_was_answered_before():
+    once, thrice = language_adapters.cells_of_both(2), language_adapters.cells_of_both(2, num_wordings=3)
+    assert thrice[: len(once)] == once
+    assert {cell.group for cell in thrice[len(once) :]} == {"ours"}
+    said = Counter((cell.prompt, cell.values) for cell in thrice if cell.group == "ours")
+    assert set(said.values()) == {3}
+    assert len(set(thrice)) == len(thrice)
+    fewer = [cell for cell in language_adapters.cells_of_both(1, num_wordings=2) if cell.group == "ours"]
+    assert set(fewer) < set(thrice)
 
 
 def test_two_wishes_are_told_apart(models, tmp_path):
