@@ -54,9 +54,19 @@ def render(
             text = bounded_render(tokenizer, form, add_generation_prompt=generate, **variables)
         except Exception:  # a template raises what it likes
             continue
-        if isinstance(text, str) and all(m["content"].strip() in text for m in messages):
+        if isinstance(text, str) and _holds(text, [m["content"].strip() for m in messages]):
             return text
     return None
+
+
+def _holds(text: str, contents: Sequence[str]) -> bool:
+    """Whether each content stands in a text, in a time that grows with the text where most stand in this order."""
+    at = 0
+    for content in contents:
+        if (found := text.find(content, at)) < 0 and (found := text.find(content)) < 0:
+            return False
+        at = found
+    return True
 
 
 def variants(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

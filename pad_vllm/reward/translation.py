@@ -12,17 +12,21 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.chat import SEPARATOR, Kinds
 from pad_vllm.reward.chat_parser import INSERTED, UNKNOWN, WRITTEN
-from pad_vllm.reward.chat_structure import CONTENTS, ChatStructure, split_at
+from pad_vllm.reward.chat_structure import CONTENTS, ChatStructure
 from pad_vllm.reward.marked_text import ATOMS, NO_TOKEN, MarkedText, is_marker
+from pad_vllm.reward.memo import Memo, size_of
 from pad_vllm.reward.renderings import render
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+CACHE_BYTES = 2**24
+"""Of what the reward model's template writes between the contents of chats."""
 
 
 class ReadMessage(NamedTuple):
@@ -65,7 +69,7 @@ class PromptTranslator:
         """Of markers that have a counterpart in plain text"""
         names = sorted(reward.markers, key=len, reverse=True)
         self._markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._render = lru_cache(maxsize=256)(self._render_literals)
+        self._render = Memo(self._render_literals, CACHE_BYTES, size_of)
         self._kinds = Kinds()
 
     def translate(self, prompt_ids: Sequence[int]) -> list[int]:
@@ -213,20 +217,20 @@ class PromptTranslator:
 
     def _render_literals(
         self, shape: tuple[tuple[str, str, str], ...], generate: bool
-    ) -> tuple[list[int], list[str]] | None:
+    ) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
         """In which order the reward model's template writes contents (some put the system text into the last turn), and
         what it writes before, between and after them, their white space included."""
-        marks = [f"{CONTENTS[0]}{'x' * (i + 1)}{CONTENTS[1]}" for i in range(len(shape))]
         messages = [
-            {"role": role, "content": f"{left}{mark}{right}"}
-            for (role, left, right), mark in zip(shape, marks, strict=True)
+            {"role": role, "content": f"{left}{CONTENTS[0]}{i:07}{CONTENTS[1]}{right}"}
+            for i, (role, left, right) in enumerate(shape)
         ]
         text = render(self.reward.tokenizer, messages, generate)
         if text is None:
             return None
-        order = sorted(range(len(marks)), key=lambda i: text.find(marks[i]))
-        literals = split_at(text, [marks[i] for i in order])
-        return None if literals is None else (order, literals)
+        # One pass: a chat may have thousands of messages, and everybody waits.
+        parts = tuple(re.split(f"{CONTENTS[0]}([0-9]{{7,}}){CONTENTS[1]}", text))
+        order = tuple(map(int, parts[1::2]))
+        return (order, parts[::2]) if sorted(order) == list(range(len(shape))) else None
 
     def _encode(self, items: Sequence[int | str]) -> list[int]:
         """Token ids, and texts between them, each encoded as a whole."""

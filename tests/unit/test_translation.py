@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pad_vllm.reward.byte_tokens import ByteTokens
@@ -122,3 +124,15 @@ def test_contents_stand_where_the_reward_models_template_puts_them(roles):
     talk = messages(roles)
     ids = both.translate(render(both.base.tokenizer, talk, add_generation_prompt=True))
     assert as_text(both, ids) == both.reward.tokenizer.apply_chat_template(talk, tokenize=False)
+
+
+def test_a_chat_is_read_in_a_time_that_grows_with_its_length(to_turns):
+    """Everybody waits for it."""
+    talk = messages(["user", "assistant"] * 2000 + ["user"], "a")
+    ids = render(to_turns.base.tokenizer, talk, add_generation_prompt=True)
+    start = time.thread_time()
+    translated = to_turns.read(ids)
+    assert time.thread_time() - start < 3
+    assert translated.begins_answer
+    rendered = to_turns.reward.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert as_text(to_turns, translated.ids) == rendered
