@@ -133,7 +133,8 @@ _shown: dict[Path, tuple[tuple[int, int, int], Personas]] = {}
 
 
 def personas_shown(announcement: Path) -> Personas | None:
-    """The version that an engine shows; None where it shows none: another rank than its first, or just withdrawn."""
+    """The version that an engine shows, or, where the file cannot be read now, showed last; None where it shows none:
+    another rank than its first, or just withdrawn."""
     path = personas_path(announcement)
     try:
         with opened_folder(path.parent) as folder, open(open_own_file(path.name, folder), "rb") as file:
@@ -144,6 +145,9 @@ def personas_shown(announcement: Path) -> Personas | None:
                 found = stamp, Personas(**json.load(file))
                 _shown[path] = found
             return found[1]
-    except (OSError, ValueError, TypeError):
+    except FileNotFoundError:
         _shown.pop(path, None)
-        return None
+    except (OSError, ValueError, TypeError):  # this process has no descriptor left, say
+        pass
+    found = _shown.get(path)
+    return None if found is None else found[1]

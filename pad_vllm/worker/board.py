@@ -22,7 +22,7 @@ import numpy as np
 from vllm import envs
 from vllm.logger import init_logger
 
-from pad_vllm.channel import make_stats
+from pad_vllm.channel import OWNER, make_stats
 from pad_vllm.stats import NAMES, Stats
 
 logger = init_logger(f"vllm.{__name__}")
@@ -49,7 +49,7 @@ class Board:
         weakref.finalize(self, closed.set)
         if interval > 0:
             every(interval, closed, _Logger(self.values, labels[1]).log)
-        every(KEEP_INTERVAL, closed, lambda: _touch(announcement, path))
+        every(KEEP_INTERVAL, closed, lambda: keep(announcement))
 
     def show(self, stats: Stats) -> None:
         _pack_into(self._memory, 0, *_read(stats))
@@ -59,8 +59,9 @@ _read = attrgetter(*NAMES)
 _pack_into = struct.Struct(f"={len(NAMES)}d").pack_into
 
 
-def _touch(*paths: Path) -> None:
-    for path in paths:
+def keep(announcement: Path) -> None:
+    """A sign of life at an engine's announcement, all that it shows beside it, and the lock of their folder."""
+    for path in (*announcement.parent.glob(f"{announcement.stem}.*"), announcement.with_name(OWNER)):
         with contextlib.suppress(OSError):
             os.utime(path)
 

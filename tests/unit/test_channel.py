@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from pad_vllm import channel
-from pad_vllm.channel import ANNOUNCE_DIR, OWNER, Announcement
+from pad_vllm.channel import ANNOUNCE_DIR, OWNER, Announcement, stats_path
+from pad_vllm.personas import Personas, personas_path, show_personas
+from pad_vllm.worker.board import keep
 
 GUIDED = Announcement(True, head_names=("alice",))
 
@@ -154,6 +156,22 @@ def test_what_others_may_write_says_nothing(folder, monkeypatch, spoil):
             channel.announce(GUIDED, owner)
         assert channel.announce(Announcement(configured=False), owner) is None
     monkeypatch.undo()
+
+
+def test_an_engine_that_lives_long_keeps_all_of_its_files_young(folder):
+    """Temporary files of a certain age are tidied away."""
+    owner = Owner()
+    path = channel.announce(GUIDED, owner)
+    channel.make_stats(path, 64)
+    show_personas(path, Personas())
+    (folder / OWNER).touch()
+    others = folder / "others.json"
+    others.touch()
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+    keep(path)
+    kept = {file.name for file in folder.iterdir() if file.stat().st_mtime > 0}
+    assert kept == {path.name, stats_path(path).name, personas_path(path).name, OWNER}
 
 
 @pytest.mark.parametrize("full", ["announcement", "numbers"])

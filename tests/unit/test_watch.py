@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pad_vllm import channel
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.config import PADConfig
 from pad_vllm.params import PAD
-from pad_vllm.personas import Personas, personas_shown
+from pad_vllm.personas import Personas, personas_path, personas_shown
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.stats import NAMES, Stats
 from pad_vllm.worker import watch
@@ -174,6 +175,17 @@ def test_a_version_that_cannot_be_shown_is_tried_again(watched, log, monkeypatch
     assert one.number("personas_errors") == 1
     assert "no space left" in log.text
     assert one.look() == as_shown(SECOND)
+
+
+def test_a_version_that_cannot_be_read_now_is_the_last_one_that_was(watched, monkeypatch):
+    """A frontend with no descriptor left guides as before. It is not as if nobody had a persona."""
+    one = watched()
+    assert one.look() == as_shown(FIRST)
+    with monkeypatch.context() as full:
+        full.setattr(os, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+        assert personas_shown(one.announcement).arguments == as_shown(FIRST)
+    personas_path(one.announcement).unlink()
+    assert personas_shown(one.announcement) is None
 
 
 def test_a_frontend_never_sees_two_versions_at_once(watched):
