@@ -30,6 +30,7 @@ Server = tuple[str, str]
 """An engine's ``instance_id`` without its data-parallel rank, and its ``data_parallel_address``."""
 
 _serving: ContextVar[VllmConfig | None] = ContextVar("pad_serving", default=None)
+_rendering: ContextVar[bool] = ContextVar("pad_rendering", default=False)
 _servers: set[Server] = set()
 """Those that this process is a frontend of; empty as long as it has none, or nobody knows."""
 _trusted: dict[str, frozenset[tuple[Any, Any]]] = {}
@@ -41,6 +42,7 @@ def enter(scope: Scope) -> VllmConfig | None:
     client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
     vllm_config = getattr(client, "vllm_config", None)
     _serving.set(vllm_config)
+    _rendering.set(str(scope.get("path", "")).endswith("/render"))
     if vllm_config is not None:
         _servers.add(server(vllm_config))
     return vllm_config
@@ -105,6 +107,11 @@ def own(vllm_config: VllmConfig | None = None) -> dict[Path, Announcement]:
 def is_serving() -> bool:
     """Whether this is done for a request of an API server's, whose parameters are its own."""
     return _serving.get() is not None
+
+
+def is_rendering() -> bool:
+    """Whether the client gets the request back, as tokens and parameters that it may send later."""
+    return _rendering.get()
 
 
 def personas_of(own: Mapping[Path, Announcement]) -> dict[Path, Personas]:

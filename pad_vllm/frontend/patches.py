@@ -7,7 +7,9 @@ says what the server's guidance is (:mod:`.about`); and ``pad_*`` under the ``/m
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +72,8 @@ def _refuse_early(make_params: Callable) -> Callable:
         pass_cache_salt(request, params)
         # Without an engine it only renders, or it is no API server, and the engine's own check is early enough.
         if any(is_ours(key) for key in params.extra_args or {}) and engines.of_this_request() is not None:
-            admission.validate(params)
+            # What a persona says is for the engine alone, not for a client that gets its request back.
+            admission.validate(copy.copy(params) if engines.is_rendering() else params)
         return params
 
     return make
@@ -85,6 +88,8 @@ def pass_cache_salt(request: Any, params: Any) -> None:
     salt = getattr(request, "cache_salt", None)
     if not salt:
         return
+    if not salt.strip():  # vLLM takes white space; for PAD it would be no text
+        salt = f"white space {hashlib.sha256(salt.encode()).hexdigest()}"
     given = params.extra_args or {}
     if given.get(SALT, salt) != salt:
         raise ValueError(f"{SALT}={shown(given[SALT])}: the request's cache_salt is another; leave one of them out")

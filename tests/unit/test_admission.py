@@ -20,7 +20,7 @@ import vllm
 
 from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
-from pad_vllm.frontend import admission, collector, engines
+from pad_vllm.frontend import admission, collector, engines, patches
 from pad_vllm.params import ADMITTED, PAD
 from pad_vllm.personas import Admitted, Personas, admitted_persona, show_personas
 from pad_vllm.reward.template import PromptTemplate
@@ -270,9 +270,9 @@ def serves(monkeypatch):
     """Makes this process the frontend of an engine, as a request or the start of an API server does."""
     monkeypatch.setattr(engines, "_servers", set())
 
-    def serve(config: SimpleNamespace) -> None:
+    def serve(config: SimpleNamespace, path: str = "") -> None:
         client = SimpleNamespace(vllm_config=config)
-        engines.enter({"app": SimpleNamespace(state=SimpleNamespace(engine_client=client))})
+        engines.enter({"path": path, "app": SimpleNamespace(state=SimpleNamespace(engine_client=client))})
 
     yield serve
     engines.enter({})
@@ -489,6 +489,25 @@ def test_a_request_goes_by_the_personas_of_its_admission(monkeypatch):
     for fake in ({"name": "alice", "arguments": {"pad_beta": 3}}, "alice"):
         with pytest.raises(ValueError, match=r"pad_admitted=.*: no such argument; a persona is named by pad_persona"):
             validate(pad_persona="ben", pad_admitted=fake)
+
+
+def test_a_rendered_request_shows_nothing_of_its_persona_and_can_be_sent(serves):
+    """An API server renders a request and gives it back, for its client to send as tokens."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    patches.install()
+    config = engine_config("a")
+    owner = announce(GUIDED, config, terse=PAD(beta=3.0, cache_salt="its operator's secret"))
+    serves(config, path="/v1/completions/render")
+    named = {"pad_persona": "terse"}
+    request = CompletionRequest(model="base", prompt="a", vllm_xargs=named)
+    assert request.to_sampling_params(8, {}).extra_args == named
+    with pytest.raises(ValueError, match="no such persona"):
+        CompletionRequest(model="base", prompt="a", vllm_xargs={"pad_persona": "bob"}).to_sampling_params(8, {})
+    serves(config, path="/v1/completions")
+    params = request.to_sampling_params(8, {})
+    assert admitted_persona(params.extra_args) == PAD(beta=3.0, cache_salt="its operator's secret")
+    del owner
 
 
 def test_frontends_go_by_the_first_of_a_servers_engines():

@@ -12,6 +12,7 @@ import pytest
 from pad_vllm import channel
 from pad_vllm.frontend import patches
 from pad_vllm.frontend.http import SCORING_ENDPOINTS, UNGUIDED_ENDPOINTS, RefuseMisplaced, misplaced, unguided
+from pad_vllm.params import PAD
 
 pytestmark = pytest.mark.every_release
 
@@ -330,6 +331,9 @@ def test_a_requests_own_cache_salt_separates_users_in_the_reward_model_too():
         both = request_class(model="base", cache_salt="tenant", vllm_xargs={"pad_cache_salt": "other"}, **body)
         with pytest.raises(ValueError, match="pad_cache_salt='other': the request's cache_salt is another"):
             both.to_sampling_params(8, {})
+        blank = [request_class(model="base", cache_salt=salt, **body) for salt in (" ", "\t" * 128)]  # vLLM takes them
+        salts = {PAD.from_extra_args(one.to_sampling_params(8, {}).extra_args).cache_salt for one in blank}
+        assert len(salts) == 2
     request = SimpleNamespace(cache_salt="tenant", sampling_params=vllm.SamplingParams())
     with pytest.raises(AttributeError, match="_check_model"):  # it went on to vLLM's own, which has no server here
         asyncio.run(ServingTokens.serve_tokens(object(), request))
