@@ -52,8 +52,7 @@ def check_one_or_more(key: str, value: Any, wanted: str, each: str) -> str | tup
 
 def as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Of one text, several, or none."""
-    if value is None:
-        return ()
+    value = () if value is None else value
     return (value,) if isinstance(value, str) else value
 
 
@@ -226,6 +225,15 @@ class PAD:
     def adapters(self) -> tuple[str, ...]:
         """However many there are."""
         return as_tuple(self.adapter)
+
+    @property
+    def read_preferences(self) -> tuple[str, ...]:
+        """Those that the reward model reads: not those whose weights add up to 0."""
+        num, totals = max(self.num_contexts, 1), dict[tuple[str, str], float]()
+        texts, adapters = (one * num if len(one) < 2 else one for one in (self.preferences, self.adapters or ("",)))
+        for text, adapter, weight in zip(texts, adapters, self.preference_weights or (1.0,) * num, strict=False):
+            totals[text, adapter] = totals.get((text, adapter), 0.0) + weight
+        return tuple(dict.fromkeys(text for (text, _), total in totals.items() if total))
 
     @property
     def num_contexts(self) -> int:

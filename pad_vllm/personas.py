@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,8 @@ def prefixed(arguments: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 class Admitted(dict):
-    """A request's persona as it was when the request was admitted: its ``name`` and ``arguments``, the ``version`` of
-    the personas that it is of, and the ``num_tokens`` that its longest preference adds to a prompt.
+    """A request's persona as it was when the request was admitted: its ``name`` and ``arguments``, and the ``version``
+    of the personas that it is of.
 
     It travels in the request's own arguments, under :data:`~pad_vllm.params.ADMITTED`. Only admission makes one: what
     comes from a client is of another type.
@@ -81,32 +81,31 @@ def admitted_persona(extra_args: Mapping[str, Any] | None) -> PAD | None:
     return None if admitted is None else PAD.from_extra_args(admitted["arguments"])
 
 
+def with_persona(asked: PAD, admitted: Admitted | None) -> PAD:
+    """A request's own fields over those of its persona."""
+    persona = None if admitted is None else PAD.from_extra_args(admitted["arguments"])
+    return asked.over(persona or PAD())
+
+
 @dataclass(frozen=True)
 class Personas:
     """A version of a server's personas."""
 
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> request arguments."""
-    num_tokens: Mapping[str, int] = field(default_factory=dict)
-    """That the longest preference of each adds to a prompt."""
     version: int = 0
     """The first 48 bits of their SHA-256: equal personas have equal versions, in every engine of every server."""
 
     @classmethod
-    def of(cls, personas: Mapping[str, PAD], num_added_tokens: Callable[[str], int]) -> Personas:
-        """``num_added_tokens``: that a preference adds to a prompt."""
+    def of(cls, personas: Mapping[str, PAD]) -> Personas:
         arguments = {name: persona.extra_args() for name, persona in personas.items()}
         digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).digest()
-        return cls(
-            arguments,
-            {name: max(map(num_added_tokens, one.preferences), default=0) for name, one in personas.items()},
-            int.from_bytes(digest[:VERSION_BYTES], "big"),
-        )
+        return cls(arguments, int.from_bytes(digest[:VERSION_BYTES], "big"))
 
     def admit(self, name: str) -> Admitted:
         """Raises ValueError for an unknown persona."""
         arguments = dict(self.arguments[check_persona(name, self.arguments)])
-        return Admitted(name=name, arguments=arguments, version=self.version, num_tokens=self.num_tokens[name])
+        return Admitted(name=name, arguments=arguments, version=self.version)
 
 
 def shown_version(version: int) -> str:
@@ -123,7 +122,7 @@ def show_personas(announcement: Path, personas: Personas) -> None:
     """Let the frontends go by a version, for requests that come from now on. Raises OSError where it cannot be
     written."""
     path = personas_path(announcement)
-    content = {"arguments": personas.arguments, "num_tokens": personas.num_tokens, "version": personas.version}
+    content = {"arguments": personas.arguments, "version": personas.version}
     with opened_folder(path.parent) as folder:
         os.close(write_whole(path.name, folder, json.dumps(content).encode()))
 

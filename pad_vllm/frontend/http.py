@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pad_vllm.checks import shown_name
-from pad_vllm.frontend import admission, engines
+from pad_vllm.frontend import admission, engines, prompts
 from pad_vllm.params import LIKE_OURS, is_known, is_ours
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class RefuseMisplaced:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         vllm_config = engines.enter(scope)
         if scope["type"] == "lifespan" and vllm_config is not None:
-            admission.prepare(vllm_config)
+            prompts.prepare(vllm_config)
         if scope["type"] != "http" or scope["method"] != "POST" or _content_type(scope) in FORMS:
             return await self.app(scope, receive, send)
         received: list[Message] = []

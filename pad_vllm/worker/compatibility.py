@@ -133,7 +133,7 @@ class Fit:
 
     def personas(self) -> Personas:
         """As frontends are shown them."""
-        return Personas.of(self.config.personas, len if self.template is None else self.template.num_added_tokens)
+        return Personas.of(self.config.personas)
 
     def on_another_thread(self) -> Fit:
         """The same, with a tokenizer of its own to check personas by."""

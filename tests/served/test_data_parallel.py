@@ -179,7 +179,7 @@ def test_beam_search_with_guidance_is_refused(server, path):
 
 def wait_for_version(server: Server, personas: dict[str, PAD]) -> None:
     """Until both engines show these personas."""
-    expected, deadline = Personas.of(personas, len).version, time.monotonic() + 60
+    expected, deadline = Personas.of(personas).version, time.monotonic() + 60
     while metric_of_each(server, "personas_version") != [expected] * 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)

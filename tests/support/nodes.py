@@ -101,7 +101,7 @@ def another_server(shared: Path) -> Iterator[None]:
         its = Announcement(True, instance_id="theirs", data_parallel_address="192.0.2.1:1")
         path = pad_vllm.channel.announce(its, engine)
         assert path is not None
-        show_personas(path, Personas.of({"theirs": PAD(beta=1.0)}, len))
+        show_personas(path, Personas.of({"theirs": PAD(beta=1.0)}))
         yield
     finally:
         del engine

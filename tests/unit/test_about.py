@@ -60,7 +60,7 @@ def client_of(tmp_path, monkeypatch) -> Iterator[Callable[..., TestClient]]:
             path = channel.announce(announcement, alive[-1])
             assert path is not None
             personas = {name: PAD.from_extra_args(prefixed(one)) or PAD() for name, one in PERSONAS.items()}
-            show_personas(path, Personas.of(personas, len))
+            show_personas(path, Personas.of(personas))
         app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(list(args)), ("generate",))
         app.state.engine_client = SimpleNamespace(vllm_config=config)
         return TestClient(app)

@@ -20,14 +20,16 @@ import vllm
 
 from pad_vllm import PADLogitsProcessor, channel, plugin
 from pad_vllm.channel import ANNOUNCE_DIR, Announcement
-from pad_vllm.frontend import admission, collector, engines, patches
+from pad_vllm.frontend import collector, engines, patches, prompts
 from pad_vllm.params import ADMITTED, PAD
 from pad_vllm.personas import Admitted, Personas, admitted_persona, show_personas
+from pad_vllm.reward.byte_tokens import ByteTokens
 from pad_vllm.reward.template import PromptTemplate
+from pad_vllm.reward.translation import PromptTranslator
 from pad_vllm.stats import NAMES
-from tests.support.chats import tokenizer_of
+from tests.support.chats import CHATML_DEFAULT, tokenizer_of
 from tests.support.malformed import GOOD, malformed
-from tests.support.tokenizers import like_gemma, like_qwen
+from tests.support.tokenizers import CHATML, TURNS, like_gemma, like_qwen, make
 
 pytestmark = pytest.mark.every_release
 
@@ -61,7 +63,7 @@ def validate(**extra_args) -> PAD | None:
 def show(owner: Owner, announcement: Announcement, **personas: PAD) -> Path:
     """Announce an engine with personas."""
     path = channel.announce(announcement, owner)
-    show_personas(path, Personas.of(personas, len))
+    show_personas(path, Personas.of(personas))
     return path
 
 
@@ -383,7 +385,7 @@ def test_prompts_that_a_strict_engine_would_not_understand_are_refused(kind, ser
     ask(chat)
     owners = [announce(replace(announcement, chat="auto"), config)]
     ask(critic, pad_preference="formal")
-    monkeypatch.setattr(admission, "chat_format", pytest.fail)  # what was read at the start is kept
+    monkeypatch.setattr(prompts, "chat_format", pytest.fail)  # what was read at the start is kept
     owners = [announce(announcement, config)]
     refused(critic, pad_preference="formal")
     del owners
@@ -451,9 +453,65 @@ def test_a_chat_is_counted_without_its_markers_spelled(tmp_path):
         lengths.append(ids)
     theirs, own = lengths
     spelled = like_gemma().encode(like_qwen().decode(theirs), add_special_tokens=False)
-    assert admission._num_translated(*names, theirs) <= len(own) < len(spelled)
+    assert prompts._num_translated(*names, theirs) <= len(own) < len(spelled)
     text = like_qwen().encode("the rain keeps falling " * 20)
-    assert admission._num_translated(*names, text) > 40
+    assert prompts._num_translated(*names, text) > 40
+
+
+TALK = [{"role": "user", "content": "why"}]
+SYSTEM = [{"role": "system", "content": "Be kind."}, *TALK]
+
+
+def test_a_system_message_that_a_template_writes_by_itself_is_not_counted(tmp_path):
+    """The reward model's template has its own, or none."""
+    base, reward = make("byte-level", 600, CHATML_DEFAULT), make("replace", 900, TURNS)
+    names = [
+        json.dumps({"pretrained_model_name_or_path": save(one, tmp_path / name)})
+        for name, one in (("base", base), ("reward", reward))
+    ]
+    for talk in (TALK, SYSTEM):
+        ids = base.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        translated = PromptTranslator(ByteTokens(base, "base"), ByteTokens(reward, "reward"), {}).translate(ids)
+        assert prompts._num_translated(*names, ids) <= len(translated)
+
+
+@pytest.mark.parametrize("talk", [TALK, SYSTEM], ids=["user", "system"])
+@pytest.mark.parametrize("template", ["{preference}\n\n{prompt}", "Guidelines: {preference} {prompt}"])
+def test_a_chat_is_counted_as_the_engine_composes_it(template, talk, serves, tmp_path):
+    """With the blank line after a system message. Of several preferences those count that are read."""
+    tokenizer = make("byte-level", 600, CHATML)
+    served = save(tokenizer, tmp_path / "base")
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    prompt = {"prompt_token_ids": ids}
+    config, reward = engine_config("chat", model={"tokenizer": served}), {"pretrained_model_name_or_path": served}
+    serves(config)
+    long, short = "Be concise, and formal.", "x"
+    composed = PromptTemplate(tokenizer, template)
+    for text, asked in (
+        (long, {"pad_preference": long}),
+        (long, {"pad_preference": [short, long]}),
+        (short, {"pad_preference": [short, long], "pad_preference_weights": [1, 0]}),
+        (short, {"pad_preference": [short, long, long], "pad_preference_weights": [1, 0.5, -0.5]}),
+        (long, {"pad_persona": "long"}),
+        (short, {"pad_persona": "short"}),
+        (short, {"pad_persona": "short", "pad_beta": 2}),
+        (long, {"pad_persona": "short", "pad_preference_weights": [0, 1]}),
+    ):
+        for room in (0, -1):
+            most = len(composed.compose(ids, text)) + room
+            personas = {
+                "long": PAD(preference=long),
+                "short": PAD(preference=(short, long), preference_weights=(1.0, 0.0)),
+            }
+            owner = announce(Announcement(True, (), 1, 100, reward, template, max_context_len=most), config, **personas)
+            if room < 0:
+                with pytest.raises(ValueError, match=f"1 more than the reward model's {most} positions"):
+                    validate(**asked)
+            else:
+                validate(**asked)
+            del owner
+            gc.collect()
+    assert prompt
 
 
 def test_a_request_goes_by_the_personas_of_its_admission(monkeypatch):
@@ -472,7 +530,7 @@ def test_a_request_goes_by_the_personas_of_its_admission(monkeypatch):
     assert admitted_persona(sent.extra_args) == PERSONAS["alice"]
     assert admitted_persona(unasked.extra_args) == PERSONAS["ben"]
     version = params.extra_args[ADMITTED]["version"]
-    show_personas(path, Personas.of({"alice": other, "ben": other}, len))
+    show_personas(path, Personas.of({"alice": other, "ben": other}))
     with monkeypatch.context() as served:
         served.setattr(engines, "is_serving", lambda: True)
         for one in (params, unasked):
@@ -483,7 +541,7 @@ def test_a_request_goes_by_the_personas_of_its_admission(monkeypatch):
         assert admitted_persona(one.extra_args) == other
     assert params.extra_args[ADMITTED]["version"] != version
     assert admitted_persona(sent.extra_args) == PERSONAS["alice"]
-    show_personas(path, Personas.of({"ben": other}, len))
+    show_personas(path, Personas.of({"ben": other}))
     with pytest.raises(ValueError, match="pad_persona='alice': no such persona"):
         PADLogitsProcessor.validate_params(params)
     for fake in ({"name": "alice", "arguments": {"pad_beta": 3}}, "alice"):
@@ -522,7 +580,7 @@ def test_frontends_go_by_the_first_of_a_servers_engines():
     own = channel.announced()
     assert [engines.personas_of(own)[path].arguments["a"] for path in paths] == [{"pad_beta": 1.0}] * 2
     assert validate(pad_persona="a") == PAD(beta=1)
-    show_personas(paths[0], Personas.of({"a": PAD(beta=5)}, len))
+    show_personas(paths[0], Personas.of({"a": PAD(beta=5)}))
     assert validate(pad_persona="a") == PAD(beta=5)
     del owners[0], owner
     gc.collect()

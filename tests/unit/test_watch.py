@@ -95,7 +95,7 @@ def test_what_replaces_the_file_is_taken_at_once(watched, log):
     assert one.look() == as_shown(FIRST)
     assert one.number("personas_version") == version
     assert one.number("personas_errors") == 0
-    other = Personas.of({name: PAD.from_extra_args(args) for name, args in as_shown(FIRST).items()}, len)
+    other = Personas.of({name: PAD.from_extra_args(args) for name, args in as_shown(FIRST).items()})
     assert version == other.version > 2**32
 
 
