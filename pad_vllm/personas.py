@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pad_vllm.channel import open_own_file, opened_folder, write_whole
-from pad_vllm.checks import check_int, check_text
+from pad_vllm.checks import check_int, check_text, shown
 from pad_vllm.params import ADMITTED, PAD, PREFIX, check_adapters, check_persona
 
 VERSION_BYTES = 6
@@ -34,13 +34,13 @@ def read_personas(personas: Any, max_top_k: int, adapters: Collection[str] | Non
         ValueError: naming the persona, the argument, its value and what is allowed.
     """
     if not isinstance(personas, Mapping):
-        raise ValueError(f"pad.personas={personas!r}: must be an object of name -> request arguments")
+        raise ValueError(f"pad.personas={shown(personas)}: must be an object of name -> request arguments")
     read: dict[str, PAD] = {}
     for name, arguments in personas.items():
-        key = f"pad.personas[{name!r}]"
+        key = f"pad.personas[{shown(name)}]"
         check_text("pad.personas: a name", name)
         if not isinstance(arguments, Mapping) or not arguments:
-            raise ValueError(f"{key}={arguments!r}: must be an object with at least one request argument")
+            raise ValueError(f"{key}={shown(arguments)}: must be an object with at least one request argument")
         try:
             persona = PAD.from_extra_args(prefixed(arguments)) or PAD()
             if persona.persona is not None:

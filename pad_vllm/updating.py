@@ -149,7 +149,8 @@ def _replace(path: Path, status: os.stat_result | None, content: bytes) -> bool:
         status: of what is there, and locked, when it was read; None where there was nothing.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    written = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    mode = 0o666 if status is None else 0o600  # others read it when it has the permissions of what is there
+    written = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(written, "wb") as opened:
             opened.write(content)

@@ -6,6 +6,7 @@ known on the device alone where drafts are verified, so that is where :meth:`Ada
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,14 @@ def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -
     )
 
 
+def _check_finite(lora: LoRAModel) -> None:
+    """Raise ValueError for what is no number. Of an output head's change all contexts take a part, if only 0 of it."""
+    for name, weights in lora.loras.items():
+        matrices = [one for one in (weights.lora_a, weights.lora_b) if one is not None]
+        if not (math.isfinite(weights.scaling) and all(one.isfinite().all() for one in matrices)):
+            raise ValueError(f"its change to {name} is not finite in {matrices[0].dtype}")
+
+
 def module_of(tensor_name: str) -> str:
     """``model.layers.0.mlp.up_proj`` of ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
     name = tensor_name.removeprefix("base_model.model.")
@@ -167,6 +176,7 @@ class Adapters:
         for number, folder in enumerate(folders, 1):
             try:
                 lora = self._load(folder, number, vllm_config.lora_config)
+                _check_finite(lora)
                 of_head += [(number - 1, lora.loras.pop(name)) for name in [*lora.loras] if _last(name) == OUTPUT_HEAD]
                 self._check(lora)
                 self._check_head(of_head, vllm_config.model_config.get_hidden_size())

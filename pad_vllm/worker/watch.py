@@ -94,8 +94,8 @@ class PersonasWatch:
         """Of the file that was read last, and of the last look"""
         self.refused = b""
         """Digest of the version that was refused last"""
-        self.checked_by: Fit | None = None
-        """Made when it is needed"""
+        # Now, since everybody waits while a tokenizer is copied.
+        self.checked_by = fits if fits.config.personas_file is None else fits.on_another_thread()
         try:
             self.show(fits)
         except OSError as error:
@@ -152,7 +152,6 @@ class PersonasWatch:
         try:
             if self.taken == Look():
                 raise ValueError(f"pad.personas={self.path!r}: the file is gone")
-            self.checked_by = self.checked_by or self.fits.on_another_thread()
             new = self.checked_by.with_personas(parse_file("pad.personas", self.path, content))
         except Exception as error:  # whatever a parser raises
             return self.refuse(content, error)

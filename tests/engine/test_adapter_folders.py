@@ -4,6 +4,7 @@ model that guides itself."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -133,6 +134,9 @@ def num_own_parameters(llm) -> int:
             r"its change to model.layers.0.self_attn.q_proj has the shape \[96, 96\], but the layer has",
         ),
         ({"num_hidden_layers": 3}, "it has weights for model.layers.2.self_attn.q_proj, which is not a linear layer"),
+        ({"targets": ["lm_head"], "value": math.nan}, "its change to lm_head is not finite in torch.float32"),
+        ({"value": math.inf}, "its change to model.layers.0.self_attn.q_proj is not finite"),
+        ({"lora_alpha": math.nan}, "its change to model.layers.0.self_attn.q_proj is not finite"),
         ({"remove": "adapter_model.safetensors"}, "no weights in it"),
         ({"remove": "adapter_config.json"}, "no adapter_config.json in it"),
     ],
@@ -142,6 +146,7 @@ def test_what_cannot_be_an_adapter_stops_the_start(how, message, models, tmp_pat
 
     how = dict(how)
     base, targets, removed = models.base, how.pop("targets", ["q_proj"]), how.pop("remove", None)
+    value = how.pop("value", None)
     if how.keys() & {"hidden_size", "num_hidden_layers", "vocab_size"}:
         base = make_model(tmp_path / "base", seed=5, **how)
         how = {}
@@ -150,6 +155,11 @@ def test_what_cannot_be_an_adapter_stops_the_start(how, message, models, tmp_pat
     file.write_text(json.dumps(json.loads(file.read_text()) | how))
     if removed:
         (tmp_path / "adapter" / removed).unlink()
+    if value is not None:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        next(tensor for name, tensor in tensors.items() if "lora_B" in name)[-1, 0] = value
+        save_file(tensors, file)
     with pytest.raises(ValueError, match=r"pad.adapters\['mine'\]=.*" + message):
         start(models, reward_model="base", adapters={"mine": str(tmp_path / "adapter")})
 

@@ -104,6 +104,20 @@ def test_json_and_a_file_that_is_not_there_yet(tmp_path):
     assert personas["ada"].preference_weights == (1.0, -0.5)
 
 
+def test_nobody_else_reads_a_private_file_while_it_is_written(file, monkeypatch):
+    file.chmod(0o600)
+    sync, seen = os.fsync, []
+
+    def look(written: int) -> None:
+        seen.extend(stat.S_IMODE(one.stat().st_mode) for one in file.parent.iterdir())
+        sync(written)
+
+    chown = os.fchown
+    monkeypatch.setattr(updating.os, "fchown", lambda written, *owner: (look(written), chown(written, *owner)))
+    update_personas(file, "ada", ADA)
+    assert seen == [0o600] * 2
+
+
 def test_permissions_and_links_stay(file, tmp_path):
     file.chmod(0o640)
     link = tmp_path / "link.yaml"

@@ -146,6 +146,17 @@ def test_a_broken_version_changes_nothing_and_says_so_once(watched, log):
     assert one.look() == as_shown(SECOND)
 
 
+def test_what_is_small_and_long_when_it_is_written_out_is_refused(watched, log):
+    """A few hundred bytes whose aliases stand for 9 ** 12 words."""
+    one = watched(suffix=".yaml")
+    one.look(2)
+    lists = [f"&l{i} [{', '.join([f'*l{i - 1}' if i else 'x'] * 9)}]" for i in range(12)]
+    one.replace(f"a: [{', '.join(lists)}]\n")
+    assert one.look() == as_shown(FIRST)
+    assert "must be an object with at least one request argument" in log.text
+    assert len(log.text) < 1000
+
+
 def test_a_file_that_is_gone_is_a_broken_version(watched, log):
     one = watched()
     one.look(2)
