@@ -81,7 +81,7 @@ def admitted_persona(extra_args: Mapping[str, Any] | None) -> PAD | None:
     return None if admitted is None else PAD.from_extra_args(admitted["arguments"])
 
 
-def with_persona(asked: PAD, admitted: Admitted | None) -> PAD:
+def over_persona(asked: PAD, admitted: Admitted | None) -> PAD:
     """A request's own fields over those of its persona."""
     persona = None if admitted is None else PAD.from_extra_args(admitted["arguments"])
     return asked.over(persona or PAD())

@@ -14,7 +14,7 @@ from pad_vllm.channel import ANNOUNCE_DIR, Announcement
 from pad_vllm.checks import check_int, shown
 from pad_vllm.config import read_pad
 from pad_vllm.frontend import engines
-from pad_vllm.frontend.prompts import check_prompt, template_of
+from pad_vllm.frontend.prompts import check_prompt, room, template_of
 from pad_vllm.params import (
     ADMITTED,
     MAX_LOGIT_BIAS,
@@ -24,7 +24,7 @@ from pad_vllm.params import (
     check_num_chars,
     check_weights,
 )
-from pad_vllm.personas import Admitted, Personas, with_persona
+from pad_vllm.personas import Admitted, Personas, over_persona
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -59,6 +59,8 @@ def validate(sampling_params: SamplingParams) -> None:
     else:
         check_logit_bias(sampling_params.logit_bias)
         admitted = _validate_asked(asked, vllm_config, prompt_ids, kept)
+    if engines.is_serving() and vllm_config is not None and prompt_ids is not None:
+        _limit(sampling_params, asked or PAD(), admitted, vllm_config, prompt_ids)
     if admitted is not None:
         sampling_params.extra_args = {**extra_args, ADMITTED: admitted}
     elif before is not None:
@@ -85,6 +87,25 @@ def _validate_asked(
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _limit(
+    sampling_params: SamplingParams,
+    asked: PAD,
+    admitted: Admitted | None,
+    vllm_config: VllmConfig,
+    prompt_ids: Sequence[int],
+) -> None:
+    """Let an answer end by its length where the reward model's longest context is full, as it ends at
+    ``max_model_len``. Only an API server's parameters are its own to change; others' answers end by their end token."""
+    most = vllm_config.model_config.max_model_len - len(prompt_ids)
+    if sampling_params.max_tokens is not None:
+        most = min(most, sampling_params.max_tokens)
+    guiding = (one for one in engines.own(vllm_config).values() if asked.asks_for_guidance or one.guides_all)
+    found = min((room(engine, asked, admitted, vllm_config, prompt_ids, most) for engine in guiding), default=most)
+    if found < most:
+        sampling_params.max_tokens = found
+        sampling_params.min_tokens = min(sampling_params.min_tokens, found)
 
 
 def _persona(engine: Announcement, personas: Personas, asked: PAD) -> Admitted | None:
@@ -174,7 +195,7 @@ def check_request(
         template_of(announcement.tokenizer, announcement, vllm_config).check_preferences(asked.preferences)
     if asked.adapter is not None:
         check_adapters(asked.adapters, announcement.adapters)
-    with_persona(asked, admitted)  # lists and weights of other lengths
+    over_persona(asked, admitted)  # lists and weights of other lengths
     if prompt_ids is not None:
         check_prompt(announcement, asked, admitted, vllm_config, prompt_ids)
 

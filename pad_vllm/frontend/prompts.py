@@ -18,7 +18,7 @@ from pad_vllm.checks import shown
 from pad_vllm.errors import one_line
 from pad_vllm.frontend import engines
 from pad_vllm.params import PAD
-from pad_vllm.personas import Admitted, with_persona
+from pad_vllm.personas import Admitted, over_persona
 from pad_vllm.reward.chat import chat_format
 from pad_vllm.reward.chat_structure import CONTENTS
 from pad_vllm.reward.renderings import render
@@ -51,7 +51,7 @@ def check_prompt(
     """Raise ValueError for a prompt that the engine would not guide. The worker checks what cannot be known here."""
     if announcement.chat == "strict" and vllm_config is not None:
         is_misread = _misreads(announcement, vllm_config)
-        if (announcement.base_tokenizer or with_persona(asked, admitted).read_preferences) and is_misread(prompt_ids):
+        if (announcement.base_tokenizer or over_persona(asked, admitted).read_preferences) and is_misread(prompt_ids):
             raise ValueError(
                 "the prompt begins as a chat, but with no message that the chat template writes, and this server "
                 "refuses such prompts (pad.chat='strict'); send messages for the template to render, or plain text"
@@ -72,12 +72,12 @@ def check_prompt_len(
     A context is composed only where that decides. With another tokenizer a translated prompt is as long as the reward
     model's tokenizer makes its text; the worker counts exactly, and ends what does not fit.
     """
-    most, num_prompt, added = announcement.max_context_len, len(prompt_ids), 0
-    if announcement.tokenizer is not None and (texts := with_persona(asked, admitted).read_preferences):
-        template = template_of(announcement.tokenizer, announcement, vllm_config)
-        added = max(map(template.num_added_tokens, texts))
-        if announcement.base_tokenizer is None and abs(num_prompt + added - most) <= MAX_SEAM_TOKENS:
-            added = _num_added(announcement, vllm_config, prompt_ids, texts) or added
+    most, num_prompt = announcement.max_context_len, len(prompt_ids)
+    texts = over_persona(asked, admitted).read_preferences
+    added = _num_added(announcement, vllm_config, texts)
+    if announcement.base_tokenizer is None and abs(num_prompt + added - most) <= MAX_SEAM_TOKENS:
+        composed = _longest_context(announcement, vllm_config, prompt_ids, texts)
+        added = added if composed is None else composed - num_prompt
     if announcement.base_tokenizer is not None:
         if announcement.tokenizer is None or (num_prompt * LONG_TOKEN) + added <= most:
             return
@@ -91,16 +91,47 @@ def check_prompt_len(
         )
 
 
-def _num_added(
+def room(
+    announcement: Announcement,
+    asked: PAD,
+    admitted: Admitted | None,
+    vllm_config: VllmConfig,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+) -> int:
+    """How many of ``num_tokens`` an answer has room for in the reward model's longest context, which the last of them
+    never enters. With another tokenizer nobody knows yet: the worker ends what is full."""
+    most = announcement.max_context_len
+    if not most or announcement.base_tokenizer is not None:
+        return num_tokens
+    texts = over_persona(asked, admitted).read_preferences
+    at_most = len(prompt_ids) + _num_added(announcement, vllm_config, texts) + MAX_SEAM_TOKENS
+    if at_most + num_tokens <= most:
+        return num_tokens
+    composed = _longest_context(announcement, vllm_config, prompt_ids, texts)
+    return num_tokens if composed is None else min(num_tokens, most - composed + 1)
+
+
+def _num_added(announcement: Announcement, vllm_config: VllmConfig | None, texts: Sequence[str]) -> int:
+    """What the longest of some preferences adds to a plain prompt."""
+    if announcement.tokenizer is None:
+        return 0
+    template = template_of(announcement.tokenizer, announcement, vllm_config)
+    return max(map(template.num_added_tokens, texts), default=0)
+
+
+def _longest_context(
     announcement: Announcement, vllm_config: VllmConfig | None, prompt_ids: Sequence[int], texts: Sequence[str]
 ) -> int | None:
-    """What the longest of some preferences adds to a prompt, as the engine composes them; None where that cannot be
-    told."""
+    """The tokens of a prompt with the longest of some preferences, as the engine composes them; None where that cannot
+    be told."""
+    if not texts:
+        return len(prompt_ids)
     if vllm_config is None:
         return None
     try:
         template = _composer(*_tokenizers(announcement, vllm_config), *_places(announcement))
-        return max(len(template.compose(prompt_ids, text)) for text in texts) - len(prompt_ids)
+        return max(len(template.compose(prompt_ids, text)) for text in texts)
     except Exception as error:  # of a tokenizer or a template
         logger.warning("The frontend cannot compose a context, so the engine decides whether it fits: %r", error)
         return None

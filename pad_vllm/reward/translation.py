@@ -25,7 +25,7 @@ from pad_vllm.reward.renderings import render
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-CACHE_BYTES = 2**24
+CHATS_BYTES = 2**24
 """Of what the reward model's template writes between the contents of chats."""
 
 
@@ -69,7 +69,7 @@ class PromptTranslator:
         """Of markers that have a counterpart in plain text"""
         names = sorted(reward.markers, key=len, reverse=True)
         self._markers = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._render = Memo(self._render_literals, CACHE_BYTES, size_of)
+        self._render = Memo(self._render_literals, CHATS_BYTES, size_of)
         self._kinds = Kinds()
 
     def translate(self, prompt_ids: Sequence[int]) -> list[int]:

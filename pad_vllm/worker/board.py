@@ -49,7 +49,7 @@ class Board:
         weakref.finalize(self, closed.set)
         if interval > 0:
             every(interval, closed, _Logger(self.values, labels[1]).log)
-        every(KEEP_INTERVAL, closed, lambda: keep(announcement))
+        every(KEEP_INTERVAL, closed, lambda: touch_files(announcement))
 
     def show(self, stats: Stats) -> None:
         _pack_into(self._memory, 0, *_read(stats))
@@ -59,7 +59,7 @@ _read = attrgetter(*NAMES)
 _pack_into = struct.Struct(f"={len(NAMES)}d").pack_into
 
 
-def keep(announcement: Path) -> None:
+def touch_files(announcement: Path) -> None:
     """A sign of life at an engine's announcement, all that it shows beside it, and the lock of their folder."""
     for path in (*announcement.parent.glob(f"{announcement.stem}.*"), announcement.with_name(OWNER)):
         with contextlib.suppress(OSError):

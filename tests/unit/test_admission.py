@@ -251,7 +251,7 @@ def engine_config(instance_id: str, address: str = "127.0.0.1", data_parallel_si
     """What the frontend reads of its VllmConfig."""
     parallel = {"data_parallel_master_ip": address, "data_parallel_rpc_port": 1, "local_engines_only": False}
     model = {"trust_remote_code": False, "model": "b", "revision": None, "tokenizer": "b", "tokenizer_revision": None}
-    model |= {"skip_tokenizer_init": False} | more.pop("model", {})
+    model |= {"skip_tokenizer_init": False, "max_model_len": 512} | more.pop("model", {})
     return SimpleNamespace(
         instance_id=instance_id,
         parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size, **parallel),
@@ -507,10 +507,19 @@ def test_a_chat_is_counted_as_the_engine_composes_it(template, talk, serves, tmp
             if room < 0:
                 with pytest.raises(ValueError, match=f"1 more than the reward model's {most} positions"):
                     validate(**asked)
-            else:
-                validate(**asked)
+                del owner
+                continue
+            validate(**asked)
+            # An API server's request has as many tokens as there is room for, and the last of them is not read.
+            cases = ((0, 40, 1), (3, 40, 4), (3, 4, 4), (3, 2, 2), (3, None, 4), (600, 40, 40))
+            for left, max_tokens, expected in cases:
+                owner = announce(
+                    Announcement(True, (), 1, 100, reward, template, max_context_len=most + left), config, **personas
+                )
+                params = vllm.SamplingParams(extra_args=asked, max_tokens=max_tokens, min_tokens=2)
+                PADLogitsProcessor.validate_params(params)
+                assert (params.max_tokens, params.min_tokens) == (expected, min(2, expected))
             del owner
-            gc.collect()
     assert prompt
 
 

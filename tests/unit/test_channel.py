@@ -14,7 +14,7 @@ import pytest
 from pad_vllm import channel
 from pad_vllm.channel import ANNOUNCE_DIR, OWNER, Announcement, stats_path
 from pad_vllm.personas import Personas, personas_path, show_personas
-from pad_vllm.worker.board import keep
+from pad_vllm.worker.board import touch_files
 
 GUIDED = Announcement(True, head_names=("alice",))
 
@@ -169,7 +169,7 @@ def test_an_engine_that_lives_long_keeps_all_of_its_files_young(folder):
     others.touch()
     for file in folder.iterdir():
         os.utime(file, (0, 0))
-    keep(path)
+    touch_files(path)
     kept = {file.name for file in folder.iterdir() if file.stat().st_mtime > 0}
     assert kept == {path.name, stats_path(path).name, personas_path(path).name, OWNER}
 
