@@ -10,6 +10,7 @@ from tests.engine.test_full_contexts import FULL, LONG, POSITIONS, room, short
 from tests.support.server import Server
 
 __all__ = ["short"]  # a fixture
+pytestmark = pytest.mark.every_release
 
 
 @pytest.fixture(scope="module")
