@@ -319,7 +319,7 @@ def read_file(key: str, path: str) -> Any:
 def parse_file(key: str, path: str, content: bytes) -> Any:
     """As :func:`read_file`, of what has been read."""
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
         return read_json(text) if path.endswith(".json") else read_yaml(text)
     except ValueError as error:
         raise ValueError(f"{key}={path!r}: {one_line(error)}") from None

@@ -25,7 +25,7 @@ def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, tim
         timeout: seconds.
 
     Raises:
-        RuntimeError: the process ended, or took longer than ``timeout``; with the end of its log.
+        ChildProcessError: the process ended, or took longer than ``timeout``; with the end of its log.
     """
     deadline = time.monotonic() + timeout
     while is_running() and time.monotonic() < deadline:
@@ -34,4 +34,4 @@ def wait_until_healthy(is_running: Callable[[], bool], port: int, log: Path, tim
                 return
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
+    raise ChildProcessError(f"the server did not come up:\n{log.read_text()[-4000:]}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from pad_vllm.checks import shown
+
 MAX_DEPTH = 100
 """Most lists and objects inside one another. Python itself fails at some hundreds."""
 _JSON_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
@@ -26,6 +28,17 @@ def read_json(text: str) -> Any:
         if depth > MAX_DEPTH:
             raise json.JSONDecodeError(f"more than {MAX_DEPTH} lists and objects in one another", text, part.start())
     return json.loads(text, object_pairs_hook=_unique, parse_int=_int)
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What a JSON object says. Raises ValueError naming ``option``."""
+    try:
+        read = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {shown(text)} is not JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f'{option} {shown(text)}: must be an object, such as \'{{"preference": "Be concise."}}\'')
+    return read
 
 
 def read_yaml(text: str) -> Any:

@@ -16,7 +16,7 @@ from pad_vllm import __version__, internals, releases
 from pad_vllm.checks import shown
 from pad_vllm.config import PADConfig
 from pad_vllm.errors import one_line
-from pad_vllm.reading import read_json
+from pad_vllm.reading import json_object, read_json
 from pad_vllm.reward.source import SERVED
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="the server's pad configuration: a JSON or YAML file, or JSON itself")
     parser.add_argument("--model", help="a base model; checks that the configured reward model fits it")
     parser.add_argument("--max-model-len", type=int, help="of the engine, as vLLM's option")
-    parser.add_argument("--engine-args", type=read_json, metavar="JSON", help="further arguments of vLLM's engine")
+    parser.add_argument("--engine-args", metavar="JSON", help="further arguments of vLLM's engine")
 
 
-def run(**settings) -> int:
-    return print_report(**settings)
+def run(engine_args: str | None, **settings) -> int:
+    arguments = None if engine_args is None else json_object("--engine-args", engine_args)
+    return print_report(**settings, engine_args=arguments)
 
 
 def print_report(
@@ -47,7 +48,12 @@ def print_report(
 
     Returns:
         Exit status: 0 if guidance can start, 1 if it cannot.
+
+    Raises:
+        ValueError: there is a model, and no configuration to hold against it.
     """
+    if config is None and model is not None:
+        raise ValueError(f"--model={model!r}: checks that a configuration fits a model; give the configuration too")
     for key, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():
         os.environ.setdefault(key, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pad_vllm.checks import shown
 from pad_vllm.commands.options import given
 from pad_vllm.config import read_pad
-from pad_vllm.reading import read_json
+from pad_vllm.reading import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,17 +76,6 @@ def run(
         if tokens:
             print_tokens(explanation)
     return 0
-
-
-def json_object(option: str, text: str) -> dict[str, Any]:
-    """What a JSON object says. Raises ValueError naming ``option``."""
-    try:
-        read = read_json(text)
-    except ValueError as error:
-        raise ValueError(f"{option} {shown(text)} is not JSON: {error}") from None
-    if not isinstance(read, dict):
-        raise ValueError(f'{option} {shown(text)}: must be an object, such as \'{{"preference": "Be concise."}}\'')
-    return read
 
 
 def read_configuration(config: str | None, reward_model: str | None) -> Mapping[str, Any]:

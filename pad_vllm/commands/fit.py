@@ -110,5 +110,6 @@ def print_next(pool: str, settings: dict[str, Any]) -> int:
     print(f"\nA: {pair.chosen}\n\nB: {pair.rejected}\n")
     print("If the user chooses A, add this line to the comparisons; if B, exchange the two answers:")
     record = {"prompt": pair.prompt, "preference": pair.preference, "chosen": pair.chosen, "rejected": pair.rejected}
-    print(json.dumps({name: value for name, value in record.items() if value is not None}))
+    columns = settings["columns"]  # as the comparisons have them
+    print(json.dumps({columns.get(name, name): value for name, value in record.items() if value is not None}))
     return 0

@@ -41,7 +41,7 @@ from pad_vllm.demo.smollm import ADAPTER_WEIGHTS, DEFAULTS, PROMPT_TEMPLATE, ada
 from pad_vllm.evaluation.engine import Request
 from pad_vllm.evaluation.harness import Engine
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import encode, prompt_ids, read_comparisons
+from pad_vllm.training.data import encode, end_token, prompt_ids, read_comparisons
 from pad_vllm.training.export import export, whole_folder
 from pad_vllm.training.loading import load_merged
 from pad_vllm.training.records import read_records, write_records
@@ -326,7 +326,7 @@ def _answer(base: Path, reward: Path, prompts: Sequence[str], first: int, sizes:
         num_tokens = sum(map(len, found.tokens))
         print(f"{how}: {len(found.texts)} answers, {num_tokens / found.seconds:.0f} tokens a second", flush=True)
         records += [
-            record | {"text": text.strip(), "finished": tokens[-1:] == [tokenizer.eos_token_id]}
+            record | {"text": text.strip(), "finished": tokens[-1:] == [end_token(tokenizer)]}
             for (record, _), text, tokens in zip(asked[how], found.texts, found.tokens, strict=True)
         ]
     return records

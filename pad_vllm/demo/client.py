@@ -14,6 +14,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
+
+
+def side_by_side(question: str, answers: Mapping[str, str]) -> Table:
+    """Title -> answer, as columns. All of it is text, whose brackets are no markup."""
+    shown = Table(box=SIMPLE_HEAD, title=Text(question, "bold"), title_justify="left", expand=True)
+    for title in answers:
+        shown.add_column(Text(title), ratio=1)
+    shown.add_row(*map(Text, answers.values()))
+    return shown
 
 
 async def stream_side_by_side(
@@ -30,13 +40,6 @@ async def stream_side_by_side(
     """
     answers = dict.fromkeys(personas, "")
 
-    def table() -> Table:
-        shown = Table(box=SIMPLE_HEAD, title=f"[bold]{question}", title_justify="left", expand=True)
-        for title in personas:
-            shown.add_column(title, ratio=1)
-        shown.add_row(*answers.values())
-        return shown
-
     async with AsyncOpenAI(base_url=base_url, api_key="-") as client:
 
         async def ask(title: str, live: Live) -> None:
@@ -50,9 +53,9 @@ async def stream_side_by_side(
             )
             async for chunk in chunks:
                 answers[title] += chunk.choices[0].delta.content or ""
-                live.update(table())
+                live.update(side_by_side(question, answers))
 
-        with Live(table(), console=console) as live:
+        with Live(side_by_side(question, answers), console=console) as live:
             await asyncio.gather(*(ask(title, live) for title in personas))
     return answers
 

@@ -192,7 +192,7 @@ def answer_round(
     base: Path, reward: Path, prompts: Sequence[str], first: int, recipe: Recipe, number: int
 ) -> list[dict[str, Any]]:
     from pad_vllm.reward.template import PromptTemplate
-    from pad_vllm.training.data import prompt_ids
+    from pad_vllm.training.data import end_token, prompt_ids
 
     turn = recipe.rounds[number]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -225,7 +225,7 @@ def answer_round(
     )["all"]
     num_tokens = sum(map(len, answers.tokens))
     print(f"{len(requests)} answers, {num_tokens} tokens, {num_tokens / answers.seconds:.0f} a second", flush=True)
-    ends = tokenizer.eos_token_id
+    ends = end_token(tokenizer)
     return [
         record | {"text": text.strip(), "finished": tokens[-1:] == [ends]}
         for record, text, tokens in zip(records, answers.texts, answers.tokens, strict=True)

@@ -85,7 +85,7 @@ def start_server(console: Console, models: DemoModels, config: Path, log: Path) 
     """A server on a free port of loopback, for as long as the context lasts: its base URL.
 
     Raises:
-        RuntimeError: it did not come up; the end of its log.
+        ChildProcessError: it did not come up; the end of its log.
     """
     port = free_port()
     options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]

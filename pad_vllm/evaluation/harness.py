@@ -23,7 +23,7 @@ from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import HEAD_FILES
 from pad_vllm.reward.source import Source
 from pad_vllm.reward.template import PromptTemplate
-from pad_vllm.training.data import answer_ids, prompt_ids
+from pad_vllm.training.data import answer_ids, end_token, prompt_ids
 from pad_vllm.training.loading import has_tokenizer, load_merged
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -266,5 +266,5 @@ def in_tokens_of(
     """Answers in ``tokenizer``'s tokens, in those of a tokenizer that is to read them; an end token stays one."""
     if reads is tokenizer or same_ordinary_tokens(reads, tokenizer):
         return answers.tokens
-    ended = [tokens[-1:] == [tokenizer.eos_token_id] for tokens in answers.tokens]
+    ended = [tokens[-1:] == [end_token(tokenizer)] for tokens in answers.tokens]
     return [answer_ids(text, reads)[: None if end else -1] for text, end in zip(answers.texts, ended, strict=True)]

@@ -62,6 +62,7 @@ def read_traces(folder: str | Path) -> TraceFolder:
             try:
                 line = json.loads(text)
                 assert isinstance(line["tokens"], int)
+                assert all(isinstance(line.get(name) or [], list) for name in ("rewards", "weights"))
                 lines.append(line)
             except (ValueError, KeyError, TypeError, AssertionError):
                 num_unread += 1

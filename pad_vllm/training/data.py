@@ -21,11 +21,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pad_vllm.reward.chat_structure import CONTENTS
 from pad_vllm.reward.heads import check_head_name
 from pad_vllm.reward.rendering import bounded_render
+from pad_vllm.reward.renderings import render
 from pad_vllm.training.records import DataError, folder_rows, json_lines, say
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ class Example(NamedTuple):
 
 
 class PairExample(NamedTuple):
-    """A comparison as token ids; the answers end with EOS, unless they were cut.
+    """A comparison as token ids; the answers end with their end token, unless they were cut.
 
     ``prompt`` has the preference in it and is what the reward model reads. ``ref_prompt`` is the plain prompt, what
     the reference reads.
@@ -308,7 +311,7 @@ def encode(
     """Token ids of the comparisons of at most ``max_length`` tokens; longer ones are left out.
 
     ``reference_tokenizer``: of a reference that has another, and its own chat template: likelihoods are of texts.
-    ``max_answer``: tokens of an answer that are kept, its first ones; one that was cut has no EOS.
+    ``max_answer``: tokens of an answer that are kept, its first ones; one that was cut has no end token.
 
     A prompt that is text is a user's turn where the tokenizer has a chat template, and text as it stands where not.
 
@@ -352,5 +355,35 @@ def prompt_ids(
 
 
 def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of an answer and its EOS."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    """The ids of an answer and its end token."""
+    return [*tokenizer.encode(answer, add_special_tokens=False), end_token(tokenizer)]
+
+
+@lru_cache(maxsize=8)
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What ends an answer: EOS, or what the chat template puts behind an assistant's text instead, as Gemma's
+    ``<end_of_turn>``, where the model's generation configuration says that it ends one.
+
+    Raises:
+        DataError: there is neither.
+    """
+    if getattr(tokenizer, "chat_template", None) and (ends := _ends(tokenizer.name_or_path)):
+        talk = [{"role": "user", "content": CONTENTS[0]}, {"role": "assistant", "content": CONTENTS[1]}]
+        behind = (render(tokenizer, talk, generate=False) or "").partition(CONTENTS[1])[2]
+        ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False)
+        if ids and ids[0] in ends:
+            return ids[0]
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), as answers end with")
+    return tokenizer.eos_token_id
+
+
+def _ends(path: str) -> list[int]:
+    """Of a model's generation configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else [] if found is None else [found]

@@ -132,7 +132,10 @@ def _backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> PreTrainedMo
     config = AutoConfig.from_pretrained(source)
     dtype = next(iter(tensors.values())).dtype if tensors else None
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # of other sizes
+        raise ValueError(f"{source}: the weights do not fit config.json: {one_line(error)}") from None
     model.tie_weights()
     # A tied lm_head is not in the file.
     loaded = {p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name in tensors}

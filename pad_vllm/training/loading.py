@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pad_vllm.errors import one_line
 from pad_vllm.reward.kind import check_causal_lm
 from pad_vllm.reward.source import SERVED, Source
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load_causal_lm(key: str, path: str) -> PreTrainedModel:
@@ -41,14 +45,28 @@ def load_merged(key: str, adapter: str, base: str) -> PreTrainedModel:
     Raises:
         ValueError: one of the two cannot be loaded, or they do not fit.
     """
-    peft, model = import_peft(), load_causal_lm(f"{key}={adapter!r}: its base_model_name_or_path", base)
+    model = load_causal_lm(f"{key}={adapter!r}: its base_model_name_or_path", base)
     try:
         num_tokens = len(AutoTokenizer.from_pretrained(adapter)) if has_tokenizer(adapter) else 0
         if num_tokens > model.get_input_embeddings().weight.shape[0]:  # training added some
             model.resize_token_embeddings(num_tokens)
-        return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return adapted(model, adapter).merge_and_unload()
     except Exception as error:
         raise ValueError(f"{key}={adapter!r}: the adapter cannot be merged into {base}: {one_line(error)}") from error
+
+
+def adapted(model: PreTrainedModel, adapter: str, is_trainable: bool = False) -> PeftModel:
+    """A model with a PEFT adapter. Raises ValueError unless all that the adapter changes is there, and has its size."""
+    found = import_peft().PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    # Once more, since only this says what was left out.
+    check_keys(found.load_adapter(adapter, found.active_adapter, is_trainable=is_trainable))
+    return found
+
+
+def check_keys(loaded: Any) -> None:
+    """Raise ValueError where an adapter has weights for other layers: PEFT leaves them out."""
+    if strange := [*loaded.unexpected_keys, *loaded.missing_keys]:
+        raise ValueError(f"it does not have the same layers as the model, for example {strange[0]}")
 
 
 def import_peft() -> ModuleType:

@@ -25,7 +25,7 @@ from pad_vllm.errors import one_line
 from pad_vllm.reward.source import check_paths
 from pad_vllm.training.data import PairExample, read_comparisons
 from pad_vllm.training.fit import Basis, FittedWeights, load_reward_model, max_positions
-from pad_vllm.training.loading import import_peft
+from pad_vllm.training.loading import check_keys, import_peft
 from pad_vllm.training.sliders import fit_slider_weights, margins, scorer_of
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
                 raise ValueError(f"a PEFT adapter of the type {config.peft_type}; only LORA is supported")
             own = f"pad{number:03}"  # peft looks for it anywhere in the names of tensors
             adapted = adapted or peft.PeftModel(model, config, adapter_name=own)
-            loaded = adapted.load_adapter(path, own)
-            if strange := [*loaded.unexpected_keys, *loaded.missing_keys]:
-                raise ValueError(f"it does not have the same layers as the model, for example {strange[0]}")
+            check_keys(adapted.load_adapter(path, own))
         except Exception as error:
             raise ValueError(f"--adapters: {name}={path!r} does not fit this model: {one_line(error)}") from error
     if adapted is None:

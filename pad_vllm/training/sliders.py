@@ -169,7 +169,7 @@ def fit_slider_weights(
     answer in three well formed, the other 83% satisfied where their own words satisfied all.)
 
     Raises:
-        ValueError: no attribute makes a difference.
+        ValueError: no attribute makes a difference, or what one comparison says another takes back.
     """
     differences = differences.double()
     # One scale for all: all are nats, and an attribute that the model hardly reads should stay as small as it is.
@@ -179,6 +179,8 @@ def fit_slider_weights(
             f"no {what} makes a difference: whichever the reward model reads, it scores all these answers alike"
         )
     found = regress(differences / scale, seed, MAX_PREFERENCES)
+    if not found.solution.any():
+        raise ValueError(f"the choices contradict each other: no {what} has a weight")
     together, alone = differences @ found.solution, differences[:, found.solution != 0]
     effect = (together.square().mean() / alone.square().mean(0).max()).sqrt()
     size = max(effect.item(), found.solution.abs().max().item())

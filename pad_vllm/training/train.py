@@ -23,13 +23,13 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pad_vllm.errors import writing
+from pad_vllm.errors import one_line, writing
 from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.training.data import DataError, PairExample, encode, read_comparisons
 from pad_vllm.training.export import export
 from pad_vllm.training.heads import HeadedModel, users_of
-from pad_vllm.training.loading import import_peft, load_causal_lm, load_tokenizer
+from pad_vllm.training.loading import adapted, import_peft, load_causal_lm, load_tokenizer
 from pad_vllm.training.settings import SAVING, STAGES, Stage, TrainingConfig, check_settings
 from pad_vllm.training.trainer import PADTrainer, last_checkpoint, opposites_of, reward_margins, training_arguments
 
@@ -71,6 +71,11 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
             logger.warning(
                 "%s: %d of %d comparisons are longer than %d tokens", path, left_out, len(comparisons), max_length
             )
+        if config.backbone.opposites:
+            try:
+                opposites_of(examples)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from None
         return examples
 
     pairs = read(config.data)
@@ -91,11 +96,14 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
     stages = config.stages or (STAGES if names else STAGES[:1])
     if "heads" in stages and not names:
         raise DataError(f"{config.data}: no comparison has labels, which training heads needs")
+    trained = _with_lora(model, config) if config.has_lora else model
     work = output.with_name(f"{output.name}.unfinished")
     kept = f"{work} keeps what was trained, up to the last checkpoint; the same command continues from there"
     with writing(work, kept):
         _begin_work(work, config)
-        metrics = _learn(_Run(config, work, quiet), model, reference, tokenizer, (pairs, eval_pairs), stages, names)
+        metrics = _learn(
+            _Run(config, work, quiet), model, trained, reference, tokenizer, (pairs, eval_pairs), stages, names
+        )
         shutil.rmtree(work)
     return metrics
 
@@ -103,16 +111,17 @@ def train(config: TrainingConfig, quiet: bool = False) -> dict[str, Any]:
 def _learn(
     run: _Run,
     model: PreTrainedModel,
+    trained: nn.Module,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: tuple[list[PairExample], list[PairExample]],
     stages: Sequence[str],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """Run the stages on ``data`` (to train on, to measure on), write the reward model, and return what was measured."""
+    """Run the stages on ``data`` (to train on, to measure on), write the reward model, and return what was measured.
+    ``trained`` is the model, or that with a LoRA."""
     config, dtype, (pairs, eval_pairs) = run.config, model.dtype, data
     metrics: dict[str, Any] = {}
-    trained = _with_lora(model, config) if config.has_lora else model
     if "backbone" in stages:
         if not config.has_lora:
             model.float()  # small updates are lost in half precision; a LoRA has weights of its own
@@ -212,9 +221,10 @@ class _Run:
     ) -> None:
         stage: Stage = getattr(self.config, name)
         folder = self.work / name
+        parts = int(self.config.trainer.get("gradient_accumulation_steps", 1))  # of what a step reads
         args = training_arguments(
             folder,
-            steps=max(1, round(stage.epochs * len(pairs) / stage.batch_size)),
+            steps=max(1, round(stage.epochs * len(pairs) / (stage.batch_size * parts))),
             batch_size=stage.batch_size,
             lr=stage.lr,
             seed=self.config.seed,
@@ -240,7 +250,10 @@ class _Run:
 def _with_lora(model: PreTrainedModel, config: TrainingConfig) -> PeftModel:
     peft = import_peft()
     if config.adapter is not None:
-        return peft.PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        try:
+            return adapted(model, config.adapter, is_trainable=True)
+        except Exception as error:
+            raise ValueError(f"--adapter={config.adapter!r} does not fit {config.model}: {one_line(error)}") from error
     torch.manual_seed(config.seed)
     rank = config.lora_rank
     return peft.get_peft_model(

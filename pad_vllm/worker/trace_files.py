@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,9 @@ class TraceFiles:
         self._file: int | None = None
         self._size = 0
         try:
-            self._open()
+            # No file before there is a line: many starts in a row would remove all others for empty ones.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise ValueError(f"pad.trace={folder!r}: cannot be written ({error.strerror})") from None
 

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -255,7 +255,7 @@ class Traces:
             tail = Generated(list(record.output_ids), len(record.prompt_ids))
         assert self.writer is not None  # else there are no records
         seconds, guidance = time.monotonic() - record.began, self.stats.step_seconds - record.seconds_before
-        self.writer.put(Ended(record, datetime.now(UTC), seconds, guidance, values, positions, tail))
+        self.writer.put(Ended(record, datetime.now(timezone.utc), seconds, guidance, values, positions, tail))
 
     def count(self) -> None:
         """Bring the engine's numbers up to date."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from pad_vllm.reward.template import PromptTemplate
 from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import PROMPT_TEMPLATE, TINY
 from pad_vllm.training import heads, trainer
-from pad_vllm.training.data import encode, read_comparisons
+from pad_vllm.training import train as train_module
+from pad_vllm.training.data import DataError, encode, read_comparisons
 from pad_vllm.training.export import convert
 from pad_vllm.training.fit import fit_weights
 from pad_vllm.training.train import Stage, TrainingConfig, train
@@ -184,6 +186,65 @@ def test_a_lora_is_gone_on_with(base, pairs, tmp_path):
     assert any(not torch.equal(tensor, first[name]) for name, tensor in later.items())
     kept = json.loads((on / "adapter_config.json").read_text())
     assert (kept["r"], kept["base_model_name_or_path"]) == (4, str(base))
+
+
+def renamed_adapter(adapter: Path, folder: Path) -> Path:
+    """As of a model whose layers have other names."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name.replace(".layers.", ".h."): tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def test_an_adapter_of_another_model_is_not_left_out(base, pairs, tmp_path):
+    """PEFT says nothing where none of its layers is there, and the result would be the base."""
+    train(config_of(base, pairs, tmp_path / "once", lora_rank=4, stages=("backbone",)), quiet=True)
+    other = renamed_adapter(tmp_path / "once", tmp_path / "other")
+    words = "it does not have the same layers as the model, for example .*lora_"
+    with pytest.raises(ValueError, match=words):
+        convert(other, tmp_path / "reward")
+    with pytest.raises(ValueError, match=f"--adapter='{other}' does not fit {base}: {words}"):
+        train(config_of(base, pairs, tmp_path / "reward", adapter=str(other), stages=("backbone",)), quiet=True)
+    wider = make_model(tmp_path / "wider", seed=0, hidden_size=96)
+    again = {"adapter": str(tmp_path / "once"), "stages": ("backbone",)}
+    with pytest.raises(ValueError, match=f"--adapter='{tmp_path / 'once'}' does not fit {wider}: "):
+        train(config_of(wider, pairs, tmp_path / "reward", **again), quiet=True)
+    assert not (tmp_path / "reward").exists()
+
+
+def test_passes_over_the_data_are_what_was_asked_for_in_parts_too(base, pairs, tmp_path, monkeypatch):
+    """With batches of 8 that are read in one part or two: 38 comparisons are two passes in 10 steps or 5."""
+    found = []
+
+    def made(*_, **how) -> None:
+        found.append(how["max_steps"] if "max_steps" in how else how["steps"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "training_arguments", made)
+    for parts in (1, 2):
+        settings = {
+            "trainer": {"gradient_accumulation_steps": parts},
+            "backbone": Stage(lr=1e-3, batch_size=8, epochs=2.0),
+        }
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(base, pairs, tmp_path / f"{parts}", **settings), quiet=True)
+    assert found == [10, 5]
+
+
+def test_data_without_opposites_is_named_before_training(base, pairs, tmp_path, monkeypatch):
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    both = tmp_path / "both.jsonl"
+    others = [r | {"preference": "Otherwise.", "chosen": r["rejected"], "rejected": r["chosen"]} for r in records]
+    models.write_records(both, records + others)
+    monkeypatch.setattr(trainer.PADTrainer, "train", pytest.fail)
+    settings = {"backbone": Stage(lr=1e-3, opposites=True), "stages": ("backbone",)}
+    for data, eval_data in ((pairs, None), (both, str(pairs))):
+        with pytest.raises(DataError, match=f"{pairs}: opposites: 40 of 40 comparisons have none"):
+            train(config_of(base, data, tmp_path / "reward", eval_data=eval_data, **settings), quiet=True)
+    assert list(tmp_path.iterdir()) == [both]
 
 
 def served(base, reward, requests: list[dict]) -> list[list[int]]:
@@ -409,6 +470,13 @@ def test_what_cannot_be_converted(base, tmp_path):
     save_file({"v_head.extra.weight": torch.zeros(2)}, tmp_path / "odd" / "value_head.safetensors")
     with pytest.raises(ValueError, match=r"unknown head tensors v_head.extra.weight"):
         convert(tmp_path / "odd", tmp_path / "reward")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "wider")
+    config = tmp_path / "wider" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 7}))
+    summary = {"v_head.summary.weight": torch.zeros(1, TINY.hidden_size)}
+    save_file(summary, tmp_path / "wider" / "value_head.safetensors")
+    with pytest.raises(ValueError, match=r"the weights do not fit config.json: .*size mismatch"):
+        convert(tmp_path / "wider", tmp_path / "reward")
     assert not (tmp_path / "reward").exists()
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pad_vllm.reward.byte_tokens import same_ordinary_tokens
 from pad_vllm.reward.heads import ValueHeads, load_heads
@@ -15,10 +15,11 @@ from pad_vllm.synthetic import models, world
 from pad_vllm.synthetic.models import TINY
 from pad_vllm.synthetic.tokenizer import USER_TOKEN
 from pad_vllm.training import trainer
-from pad_vllm.training.data import Comparison, DataError, Example, PairExample, encode, prompt_ids
+from pad_vllm.training.data import Comparison, DataError, Example, PairExample, answer_ids, encode, prompt_ids
 from pad_vllm.training.heads import HeadedModel, users_of
 from pad_vllm.training.objective import pad_loss, sequence_sums, token_logprobs
 from pad_vllm.training.train import measure_ranking
+from tests.support.tokenizers import like_gemma
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,24 @@ def test_training_pairs_are_composed_as_in_serving(tokenizer):
     )
     for ids, text in ((encoded.chosen, record["chosen"]), (encoded.rejected, record["rejected"])):
         assert tokenizer.decode(ids) == text + "<|eos|>"
+
+
+@pytest.mark.parametrize("ends", [None, [1], "both"])
+def test_an_answer_ends_as_chats_of_its_model_do(ends, tmp_path):
+    """Gemma's chats end with <end_of_turn>, which its generation configuration says, and its EOS is another token."""
+    tokenizer = like_gemma()
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert turn != tokenizer.eos_token_id
+    tokenizer.save_pretrained(tmp_path)
+    if ends is not None:
+        ends = [tokenizer.eos_token_id, turn] if ends == "both" else [tokenizer.eos_token_id]
+        GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert answer_ids("why", read)[-1] == (turn if ends and turn in ends else tokenizer.eos_token_id)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    read.eos_token = read.chat_template = None
+    with pytest.raises(DataError, match="has no end token"):
+        answer_ids("why", read)
 
 
 def test_an_answer_that_was_cut_has_no_end(tokenizer):

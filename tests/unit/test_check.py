@@ -47,6 +47,18 @@ def test_the_command(models, config, capsys):
         assert words in printed
 
 
+def test_arguments_that_check_nothing_are_refused(models, config, capsys):
+    for arguments, words in (
+        ([str(config), "--model", str(models.base), "--engine-args", "[1]"], "--engine-args '[1]': must be an object"),
+        ([str(config), "--model", str(models.base), "--engine-args", "{"], "--engine-args '{' is not JSON"),
+        (["--model", str(models.base)], "checks that a configuration fits a model; give the configuration too"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["check", *arguments])
+        assert ended.value.code == 1
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

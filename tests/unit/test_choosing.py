@@ -132,6 +132,24 @@ def test_the_command_names_a_pair(models, tmp_path, capsys):
     assert asked[0] != asked[1]
 
 
+def test_a_pair_is_named_in_the_columns_of_the_comparisons(models, tmp_path, capsys):
+    """The line that is to be added is one that the same command reads."""
+    own = tmp_path / "own.jsonl"
+    records = [json.loads(line) for line in write_comparisons(tmp_path / "all.jsonl", 6).read_text().splitlines()]
+    names = {"chosen": "better", "rejected": "worse"}
+    renamed = [{names.get(key, key): value for key, value in record.items()} for record in records]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(record) + "\n" for record in renamed))
+    command = ["fit", str(own), "--reward-model", str(models.named), "--next", str(tmp_path / "pool.jsonl")]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--columns", "chosen=better", "rejected=worse"])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0, out
+        assert json.loads(out.splitlines()[-1]) in renamed
+        with own.open("a") as file:
+            file.write(out.splitlines()[-1] + "\n")
+
+
 @pytest.mark.parametrize("over", ["heads", "adapters"])
 def test_pairs_are_named_for_other_weights_too(over, models, tmp_path, capsys):
     """The pair that tells most of heads, or of adapters, is named by their features; once it is chosen, another one."""

@@ -15,6 +15,13 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.yaml"])
+def test_a_mark_of_the_byte_order_is_no_part_of_a_file(name, tmp_path):
+    """Some editors write it."""
+    (tmp_path / name).write_text('{"a": 1}', "utf-8-sig")
+    assert read_file("a", str(tmp_path / name)) == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

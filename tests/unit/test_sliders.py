@@ -124,6 +124,14 @@ def test_an_attribute_that_the_model_hardly_reads_weighs_little():
     assert abs(found.weights[2]) < 0.01
 
 
+def test_choices_that_contradict_each_other_are_said_to():
+    """Each pair was chosen both ways."""
+    torch.manual_seed(0)
+    differences = torch.randn(30, 3)
+    with pytest.raises(ValueError, match="the choices contradict each other: no attribute has a weight"):
+        fit_slider_weights(torch.cat([differences, -differences]), TEXTS)
+
+
 def test_of_many_attributes_the_largest_are_fitted_again():
     torch.manual_seed(0)
     names = [f"attribute {i}" for i in range(20)]

@@ -69,6 +69,15 @@ def test_files_are_bounded_in_size_and_number(tmp_path):
     assert json.loads(sorted(tmp_path.glob("pad-traces-0-*"))[-1].read_text()) == {"i": 200}
 
 
+def test_starts_without_an_answer_remove_nothing(tmp_path):
+    files = TraceFiles(str(tmp_path), 0, 10**6, 2)
+    files.write(b"{}\n" * 1000)
+    files.close()
+    for _ in range(5):
+        TraceFiles(str(tmp_path), 0, 10**6, 2).close()
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"{}\n" * 1000]
+
+
 def test_what_the_queue_has_no_room_for_is_lost_and_counted(tmp_path):
     go = threading.Event()
 
@@ -272,10 +281,10 @@ def test_tables_by_persona_and_a_plot(tmp_path, capsys):
         trace_line("ada", 0, None, None, rewards=(None,), failed=True),
         trace_line(None, 5, 0.0, 0.0, rewards=(0.0,), trace="x|y"),
     ]
-    text = "\n".join(map(json.dumps, lines)) + '\n{"tokens": 3, "chan'
+    text = "\n".join(map(json.dumps, lines)) + '\n{"tokens": 5, "rewards": 3}\n{"tokens": 3, "chan'
     (tmp_path / "pad-traces-0-000001.jsonl").write_text(text)
     found = read_traces(tmp_path)
-    assert (len(found.lines), found.num_unread) == (4, 1)
+    assert (len(found.lines), found.num_unread) == (4, 2)
     ada, nobody = grouped(found.lines)
     assert (ada.name, ada.num_requests, ada.num_failed, ada.tokens) == ("ada", 3, 1, 40)
     assert ada.changed == Spread(pytest.approx(0.2), pytest.approx(0.2 * 2**0.5))
@@ -292,7 +301,7 @@ def test_tables_by_persona_and_a_plot(tmp_path, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr()
     assert "| ada     | 3        | 1      | 40     | 20.0% ± 28.3 | 1.750 ± 0.707" in printed.out
-    assert "1 lines are not traces" in printed.err
+    assert "2 lines are not traces" in printed.err
     assert "ada (3)" in image.read_text() or image.stat().st_size > 5000
     with pytest.raises(SystemExit):
         main(["traces", str(tmp_path), "--json", "--by", "beta"])
