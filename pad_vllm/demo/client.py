@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 
-def side_by_side(question: str, answers: Mapping[str, str]) -> Table:
+def answers_table(question: str, answers: Mapping[str, str]) -> Table:
     """Title -> answer, as columns. All of it is text, whose brackets are no markup."""
     shown = Table(box=SIMPLE_HEAD, title=Text(question, "bold"), title_justify="left", expand=True)
     for title in answers:
@@ -53,9 +53,9 @@ async def stream_side_by_side(
             )
             async for chunk in chunks:
                 answers[title] += chunk.choices[0].delta.content or ""
-                live.update(side_by_side(question, answers))
+                live.update(answers_table(question, answers))
 
-        with Live(side_by_side(question, answers), console=console) as live:
+        with Live(answers_table(question, answers), console=console) as live:
             await asyncio.gather(*(ask(title, live) for title in personas))
     return answers
 
