@@ -13,12 +13,14 @@ Every method answers the same cells. A cell is a user and a prompt.
 from __future__ import annotations
 
 import importlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pad_vllm.checks import check_int, check_number, shown
 from pad_vllm.evaluation.engine import Answers
 from pad_vllm.evaluation.harness import Asked, Method, Models, Prompt, answers, in_tokens_of
 from pad_vllm.evaluation.judgement import Judgement
@@ -34,6 +36,7 @@ from pad_vllm.evaluation.methods import (
     load_scorer,
 )
 from pad_vllm.evaluation.metrics import bootstrap, distinct, win_shares
+from pad_vllm.params import MAX_BETA
 from pad_vllm.reward.source import Source
 from pad_vllm.training.data import Example, prompt_ids
 from pad_vllm.training.records import json_lines
@@ -84,6 +87,7 @@ class EvaluationConfig:
     engine: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if unknown := set(self.methods) - set(METHODS):
             raise ValueError(f"methods: {', '.join(sorted(unknown))}: unknown; must be of {', '.join(METHODS)}")
         if "base" not in self.methods:
@@ -97,6 +101,33 @@ class EvaluationConfig:
             preference = user.get("preference")
             if isinstance(preference, Sequence) and not isinstance(preference, str) and len(preference) != len(prompts):
                 raise ValueError(f"users.{name}: {len(preference)} preferences for {len(prompts)} prompts")
+
+    def _check_types(self) -> None:
+        check_int("best_of", self.best_of, 1)
+        check_int("max_tokens", self.max_tokens, 1)
+        check_number("temperature", self.temperature, 0, math.inf)
+        for beta in self.betas:
+            check_number("betas", beta, 0, MAX_BETA)
+        for name, value in (("pad", self.pad), ("engine", self.engine), ("users", self.users)):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}={shown(value)}: must be an object")
+        _check_prompts("prompts", self.prompts)
+        for name, user in self.users.items():
+            if not isinstance(user, Mapping):
+                raise ValueError(f"users.{name}={shown(user)}: must be an object")
+            _check_prompts(f"users.{name}.prompts", user.get("prompts", ()))
+            preference = user.get("preference") or ""
+            texts = [preference] if isinstance(preference, str) else preference
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str | None) for text in texts):
+                raise ValueError(f"users.{name}.preference={shown(preference)}: must be a text, or a list of texts")
+
+
+def _check_prompts(key: str, prompts: Any) -> None:
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"{key}={shown(prompts)}: must be a list of records with a prompt")
+    for i, record in enumerate(prompts):
+        if not isinstance(record, Mapping) or not isinstance(record.get("prompt"), (str, list)):
+            raise ValueError(f"{key}[{i}]={shown(record)}: must be an object with a prompt, which is text or messages")
 
 
 class Cell(NamedTuple):
@@ -313,6 +344,8 @@ def read_config(path: str | Path) -> EvaluationConfig:
         settings["users"] = read_file("users", str(path.parent / settings["users"]))
     for name in ("methods", "betas"):
         if name in settings:
+            if not isinstance(settings[name], list):
+                raise ValueError(f"{path}: {name}={shown(settings[name])}: must be a list")
             settings[name] = tuple(settings[name])
     try:
         return EvaluationConfig(**settings)

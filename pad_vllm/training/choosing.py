@@ -77,7 +77,7 @@ def choose(
     that it is expected to tell.
 
     Args:
-        data: the user's choices so far; a file that is not there yet has none.
+        data: the user's choices so far; a file that is empty, or not there yet, has none.
         pool: pairs of answers in the same format; which of the two stands under ``chosen`` means nothing. What the user
             has compared already is not asked again.
         attributes, adapters: as for :func:`~pad_vllm.training.sliders.fit_sliders`,
@@ -88,7 +88,8 @@ def choose(
         ValueError: data that cannot be used, no basis, no pair that is left, or none in which the basis tells the
             answers apart.
     """
-    made = read_comparisons(data, columns, split) if Path(data).exists() else []
+    is_begun = Path(data).exists() and not (Path(data).is_file() and Path(data).stat().st_size == 0)
+    made = read_comparisons(data, columns, split) if is_begun else []
     reading = {"heads": heads, "prompt_template": prompt_template, "insert_after": insert_after}
     if attributes is not None:
         basis = attribute_basis(reward_model, attributes, **reading)

@@ -140,6 +140,7 @@ def test_a_pair_is_named_in_the_columns_of_the_comparisons(models, tmp_path, cap
     renamed = [{names.get(key, key): value for key, value in record.items()} for record in records]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(record) + "\n" for record in renamed))
     command = ["fit", str(own), "--reward-model", str(models.named), "--next", str(tmp_path / "pool.jsonl")]
+    own.touch()  # no choices yet
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--columns", "chosen=better", "rejected=worse"])

@@ -121,6 +121,16 @@ def test_a_reference_reads_answers_in_its_own_tokens():
         ({"users": {}}, "users: must name at least one user"),
         ({"prompts": []}, "users.ada: has no prompts"),
         ({"users": {"ada": {"preference": ["a", "b"]}}}, "users.ada: 2 preferences for 1 prompts"),
+        ({"users": ["ada"]}, "users=['ada']: must be an object"),
+        ({"users": {"ada": None}}, "users.ada=None: must be an object"),
+        ({"users": {"ada": {"preference": 5}}}, "users.ada.preference=5: must be a text"),
+        ({"users": {"ada": {"prompts": 5}}}, "users.ada.prompts=5: must be a list"),
+        ({"prompts": ["p"]}, "prompts[0]='p': must be an object with a prompt"),
+        ({"prompts": [{"topic": "t"}]}, "prompts[0]={'topic': 't'}: must be an object with a prompt"),
+        ({"best_of": 0}, "best_of=0: must be at least 1"),
+        ({"temperature": "x"}, "temperature='x': must be a number"),
+        ({"betas": ("x",)}, "betas='x': must be a number"),
+        ({"pad": "reward"}, "pad='reward': must be an object"),
     ],
 )
 def test_configurations_that_cannot_be(settings, says):
@@ -149,6 +159,7 @@ def test_a_configuration_of_files(tmp_path):
         (text.replace("base: b\n", ""), "'base'"),
         (text.replace("prompts.jsonl", "none.jsonl"), "prompts: .*none.jsonl"),
         ("- 1\n", "expected the settings of an evaluation"),
+        (text.replace("betas: [1]", "betas: 1"), "betas=1: must be a list"),
     ):
         (tmp_path / "eval.yaml").write_text(bad)
         with pytest.raises(ValueError, match=says):
