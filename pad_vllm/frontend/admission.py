@@ -101,8 +101,9 @@ def _limit(
     most = vllm_config.model_config.max_model_len - len(prompt_ids)
     if sampling_params.max_tokens is not None:
         most = min(most, sampling_params.max_tokens)
+    texts = over_persona(asked, admitted).read_preferences
     guiding = (one for one in engines.own(vllm_config).values() if asked.asks_for_guidance or one.guides_all)
-    found = min((room(engine, asked, admitted, vllm_config, prompt_ids, most) for engine in guiding), default=most)
+    found = min((room(engine, texts, vllm_config, prompt_ids, most) for engine in guiding), default=most)
     if found < most:
         sampling_params.max_tokens = found
         sampling_params.min_tokens = min(sampling_params.min_tokens, found)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 LONG_TOKEN = 4
 """In the reward model's tokens; few tokens of the base are longer. A prompt that fits by this bound is not counted."""
-
 MAX_SEAM_TOKENS = SEAM_TOKENS + 1
 """By how many a preference in a chat may differ from one in a plain prompt."""
 ROLE_TOKENS = 4
@@ -49,41 +48,37 @@ def check_prompt(
     prompt_ids: Sequence[int],
 ) -> None:
     """Raise ValueError for a prompt that the engine would not guide. The worker checks what cannot be known here."""
+    texts = over_persona(asked, admitted).read_preferences
     if announcement.chat == "strict" and vllm_config is not None:
         is_misread = _misreads(announcement, vllm_config)
-        if (announcement.base_tokenizer or over_persona(asked, admitted).read_preferences) and is_misread(prompt_ids):
+        if (announcement.base_tokenizer or texts) and is_misread(prompt_ids):
             raise ValueError(
                 "the prompt begins as a chat, but with no message that the chat template writes, and this server "
                 "refuses such prompts (pad.chat='strict'); send messages for the template to render, or plain text"
             )
     if announcement.max_context_len:
-        check_prompt_len(announcement, asked, admitted, vllm_config, prompt_ids)
+        _check_len(announcement, texts, vllm_config, prompt_ids)
 
 
-def check_prompt_len(
-    announcement: Announcement,
-    asked: PAD,
-    admitted: Admitted | None,
-    vllm_config: VllmConfig | None,
-    prompt_ids: Sequence[int],
+def _check_len(
+    announcement: Announcement, texts: Sequence[str], vllm_config: VllmConfig | None, prompt_ids: Sequence[int]
 ) -> None:
-    """Raise ValueError for a prompt whose longest context the reward model has too few positions for.
+    """Raise ValueError where the reward model has too few positions for a prompt with the longest of ``texts``.
 
     A context is composed only where that decides. With another tokenizer a translated prompt is as long as the reward
     model's tokenizer makes its text; the worker counts exactly, and ends what does not fit.
     """
     most, num_prompt = announcement.max_context_len, len(prompt_ids)
-    texts = over_persona(asked, admitted).read_preferences
     added = _num_added(announcement, vllm_config, texts)
-    if announcement.base_tokenizer is None and abs(num_prompt + added - most) <= MAX_SEAM_TOKENS:
-        composed = _longest_context(announcement, vllm_config, prompt_ids, texts)
-        added = added if composed is None else composed - num_prompt
     if announcement.base_tokenizer is not None:
         if announcement.tokenizer is None or (num_prompt * LONG_TOKEN) + added <= most:
             return
         base = _arguments(announcement.base_tokenizer, vllm_config)
         reward = _arguments(announcement.tokenizer, vllm_config)
         num_prompt = _num_translated(base, reward, prompt_ids)
+    elif abs(num_prompt + added - most) <= MAX_SEAM_TOKENS:
+        composed = _longest_context(announcement, vllm_config, prompt_ids, texts)
+        added = added if composed is None else composed - num_prompt
     if (missing := num_prompt + added - most) > 0:
         raise ValueError(
             f"the prompt takes {num_prompt} of the reward model's tokens and its preference {added}, which is "
@@ -93,18 +88,16 @@ def check_prompt_len(
 
 def room(
     announcement: Announcement,
-    asked: PAD,
-    admitted: Admitted | None,
+    texts: Sequence[str],
     vllm_config: VllmConfig,
     prompt_ids: Sequence[int],
     num_tokens: int,
 ) -> int:
-    """How many of ``num_tokens`` an answer has room for in the reward model's longest context, which the last of them
-    never enters. With another tokenizer nobody knows yet: the worker ends what is full."""
+    """How many of ``num_tokens`` an answer has room for in the reward model's longest context, with one of ``texts``.
+    The last token never enters it. With another tokenizer nobody can tell here, and the worker ends what is full."""
     most = announcement.max_context_len
     if not most or announcement.base_tokenizer is not None:
         return num_tokens
-    texts = over_persona(asked, admitted).read_preferences
     at_most = len(prompt_ids) + _num_added(announcement, vllm_config, texts) + MAX_SEAM_TOKENS
     if at_most + num_tokens <= most:
         return num_tokens

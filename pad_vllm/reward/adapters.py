@@ -122,7 +122,8 @@ def lora_config(folders: tuple[AdapterFolder, ...], model_config: ModelConfig) -
 
 
 def _check_finite(lora: LoRAModel) -> None:
-    """Raise ValueError for what is no number. Of an output head's change all contexts take a part, if only 0 of it."""
+    """Raise ValueError for what is no number. Every context multiplies an output head's change, those of other adapters
+    by 0, and 0 times NaN is NaN."""
     for name, weights in lora.loras.items():
         matrices = [one for one in (weights.lora_a, weights.lora_b) if one is not None]
         if not (math.isfinite(weights.scaling) and all(one.isfinite().all() for one in matrices)):

@@ -88,8 +88,9 @@ def choose(
         ValueError: data that cannot be used, no basis, no pair that is left, or none in which the basis tells the
             answers apart.
     """
-    is_begun = Path(data).exists() and not (Path(data).is_file() and Path(data).stat().st_size == 0)
-    made = read_comparisons(data, columns, split) if is_begun else []
+    file = Path(data)
+    has_none = not file.exists() or (file.is_file() and file.stat().st_size == 0)
+    made = [] if has_none else read_comparisons(data, columns, split)
     reading = {"heads": heads, "prompt_template": prompt_template, "insert_after": insert_after}
     if attributes is not None:
         basis = attribute_basis(reward_model, attributes, **reading)

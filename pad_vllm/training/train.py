@@ -221,7 +221,7 @@ class _Run:
     ) -> None:
         stage: Stage = getattr(self.config, name)
         folder = self.work / name
-        parts = int(self.config.trainer.get("gradient_accumulation_steps", 1))  # of what a step reads
+        parts = int(self.config.trainer.get("gradient_accumulation_steps", 1))  # batches that a step reads
         args = training_arguments(
             folder,
             steps=max(1, round(stage.epochs * len(pairs) / (stage.batch_size * parts))),

@@ -47,7 +47,7 @@ class TraceFiles:
         self._file: int | None = None
         self._size = 0
         try:
-            # No file before there is a line: many starts in a row would remove all others for empty ones.
+            # The first line begins a file. If each start began one, starts would remove old files for empty ones.
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:

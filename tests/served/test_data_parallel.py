@@ -249,9 +249,8 @@ def test_personas_change_under_load(encode, expect, server, personas):
         assert all(what in allowed for began, _, what in load.answers if since < began < until)
     personas.replace({"terse": {"preference": PREFERENCE, "beta": 1.5}})  # of the other tests
     wait_for_version(server, {"terse": PAD(preference=PREFERENCE, beta=1.5)})
-    refused = refusals(
-        server
-    )  # what there was of a torn one too, if this process was held up for seconds as it wrote it
+    # Of a torn version a part is refused too, if this process was held up for seconds as it wrote it.
+    refused = refusals(server)
     parts = refusals(server, "pad.personas=None") + refusals(server, "flow node")
     assert len(refusals(server, "'terse' is given twice")) == 2, refused
     assert len(refused) == 2 + len(parts), refused
